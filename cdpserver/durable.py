@@ -1,0 +1,191 @@
+"""Files appear whole or not at all, and stay: the only place that knows when to fsync and when to rename.
+
+Durability: each function returns when what it did survives a power loss. If it raises, the old state is still
+there whole; at most a `.tmp-*` or `.removing-*` name is left over, which `sweep` takes away.
+
+Errors: a full file system (or quota) is NoSpaceError, a failed device BrokenError; any other OSError (not
+found, exists, permission) goes to the caller as it is.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cdpserver.errors import BrokenError, CorruptError, NoSpaceError
+
+TEMPORARY = ".tmp-"
+REMOVING = ".removing-"
+
+MAX_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read: far above a catalog copy of 100,000 disks, so anything more is damage."""
+
+
+@contextlib.contextmanager
+def io_errors(doing: str, path: Path) -> Iterator[None]:
+    """Turn the OSErrors that mean *no space* and *broken device* into the project's errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"no space left to {doing} {path}",
+                hint="free space on the store's file system, then try again",
+            ) from error
+        if error.errno == errno.EIO:
+            raise BrokenError(
+                f"cannot {doing} {path}: {error.strerror}", hint="look at the kernel log"
+            ) from error
+        raise
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in directory `path` durable."""
+    with io_errors("sync", path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Create or replace file `path`: a reader, or a power loss, sees the old content or all of `data`."""
+    # One process writes a given file at a time, so its id makes the name unique; a left-over is overwritten.
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    with io_errors("write", path):
+        try:
+            fd = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode
+            )
+            try:
+                _write_all(fd, data)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    fsync_dir(path.parent)
+
+
+def publish(tmp: Path, path: Path) -> None:
+    """Give the finished file or directory `tmp` its name `path` (same file system); `tmp` is synced first.
+
+    Of a directory only its names are synced: files in it must be durable before.
+    """
+    with io_errors("publish", path):
+        fd = os.open(tmp, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(tmp, path)
+    fsync_dir(path.parent)
+    if tmp.parent != path.parent:
+        fsync_dir(tmp.parent)
+
+
+def make_dir(path: Path, mode: int = 0o755) -> None:
+    """Create directory `path`; FileExistsError if there is one."""
+    with io_errors("make directory", path):
+        os.mkdir(path, mode)
+    fsync_dir(path.parent)
+
+
+def _delete(path: Path) -> None:
+    """Delete whatever `path` is; what vanishes meanwhile is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove file or directory `path`: at once by name, then its content. Safe to run again after a crash."""
+    doomed = path.with_name(REMOVING + path.name)
+    with io_errors("remove", path):
+        _delete(doomed)
+        try:
+            os.rename(path, doomed)
+        except FileNotFoundError:
+            return
+        fsync_dir(path.parent)
+        _delete(doomed)
+
+
+def sweep(directory: Path) -> list[str]:
+    """Remove what crashes left in `directory`; the removed names. Call it as the only writer of the
+    directory.
+    """
+    left_over = sorted(n for n in os.listdir(directory) if n.startswith((TEMPORARY, REMOVING)))
+    with io_errors("sweep", directory):
+        for name in left_over:
+            _delete(directory / name)
+    return left_over
+
+
+# --- JSON files
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """`value` as a readable JSON file, whole."""
+    write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. CorruptError if it holds none; FileNotFoundError if there is no file."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    try:
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise corrupt_json(path, str(error)) from None
+    return value
+
+
+def corrupt_json(path: Path, why: str) -> CorruptError:
+    """The error for a JSON file that cannot be what it should be."""
+    return CorruptError(
+        f"{path} is damaged: {why}", hint=f"move {path.name} away and restore it from a backup"
+    )
+
+
+def take_int(value: dict[str, Any], key: str, path: Path, *, least: int = 0) -> int:
+    """The integer `key` of the object read from `path`, at least `least`; CorruptError otherwise."""
+    number = value.get(key)
+    if type(number) is not int or number < least:  # bool is an int to isinstance
+        raise corrupt_json(path, f"{key!r} is not a whole number from {least}")
+    return number
+
+
+def take_str(value: dict[str, Any], key: str, path: Path) -> str:
+    """The string `key` of the object read from `path`; CorruptError otherwise."""
+    text = value.get(key)
+    if not isinstance(text, str):
+        raise corrupt_json(path, f"{key!r} is not a text")
+    return text
+
+
+def take_keys(value: dict[str, Any], keys: set[str], path: Path) -> None:
+    """Check that the object read from `path` has exactly `keys`; CorruptError otherwise."""
+    if value.keys() != keys:
+        different = ", ".join(sorted(map(repr, value.keys() ^ keys)))[:200]
+        raise corrupt_json(path, f"missing or unknown: {different}")

@@ -1,0 +1,154 @@
+"""Structured log lines on stderr, and the event file that keeps what an operator may ask about later.
+
+An event has a dotted name (`target.unknown-export`) and fields. Several processes append to one file: each
+line is one write with O_APPEND, so lines never mix; only one process rotates, under flock; and what was still
+written to the rotated file is in `events.1.jsonl`. Times are those of the wall clock, so that they can be
+matched with other logs.
+
+Durability: none is promised. An event that cannot be written is logged and dropped: the work goes on.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import structlog
+
+from cdpserver.names import format_time
+
+EVENT_FILE_BYTES = 16 << 20
+"""Size past which the event file is rotated: with its predecessor 32 MiB, months of a calm server's events.
+"""
+
+EVENT_LINE_BYTES = 64 << 10
+"""Longest event line; a longer one keeps its name and says that its fields were left out."""
+
+Level: TypeAlias = Literal["debug", "info", "warning", "error"]
+
+_EVENT_NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)+")
+_process = "cdp"
+
+
+class _Stderr:
+    """Writes lines to whatever sys.stderr is at that moment; one write each, so that processes don't mix
+    theirs.
+    """
+
+    def msg(self, line: str) -> None:
+        # A closed or full stderr must not stop the server (ValueError: closed file).
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    log = debug = info = warning = warn = error = critical = exception = fatal = msg
+
+
+def _add_head(_logger: Any, method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    head = {
+        "time": format_time(time.time_ns()),
+        "level": method,
+        "process": _process,
+        "event": fields.pop("event", ""),
+    }
+    return head | dict(fields)
+
+
+def configure(process: str) -> None:
+    """Make structlog write JSON lines to stderr: time, level, process, event, then the fields."""
+    global _process
+    _process = process
+    structlog.configure(
+        processors=[
+            _add_head,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=repr),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger("info"),
+        logger_factory=lambda *_: _Stderr(),
+        cache_logger_on_first_use=False,
+    )
+
+
+class EventLog:
+    """The event file at `path`; `events.jsonl` is followed by `events.1.jsonl` when it is full."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def emit(self, event: str, *, level: Level = "info", **fields: Any) -> None:
+        """Log the event and append it to the file. Never raises because of what the system does."""
+        assert _EVENT_NAME.fullmatch(event), event
+        getattr(structlog.get_logger(), level)(event, **fields)
+        head = {"time": format_time(time.time_ns()), "level": level, "process": _process, "event": event}
+        try:
+            self._append(_line(head, fields))
+        except OSError as error:
+            structlog.get_logger().error("events.file-failed", path=str(self._path), error=error.strerror)
+
+    def _append(self, line: bytes) -> None:
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            # A line cut short by a full disk or a power loss must not swallow this one.
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            written = os.write(fd, line)
+            if written < len(line):
+                os.write(fd, line[written:])  # says why: usually ENOSPC
+            if size + len(line) > EVENT_FILE_BYTES:
+                self._rotate(fd)
+        finally:
+            os.close(fd)
+
+    def _rotate(self, fd: int) -> None:
+        """Rename the file open as `fd`, unless another process does it or did it already."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+            os.rename(self._path, previous_file(self._path))
+
+
+def previous_file(path: Path) -> Path:
+    """Where the event file before `path` is: events.1.jsonl."""
+    return path.with_name(f"{path.stem}.1{path.suffix}")
+
+
+def _line(head: dict[str, Any], fields: dict[str, Any]) -> bytes:
+    line = json.dumps(fields | head, default=repr).encode() + b"\n"
+    if len(line) > EVENT_LINE_BYTES:
+        line = json.dumps(head | {"left_out": sorted(fields)[:100]}).encode() + b"\n"
+    return line
+
+
+def _newest_first(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * EVENT_FILE_BYTES))
+            lines = file.read(2 * EVENT_FILE_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                yield event
+
+
+def read_events(path: Path, limit: int) -> list[dict[str, Any]]:
+    """The newest `limit` events, oldest of them first. Damaged lines are passed over."""
+    newest: list[dict[str, Any]] = []
+    for file in (path, previous_file(path)):
+        for event in _newest_first(file):
+            if len(newest) >= limit:
+                return newest[::-1]
+            newest.append(event)
+    return newest[::-1]

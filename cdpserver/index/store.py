@@ -1,0 +1,232 @@
+"""One interval's index: an LMDB environment in one file, written by the indexer, read by everyone.
+
+Invariants: the seq indexed so far is stored in the transaction of its entries, so a snapshot is a whole prefix of the journal;
+entries of an interval are never changed or removed, so a newer snapshot answers older questions alike.
+Durability: none while the interval is open (it is rebuilt after a boot, hence the boot id in its name); a closed interval's index is
+synced and renamed into place.
+LMDB lets a process open an environment once: `open_index` shares them.
+"""
+
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import lmdb
+import msgpack
+
+from cdpserver.index.pieces import LEVEL_BITS
+from cdpserver.journal import control
+from cdpserver.limits import INDEX_MAP_BYTES, INDEX_READERS
+
+CLOSED_NAME = "index.mdb"
+POINT = struct.Struct("<QQQQQB")
+SEQ = struct.Struct("<Q")
+OPEN_ENVIRONMENTS = 512
+"""Index environments kept open per process; each costs two or three file descriptors and address space."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointRow:
+    """What happened in one second of record time."""
+
+    second: int
+    last_seq: int
+    last_time_ns: int
+    records: int
+    bytes: int
+    session: int
+    grade: int
+
+    def pack(self) -> bytes:
+        """The row's value."""
+        return POINT.pack(self.last_seq, self.last_time_ns, self.records, self.bytes, self.session, self.grade)
+
+    @classmethod
+    def unpack(cls, key: bytes, value: bytes) -> Self:
+        """The row from its key and value."""
+        return cls(int.from_bytes(key, "big"), *POINT.unpack(value))
+
+
+def open_name(boot_id: str) -> str:
+    """File name of an open interval's index."""
+    return f"open-{boot_id[:8]}.mdb"
+
+
+class IndexFile:
+    """An open environment. Use `open_index`."""
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        self.path = path
+        stat_before = path.stat() if path.exists() else None
+        self.env = lmdb.open(
+            str(path),
+            subdir=False,
+            map_size=INDEX_MAP_BYTES,
+            max_dbs=4,
+            max_readers=INDEX_READERS,
+            readonly=not writable,
+            sync=False,
+            create=writable,
+            mode=0o600,
+            max_spare_txns=8,
+        )
+        create = writable and stat_before is None
+        self.pieces = self.env.open_db(b"pieces", create=create)
+        self.points = self.env.open_db(b"points", create=create)
+        self.control = self.env.open_db(b"control", create=create)
+        self.meta = self.env.open_db(b"meta", create=create)
+        self.inode = path.stat().st_ino
+        self.users = 0
+
+    def snapshot(self) -> "Snapshot":
+        """A consistent view of the index as it is now. Close it soon: it keeps LMDB from reusing pages."""
+        return Snapshot(self)
+
+    def indexed(self) -> int:
+        """Seq of the last record indexed; 0 for none."""
+        with self.env.begin(buffers=False) as txn:
+            value = txn.get(b"indexed", db=self.meta)
+        return SEQ.unpack(value)[0] if value else 0
+
+
+class Snapshot:
+    """A read transaction with the questions that views ask of an interval's index."""
+
+    __slots__ = ("cursor", "file", "indexed", "levels", "txn")
+
+    def __init__(self, file: IndexFile) -> None:
+        self.file = file
+        self.txn = file.env.begin()
+        self.cursor = self.txn.cursor(db=file.pieces)
+        value = self.txn.get(b"indexed", db=file.meta)
+        self.indexed: int = SEQ.unpack(value)[0] if value else 0
+        levels = self.txn.get(b"levels", db=file.meta)
+        self.levels: int = levels[0] if levels else 0
+
+    def newest(self, unit: int, seq: int) -> tuple[int, int] | None:
+        """(seq, value) of the newest piece of `unit` at or before `seq`."""
+        prefix = unit.to_bytes(6, "big")
+        cursor = self.cursor
+        if cursor.set_range(prefix + (seq + 1).to_bytes(8, "big")):
+            if not cursor.prev():
+                return None
+        elif not cursor.last():
+            return None
+        key = cursor.key()
+        if key[:6] != prefix:
+            return None
+        return int.from_bytes(key[6:], "big"), int.from_bytes(cursor.value(), "little")
+
+    def pieces(self, level: int, first: int, end: int, seq: int) -> list[tuple[int, int, int]]:
+        """(block number at the level, seq, value) of the newest pieces of blocks [first, end), ascending."""
+        found = []
+        cursor = self.cursor
+        top = level << LEVEL_BITS
+        after = (seq + 1).to_bytes(8, "big")
+        block = first
+        while block < end:
+            prefix = (top | block).to_bytes(6, "big")
+            following = cursor.key() if cursor.set_range(prefix + after) else b""
+            if (following and cursor.prev()) or (not following and cursor.last()):
+                key = cursor.key()
+                if key[:6] == prefix:
+                    found.append((block, int.from_bytes(key[6:], "big"), int.from_bytes(cursor.value(), "little")))
+            if not following:
+                return found
+            unit = int.from_bytes(following[:6], "big")
+            # Newer pieces of this very block may follow it; else the next block that has any piece.
+            block = max(block + 1, unit - top) if unit >> LEVEL_BITS == level else end
+        return found
+
+    def points(self, first_second: int, end_second: int) -> Iterator[PointRow]:
+        """Rows of the seconds [first, end), ascending."""
+        cursor = self.txn.cursor(db=self.file.points)
+        going = cursor.set_range(first_second.to_bytes(8, "big"))
+        while going:
+            key, value = cursor.item()
+            if int.from_bytes(key, "big") >= end_second:
+                return
+            yield PointRow.unpack(key, value)
+            going = cursor.next()
+
+    def point_count(self) -> int:
+        """Number of rows."""
+        return int(self.txn.stat(self.file.points)["entries"])
+
+    def controls(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """(seq, time, message) of every control record, ascending."""
+        cursor = self.txn.cursor(db=self.file.control)
+        for key, value in cursor:
+            if len(key) == SEQ.size:
+                yield int.from_bytes(key, "big"), SEQ.unpack_from(value)[0], msgpack.unpackb(value[8:])
+
+    def named(self, key: str) -> tuple[int, int, dict[str, Any]] | None:
+        """(seq, time, message) of the control record filed as `mark/NAME` or `cut/N`."""
+        value = self.txn.get(key.encode(), db=self.file.control)
+        if value is None:
+            return None
+        return SEQ.unpack_from(value)[0], SEQ.unpack_from(value, 8)[0], msgpack.unpackb(value[16:])
+
+    def state(self) -> control.State | None:
+        """The timeline's state after the last record indexed."""
+        value = self.txn.get(b"state", db=self.file.meta)
+        return control.unpack(msgpack.unpackb(value)) if value else None
+
+    def close(self) -> None:
+        """End the transaction."""
+        self.txn.abort()
+
+
+_open: "OrderedDict[Path, IndexFile]" = OrderedDict()
+_open_lock = threading.Lock()
+
+
+def find_index(interval: Path, boot_id: str) -> Path | None:
+    """The usable index of an interval: that of the closed interval, or the open one made since this boot."""
+    for name in (CLOSED_NAME, open_name(boot_id)):
+        path = interval / name
+        if path.exists():
+            return path
+    return None
+
+
+def open_index(path: Path) -> IndexFile | None:
+    """The environment at `path` for reading, shared within the process; None when it is gone or not whole yet.
+
+    Give it back with `release`. An environment whose file was replaced since is not given out again.
+    """
+    with _open_lock:
+        try:
+            inode = path.stat().st_ino
+            found = _open.get(path)
+            if found is not None and found.inode != inode:
+                del _open[path]
+                if found.users == 0:
+                    found.env.close()
+                found = None
+            if found is None:
+                found = IndexFile(path, writable=False)
+        except (FileNotFoundError, lmdb.Error):
+            return None
+        _open[path] = found
+        _open.move_to_end(path)
+        found.users += 1
+        for old_path, old in list(_open.items()):
+            if len(_open) <= OPEN_ENVIRONMENTS:
+                break
+            if old.users == 0:
+                old.env.close()
+                del _open[old_path]
+        return found
+
+
+def release(file: IndexFile) -> None:
+    """A user of `open_index` is done with it."""
+    with _open_lock:
+        file.users -= 1
+        if file.users == 0 and _open.get(file.path) is not file:
+            file.env.close()

@@ -1,0 +1,142 @@
+"""Control records and the state that they fold into.
+
+What points mean is in the journal itself: where sessions begin, when they are synced, where base points were cut,
+where a gap is. `fold` turns one state and one control record into the next state; nothing else decides a grade.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+
+from cdpserver.errors import CorruptError
+
+
+class Grade(IntEnum):
+    """What a point is worth, worst first."""
+
+    UNORDERED = 0
+    CRASH = 1
+    APP = 2
+
+    @property
+    def label(self) -> str:
+        """The word an operator sees."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A timeline's state after some record.
+
+    session        number of the current session, 0 before the first
+    synced         the mirror of this session is complete
+    write_blocking a controller said that the mirror is write-blocking
+    fork           a fork's guest writes to it directly: ordered from the start
+    cuts           base points cut so far; the next one has this number
+    resync_ref     seq before the session began: what a resync compares with; -1 when none is under way
+    gap_until_ns   time at which the last gap ended, 0 without one
+    """
+
+    session: int = 0
+    synced: bool = False
+    write_blocking: bool = False
+    fork: bool = False
+    cuts: int = 0
+    resync_ref: int = -1
+    gap_until_ns: int = 0
+
+    @property
+    def grade(self) -> Grade:
+        """The grade of a point in this state."""
+        ordered = self.fork or (self.synced and self.write_blocking)
+        return Grade.CRASH if ordered else Grade.UNORDERED
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """Why a point has its grade, for people and programs."""
+        if self.fork:
+            return {"source": "fork"}
+        return {"session": self.session, "synced": self.synced, "write_blocking": self.write_blocking}
+
+
+def pack(state: State) -> dict[str, Any]:
+    """The state as plain values for a header page."""
+    return asdict(state)
+
+
+def unpack(values: object) -> State:
+    """The state from a header page's `carry`."""
+    try:
+        return State(**values)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise CorruptError(f"a header page's carry cannot be read: {error}") from error
+
+
+def begin(mode: str, number: int = 0) -> dict[str, Any]:
+    """First record of a history; mode is `first-copy`, `image` or `point`; `number` the session under way."""
+    return {"type": "begin", "mode": mode, "session": number}
+
+
+def session(number: int, reason: str) -> dict[str, Any]:
+    """From here points are unordered until *synced* is said for session `number`."""
+    return {"type": "session", "session": number, "reason": reason}
+
+
+def synced(number: int, *, write_blocking: bool) -> dict[str, Any]:
+    """The mirror of session `number` is complete."""
+    return {"type": "synced", "session": number, "write_blocking": write_blocking}
+
+
+def mark(name: str) -> dict[str, Any]:
+    """A bookmark."""
+    return {"type": "mark", "name": name}
+
+
+def cut(number: int) -> dict[str, Any]:
+    """Base point `number` is the view at this record."""
+    return {"type": "cut", "number": number}
+
+
+def gap(*, from_seq: int, from_time_ns: int, reason: str) -> dict[str, Any]:
+    """Acknowledged records after `from_seq` may be lost up to this record."""
+    return {"type": "gap", "from_seq": from_seq, "from_time_ns": from_time_ns, "reason": reason}
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A control record's payload."""
+    return bytes(msgpack.packb(message))
+
+
+def decode(payload: bytes) -> dict[str, Any]:
+    """A control record's message; CorruptError unless it is a map with a type."""
+    try:
+        message = msgpack.unpackb(payload)
+    except Exception as error:
+        raise CorruptError(f"a control record's payload is not msgpack: {error}") from error
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise CorruptError("a control record's payload has no type")
+    return message
+
+
+def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> State:
+    """The state after the control record `message` with this seq and time. Unknown types change nothing."""
+    match message["type"]:
+        case "begin":
+            ref = 0 if message["mode"] == "image" else -1
+            return replace(state, session=message["session"], fork=message["mode"] == "point", resync_ref=ref)
+        case "session":
+            # A resync under way goes on comparing with what was there before it began.
+            ref = state.resync_ref if state.resync_ref >= 0 else seq - 1
+            return replace(
+                state, session=message["session"], synced=False, write_blocking=False, resync_ref=ref
+            )
+        case "synced":
+            return replace(state, synced=True, write_blocking=message["write_blocking"], resync_ref=-1)
+        case "cut":
+            return replace(state, cuts=message["number"] + 1)
+        case "gap":
+            return replace(state, synced=False, write_blocking=False, gap_until_ns=time_ns)
+        case _:
+            return state

@@ -1,0 +1,246 @@
+"""Reading a timeline's journal: which segments there are, where a seq or a time is, runs of records.
+
+A reader never writes and needs no lock: segments only grow until they are sealed, and the tail word says how far.
+Cost: finding a seq or a time bisects header pages, so it does not depend on how long the journal is.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cdpserver.errors import CorruptError
+from cdpserver.journal import control
+from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import SegmentReader, log_path
+
+CACHED_READERS = 64
+"""Open segments per journal reader: bounds file descriptors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive records of one segment."""
+
+    reader: SegmentReader
+    interval: int
+    records: npt.NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the journal: the newest record at or before some seq or time."""
+
+    interval: int
+    segment: int
+    seq: int
+    time_ns: int
+
+
+def interval_path(timeline: Path, interval: int) -> Path:
+    """Directory of an interval."""
+    return timeline / "intervals" / f"{interval:06d}"
+
+
+def intervals(timeline: Path) -> list[int]:
+    """Numbers of the timeline's intervals that hold a segment's directory, ascending."""
+    names = (path.name for path in (timeline / "intervals").iterdir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def segments(timeline: Path, interval: int) -> list[int]:
+    """Numbers of an interval's segments, ascending."""
+    names = (path.name for path in interval_path(timeline, interval).iterdir())
+    return sorted(int(name[:-4]) for name in names if name.endswith(".log") and name[:-4].isdigit())
+
+
+class Journal:
+    """The journal of one timeline, for reading. Not thread-safe."""
+
+    def __init__(self, timeline: Path) -> None:
+        self.timeline = timeline
+        self._readers: dict[tuple[int, int], SegmentReader] = {}
+        self._intervals: list[int] = []
+        self._segments: dict[int, list[int]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Notice intervals and segments made since the last look. Costs one directory listing, or two."""
+        self._intervals = intervals(self.timeline)
+        while self._intervals:
+            newest = self._intervals[-1]
+            self._segments[newest] = segments(self.timeline, newest)
+            if self._segments[newest]:
+                break
+            self._intervals.pop()  # just made: its first segment is still to come
+        if len(self._intervals) > 1:
+            self._segments.pop(self._intervals[-2], None)
+
+    @property
+    def intervals(self) -> list[int]:
+        """Numbers of the intervals, ascending."""
+        return self._intervals
+
+    def segments(self, interval: int) -> list[int]:
+        """Numbers of an interval's segments, ascending."""
+        found = self._segments.get(interval)
+        if found is None:
+            found = self._segments[interval] = segments(self.timeline, interval)
+        return found
+
+    def places(self, after: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, int]]:
+        """(interval, segment) of every segment from `after` on, oldest first."""
+        for interval in self._intervals[bisect_left(self._intervals, after[0]) :]:
+            for segment in self.segments(interval):
+                if (interval, segment) >= after:
+                    yield interval, segment
+
+    def newest_places(self) -> Iterator[tuple[int, int]]:
+        """(interval, segment) of every segment, newest first."""
+        for interval in reversed(self._intervals):
+            for segment in reversed(self.segments(interval)):
+                yield interval, segment
+
+    @property
+    def empty(self) -> bool:
+        """No segment yet: the timeline is before its first copy's end."""
+        return not self._intervals
+
+    def reader(self, interval: int, segment: int) -> SegmentReader:
+        """The open segment; kept open for later, within a limit."""
+        key = (interval, segment)
+        found = self._readers.pop(key, None)
+        if found is None:
+            found = SegmentReader(interval_path(self.timeline, interval), segment)
+            if len(self._readers) >= CACHED_READERS:
+                self._readers.pop(next(iter(self._readers))).close()
+        self._readers[key] = found
+        return found
+
+    def first_reader(self, interval: int) -> SegmentReader:
+        """The first segment of an interval."""
+        return self.reader(interval, self.segments(interval)[0])
+
+    def _rolled(self, interval: int, segment: int) -> bool:
+        """Has the writer gone on to another segment since the last refresh?"""
+        directory = interval_path(self.timeline, interval)
+        if log_path(directory, segment + 1).exists():
+            return True
+        return log_path(interval_path(self.timeline, interval + 1), 1).exists()
+
+    def newest(self) -> tuple[int, SegmentReader]:
+        """Interval and reader of the newest segment."""
+        if self.empty:
+            self.refresh()
+            if self.empty:
+                raise CorruptError(f"{self.timeline.name} has no segment")
+        while True:
+            interval = self._intervals[-1]
+            segment = self.segments(interval)[-1]
+            if not self._rolled(interval, segment):
+                return interval, self.reader(interval, segment)
+            self.refresh()
+
+    def last(self) -> Position:
+        """The newest record. Includes every write acknowledged before the call."""
+        interval, reader = self.newest()
+        count = reader.count
+        if count:
+            return Position(interval, reader.segment, reader.first_seq + count - 1, reader.time_of(count - 1))
+        header = reader.header
+        return Position(interval, reader.segment, header.first_seq - 1, header.first_time_ns)
+
+    def first(self) -> Position:
+        """The oldest record."""
+        reader = self.first_reader(self._intervals[0])
+        return Position(self._intervals[0], reader.segment, reader.first_seq, reader.header.first_time_ns)
+
+    def _bisect(self, target: int, key: Callable[[SegmentReader], int]) -> tuple[int, int] | None:
+        """The last segment whose key is at or below `target`."""
+        numbers = self._intervals
+        index = bisect_right(numbers, target, key=lambda number: key(self.first_reader(number))) - 1
+        if index < 0:
+            return None
+        interval = numbers[index]
+        held = self.segments(interval)
+        return interval, held[bisect_right(held, target, key=lambda n: key(self.reader(interval, n))) - 1]
+
+    def at_seq(self, seq: int) -> Position:
+        """The newest record with a seq at or below `seq`; its own seq differs where seqs were jumped over."""
+        last = self.last()
+        if seq >= last.seq:
+            return last
+        place = self._bisect(seq, lambda reader: reader.first_seq)
+        if place is None:
+            raise CorruptError(f"{self.timeline.name}: no record at or before seq {seq}")
+        interval, segment = place
+        reader = self.reader(interval, segment)
+        number = min(seq - reader.first_seq, reader.count - 1)
+        if number < 0:
+            return Position(interval, segment, reader.first_seq - 1, reader.header.first_time_ns)
+        return Position(interval, segment, reader.first_seq + number, reader.time_of(number))
+
+    def at_time(self, time_ns: int) -> Position | None:
+        """The newest record at or before a time; None before the first one."""
+        self.newest()
+        place = self._bisect(time_ns, lambda reader: reader.header.first_time_ns)
+        while place is not None:
+            reader = self.reader(*place)
+            number = bisect_right(range(reader.count), time_ns, key=reader.time_of) - 1
+            if number >= 0:
+                return Position(*place, reader.first_seq + number, reader.time_of(number))
+            # A segment without records, or whose first record came later than its header.
+            place = self._before(place)
+        return None
+
+    def _before(self, place: tuple[int, int]) -> tuple[int, int] | None:
+        interval, segment = place
+        older = [number for number in self.segments(interval) if number < segment]
+        if older:
+            return interval, older[-1]
+        index = bisect_left(self._intervals, interval) - 1
+        return (self._intervals[index], self.segments(self._intervals[index])[-1]) if index >= 0 else None
+
+    def runs(self, after: int, upto: int, *, limit: int | None = None) -> Iterator[Run]:
+        """Records with `after` < seq <= `upto`, by segment, oldest first; at most `limit` records in all."""
+        left = limit if limit is not None else 1 << 62
+        if after >= upto:
+            return
+        self.newest()
+        start = self._bisect(after + 1, lambda reader: reader.first_seq) or (0, 0)
+        for interval, segment in self.places(start):
+            reader = self.reader(interval, segment)
+            first = max(0, after + 1 - reader.first_seq)
+            end = min(reader.count, upto + 1 - reader.first_seq, first + left)
+            if end > first:
+                yield Run(reader, interval, reader.records(first, end))
+                left -= end - first
+            if reader.first_seq > upto or left <= 0:
+                return
+
+    def state_at(self, seq: int) -> control.State:
+        """The state after the record `seq`: the carry of its segment and the control records since."""
+        position = self.at_seq(seq)
+        reader = self.reader(position.interval, position.segment)
+        count = max(0, min(reader.count, seq - reader.first_seq + 1))
+        return fold_controls(reader, reader.header.carry, 0, count)
+
+    def close(self) -> None:
+        """Close every segment."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+
+def fold_controls(reader: SegmentReader, state: control.State, first: int, end: int) -> control.State:
+    """The state after records number [first, end) of a segment, from the state before them."""
+    if end <= first:
+        return state
+    records = reader.records(first, end)
+    for record in records[records["kind"] == Kind.CONTROL]:
+        message = reader.control(record)
+        state = control.fold(state, message, seq=int(record["seq"]), time_ns=int(record["time"]))
+    return state

@@ -1,0 +1,163 @@
+"""What is left of a journal when its writer is gone: taken over, or cut after an unclean host boot.
+
+Same boot (a killed process): the page cache is whole and the tail word exact; nothing is lost.
+Another boot: pages may be missing. Records count up to the first one that is not whole, not next in seq, or, past the
+last durable record, whose payload does not have its digest. What follows is cut. A bad record *before* the durable seq is damage:
+it is kept and reported, never cut.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cdpserver.journal.control import State
+from cdpserver.journal.log import Journal, fold_controls, interval_path
+from cdpserver.journal.record import DTYPE, Kind, payload_digest
+from cdpserver.journal.segment import OPEN, PAGE, SEALED, SegmentReader, log_path
+from cdpserver.limits import SECTOR
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the unsealed segments at the end of a journal hold.
+
+    valid        records that may be kept, by (interval, segment), oldest first; None where a segment is unreadable
+    durable_seq  the highest durable seq on record
+    unclean      another boot wrote them and did not close: what follows `valid` may have been acknowledged
+    damaged      a record at or before the durable seq is bad
+    """
+
+    valid: tuple[tuple[tuple[int, int], int], ...]
+    durable_seq: int
+    unclean: bool
+    damaged: bool
+
+
+def survey(journal: Journal, boot_id: str) -> Survey:
+    """Look at every segment that was not sealed. Reads only."""
+    unsealed: list[tuple[int, int]] = []
+    vanished = False
+    for place in journal.newest_places():
+        if never_written(journal, place):
+            vanished = True
+            continue
+        reader = journal.reader(*place)
+        if reader.state == SEALED:
+            break
+        unsealed.append(place)
+    unsealed.reverse()
+    readers = [journal.reader(*place) for place in unsealed]
+    unclean = vanished or any(reader.state == OPEN and reader.header.boot_id != boot_id for reader in readers)
+    if not unclean:
+        valid = tuple((place, reader.count) for place, reader in zip(unsealed, readers, strict=True))
+        durable = max((_durable(reader, reader.count) for reader in readers), default=0)
+        return Survey(valid, max(durable, _before(readers)), unclean=False, damaged=False)
+    durable = max([_before(readers)] + [_claimed_durable(reader) for reader in readers])
+    kept: list[tuple[tuple[int, int], int]] = []
+    for place, reader in zip(unsealed, readers, strict=True):
+        held = _held(reader)
+        whole = _valid_records(reader, held, durable)
+        kept.append((place, whole))
+        following = readers[len(kept)] if len(kept) < len(readers) else None
+        if following is None or following.first_seq != reader.first_seq + whole:
+            break
+    end_seq = durable
+    if kept:
+        last_place, last_count = kept[-1]
+        end_seq = journal.reader(*last_place).first_seq + last_count - 1
+    return Survey(tuple(kept), durable, unclean=True, damaged=end_seq < durable)
+
+
+def never_written(journal: Journal, place: tuple[int, int]) -> bool:
+    """A log whose header page is zeros or missing: created, but its first commit never ended."""
+    path = log_path(interval_path(journal.timeline, place[0]), place[1])
+    with open(path, "rb") as log:
+        return not log.read(PAGE).strip(b"\0")
+
+
+def _before(readers: list[SegmentReader]) -> int:
+    # Everything before an unsealed segment's predecessor's seal is durable.
+    return readers[0].first_seq - 1 if readers else 0
+
+
+def _held(reader: SegmentReader) -> int:
+    return max(0, reader.path.stat().st_size - PAGE) // DTYPE.itemsize
+
+
+def _durable(reader: SegmentReader, count: int) -> int:
+    records = np.frombuffer(reader.raw(0, count), DTYPE)
+    places = records["place"][records["kind"] == Kind.DURABLE]
+    return int(places.max()) if len(places) else 0
+
+
+def _claimed_durable(reader: SegmentReader) -> int:
+    """The highest durable seq of any whole durable record, also of one behind a damaged place."""
+    raw = reader.raw(0, _held(reader))
+    records = np.frombuffer(raw, DTYPE)
+    highest = 0
+    for number in np.flatnonzero(records["kind"] == Kind.DURABLE).tolist():
+        at = number * DTYPE.itemsize
+        if reader.first_bad(raw[at : at + DTYPE.itemsize], number) == 1:
+            highest = max(highest, int(records["place"][number]))
+    return highest
+
+
+def _valid_records(reader: SegmentReader, held: int, durable_seq: int) -> int:
+    raw = reader.raw(0, held)
+    whole = reader.first_bad(raw, 0)
+    records = np.frombuffer(raw, DTYPE, count=whole)
+    first = max(0, durable_seq - reader.first_seq + 1)
+    for number in range(first, whole):
+        if not payload_whole(reader, records[number]):
+            return number
+    return whole
+
+
+def payload_whole(reader: SegmentReader, record: np.void) -> bool:
+    """Does the payload of this record (if it has one) still have its digest?"""
+    kind = int(record["kind"])
+    if kind == Kind.DATA:
+        length = int(record["length"]) * SECTOR
+    elif kind == Kind.CONTROL:
+        length = int(record["offset"])
+    else:
+        return True
+    payload = reader.payload(int(record["place"]), length)
+    return len(payload) == length and payload_digest(payload) == record["digest"].tobytes()
+
+
+def cut_after(journal: Journal, found: Survey) -> int:
+    """Remove what an unclean boot left after the valid records; returns how many records' room was cut.
+
+    The bytes go to `*.cut` files beside the segments first, so that an operator can look at them.
+    """
+    kept = dict(found.valid)
+    cut = 0
+    for place in journal.newest_places():
+        if never_written(journal, place):
+            log = log_path(interval_path(journal.timeline, place[0]), place[1])
+            log.rename(f"{log}.cut")
+            continue
+        reader = journal.reader(*place)
+        if reader.state == SEALED:
+            break
+        log = reader.path
+        if place in kept:
+            rest = reader.raw(kept[place], _held(reader))
+            if rest.strip(b"\0"):
+                Path(f"{log}.cut").write_bytes(rest)
+                cut += len(rest.rstrip(b"\0")) // DTYPE.itemsize + 1
+        else:
+            cut += max(1, reader.count)
+            log.rename(f"{log}.cut")
+    return cut
+
+
+def last_state(journal: Journal, place: tuple[int, int], count: int) -> tuple[int, int, State]:
+    """(last seq, last time, state) after `count` records of a segment."""
+    reader = journal.reader(*place)
+    state = fold_controls(reader, reader.header.carry, 0, count)
+    if count == 0:
+        return reader.first_seq - 1, reader.header.first_time_ns, state
+    return reader.first_seq + count - 1, reader.time_of(count - 1), state

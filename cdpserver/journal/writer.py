@@ -1,0 +1,442 @@
+"""The writer of a timeline's journal: the only process and the only object that appends records.
+
+    write -> payload into the data file -> header into the log -> tail word -> acknowledged
+    commit (twice a second, FLUSH, FUA) -> fdatasync data, fdatasync log -> durable record
+
+Invariants: nothing is acknowledged before its record is in the page cache (so a kill loses nothing); seq and time are
+given together under `_lock`; an I/O error other than a full file system poisons the writer until it is reopened.
+Durability: `commit` returns when everything acknowledged before the call is durable.
+Threads: any; `_lock` is held for one record at a time, `_commit_lock` for one commit; fdatasync runs under `_commit_lock` alone.
+"""
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from cdpserver import limits
+from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
+from cdpserver.journal import control, recovery
+from cdpserver.journal.control import State
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
+from cdpserver.journal.segment import CLOSED, OPEN, Header, SegmentWriter, log_path
+from cdpserver.limits import BLOCK, SECTOR
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Reads(Protocol):
+    """How the writer sees content: what `view.live` gives it, without the journal knowing about views."""
+
+    def latest(self, offset: int, length: int) -> bytes:
+        """What the disk holds now."""
+
+    def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
+        """Compare a payload with the content at seq `ref`.
+
+        Runs [start, end) of the payload with the seq R to refer to, or -1 where the content differs.
+        """
+
+
+
+
+def lock_timeline(directory: Path) -> int:
+    """Take the writer lock; RefusedError while another process holds it."""
+    fd = os.open(directory / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise RefusedError(
+            f"another process writes to {directory.name}", hint="stop it; there is one writer per timeline"
+        ) from error
+    return fd
+
+
+def start_history(
+    directory: Path, *, uuid: bytes, boot_id: str, now_ns: int, mode: str, session: int = 0
+) -> None:
+    """Create interval 1, segment 1 with the `begin` record; the history starts here.
+
+    Durable on return, except the base image that it stands on. Appears whole: before the log is renamed into place
+    the timeline is still in its first copy.
+    """
+    interval = interval_path(directory, 1)
+    interval.mkdir(exist_ok=True)
+    payload = control.encode(control.begin(mode, session))
+    header = Header(uuid, 1, 1, 1, now_ns, boot_id, State())
+    # Written under a name that no reader looks for, with its first record in it, then renamed.
+    staging = interval / ".tmp-begin"
+    staging.mkdir(exist_ok=True)
+    segment = SegmentWriter.create(staging, header)
+    place = segment.append_payload(payload)
+    segment.put(Kind.CONTROL, 0, 1, now_ns, len(payload), place, payload_digest(payload))
+    segment.sync()
+    segment.close()
+    os.rename(staging / "00000001.data", interval / "00000001.data")
+    os.rename(staging / "00000001.log", interval / "00000001.log")
+    staging.rmdir()
+    for path in (interval, interval.parent):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class JournalWriter:
+    """Appends to one timeline. Open it with the timeline's writer lock held."""
+
+    def __init__(
+        self, directory: Path, *, uuid: bytes, size: int, clock_ns: Callable[[], int], boot_id: str
+    ) -> None:
+        self.directory = directory
+        self.uuid = uuid
+        self.size = size
+        self.boot_id = boot_id
+        self.state = State()
+        self.last_seq = 0
+        self.last_time_ns = 0
+        self.change_seq = 0
+        self.durable_seq = 0
+        self.recovered: dict[str, Any] | None = None
+        self.slow_s = 0.0
+        self.reads: Reads | None = None
+        self._clock_ns = clock_ns
+        self._oldest_ns = clock_ns()
+        self._lock = threading.RLock()
+        self._commit_lock = threading.Lock()
+        self._retired: list[SegmentWriter] = []
+        self._fresh_dirs: list[Path] = []
+        self._broken: str = ""
+        self._seen = bytearray()
+        self._segment = self._take_over()
+        self._track_resync()
+
+    # -- opening ---------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> SegmentWriter:
+        journal = Journal(self.directory)
+        try:
+            found = recovery.survey(journal, self.boot_id)
+            if not found.valid:
+                place = next(iter(journal.newest_places()))
+                self._adopt(journal, place, journal.reader(*place).count, found.durable_seq)
+                return self._new_segment(place, self.last_seq + 1, new_interval=False)
+            place, count = found.valid[-1]
+            self._adopt(journal, place, count, found.durable_seq)
+            header = journal.reader(*place).header
+            if found.unclean:
+                return self._after_unclean_boot(journal, found, place)
+            for (interval, number), kept in found.valid[:-1]:
+                older = journal.reader(interval, number).header
+                self._retired.append(SegmentWriter(interval_path(self.directory, interval), older, count=kept))
+        finally:
+            journal.close()
+        segment = SegmentWriter(interval_path(self.directory, place[0]), header, count=count)
+        if header.boot_id != self.boot_id or segment.full:
+            self._retired.append(segment)
+            return self._new_segment(place, self.last_seq + 1, new_interval=False)
+        segment.clear_after_tail()
+        segment.set_state(OPEN)
+        return segment
+
+    def _adopt(self, journal: Journal, place: tuple[int, int], count: int, durable_seq: int) -> None:
+        self.last_seq, self.last_time_ns, state = recovery.last_state(journal, place, count)
+        self.state = state
+        self.change_seq = self.last_seq
+        self.durable_seq = min(durable_seq, self.last_seq)
+
+    def _after_unclean_boot(
+        self, journal: Journal, found: recovery.Survey, place: tuple[int, int]
+    ) -> SegmentWriter:
+        lost_after, lost_time = self.last_seq, self.last_time_ns
+        cut = 0 if found.damaged else recovery.cut_after(journal, found)
+        for (interval, number), kept in found.valid:
+            header = journal.reader(interval, number).header
+            if not found.damaged:
+                older = SegmentWriter(interval_path(self.directory, interval), header, count=kept)
+                older.sync()
+                older.words[2] = kept
+                older.seal()
+        self.recovered = {
+            "durable_seq": found.durable_seq,
+            "kept_seq": lost_after,
+            "cut_records": cut,
+            "damaged": found.damaged,
+        }
+        segment = self._new_segment(
+            place, max(found.durable_seq, lost_after) + limits.SEQ_JUMP, new_interval=False
+        )
+        self._segment = segment
+        self.last_seq = segment.header.first_seq - 1
+        if not self.state.fork:
+            reason = "unclean host boot"
+            self._put_control(control.gap(from_seq=lost_after, from_time_ns=lost_time, reason=reason))
+        self.change_seq = self.last_seq
+        return segment
+
+    def _new_segment(self, after: tuple[int, int], first_seq: int, *, new_interval: bool) -> SegmentWriter:
+        interval, number = (after[0] + 1, 1) if new_interval else (after[0], after[1] + 1)
+        now = max(self._clock_ns(), self.last_time_ns)
+        header = Header(self.uuid, interval, number, first_seq, now, self.boot_id, self.state)
+        path = interval_path(self.directory, interval)
+        while log_path(path, number).exists() or log_path(path, number).with_suffix(".log.cut").exists():
+            # A segment that was cut or found damaged keeps its number for good.
+            number += 1
+            header = replace(header, segment=number)
+        if new_interval:
+            path.mkdir(exist_ok=True)
+            self._fresh_dirs.append(path.parent)
+        segment = SegmentWriter.create(path, header)
+        self._fresh_dirs.append(path)
+        return segment
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    def write(self, payload: memoryview, offset: int) -> None:
+        """Journal one write; on return it survives a kill of any process.
+
+        Raises NoSpaceError (nothing written, the writer goes on) or BrokenError (poisoned).
+        """
+        length = len(payload)
+        if self.slow_s:
+            time.sleep(self.slow_s)
+        if (offset | length) % BLOCK and not self._ends_disk(offset, length):
+            self._write_around(payload, offset)
+        elif self._seen and not self._all_seen(offset, length):
+            self._write_resync(payload, offset)
+        else:
+            digest = payload_digest(payload)
+            with self._lock:
+                self._put_data(payload, offset, digest)
+
+    def zero(self, offset: int, length: int, kind: Kind = Kind.ZERO) -> None:
+        """Journal a zero or trim: one record without payload (and small writes at unaligned edges)."""
+        first = -(-offset // BLOCK) * BLOCK
+        end = offset + length
+        last = end if end == self.size else end // BLOCK * BLOCK
+        if first >= last:
+            self._write_around(memoryview(bytes(length)), offset)
+            return
+        if offset < first:
+            self._write_around(memoryview(bytes(first - offset)), offset)
+        while first < last:
+            step = min(last - first, limits.MAX_EXTENT)
+            with self._lock:
+                self._reserve(0)
+                self._publish(kind, step // SECTOR, first, 0, NO_DIGEST)
+            first += step
+        if last < end:
+            self._write_around(memoryview(bytes(end - last)), last)
+
+    def _ends_disk(self, offset: int, length: int) -> bool:
+        return offset % BLOCK == 0 and offset + length == self.size
+
+    def _write_around(self, payload: memoryview, offset: int) -> None:
+        # Reading and writing under the one lock: a neighbour's write to the same block can't fall between.
+        assert self.reads is not None
+        first = offset // BLOCK * BLOCK
+        end = min(-(-(offset + len(payload)) // BLOCK) * BLOCK, self.size)
+        with self._lock:
+            whole = bytearray(self.reads.latest(first, end - first))
+            whole[offset - first : offset - first + len(payload)] = payload
+            self._put_data(memoryview(whole), first, payload_digest(whole))
+
+    def _put_data(self, payload: memoryview, offset: int, digest: bytes) -> None:
+        self._reserve(len(payload))
+        try:
+            place = self._segment.append_payload(payload)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._publish(Kind.DATA, len(payload) // SECTOR, offset, place, digest)
+
+    def _reserve(self, length: int) -> None:
+        """Room for one more record and its payload; opens the next segment where needed. Under `_lock`."""
+        if self._broken:
+            raise BrokenError(self._broken, hint="the service reopens the writer")
+        segment = self._segment
+        try:
+            if segment.full or (segment.place and segment.place + length > limits.SEGMENT_BYTES):
+                number = segment.header.segment
+                self._roll(new_interval=number >= limits.INTERVAL_SEGMENTS)
+            else:
+                segment.reserve()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _roll(self, *, new_interval: bool) -> None:
+        old = self._segment
+        place = (old.header.interval, old.header.segment)
+        self._segment = self._new_segment(place, self.last_seq + 1, new_interval=new_interval)
+        self._retired.append(old)
+
+    def _publish(self, kind: Kind, sectors: int, offset: int, place: int, digest: bytes) -> None:
+        now = self._clock_ns()
+        if now < self.last_time_ns:
+            now = self.last_time_ns
+        seq = self.last_seq + 1
+        self._segment.put(kind, sectors, seq, now, offset, place, digest)
+        self.last_seq = seq
+        self.last_time_ns = now
+        if kind != Kind.DURABLE:
+            if self.change_seq <= self.durable_seq:
+                self._oldest_ns = now
+            self.change_seq = seq
+
+    def _put_control(self, message: dict[str, Any]) -> tuple[int, int]:
+        """Journal a control record and fold it into the state; (seq, time). Under `_lock`."""
+        payload = control.encode(message)
+        self._reserve(len(payload))
+        try:
+            place = self._segment.append_payload(payload)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._publish(Kind.CONTROL, 0, len(payload), place, payload_digest(payload))
+        self.state = control.fold(self.state, message, seq=self.last_seq, time_ns=self.last_time_ns)
+        return self.last_seq, self.last_time_ns
+
+    def _failed(self, error: OSError) -> CdpError:
+        if error.errno in NO_SPACE:
+            return NoSpaceError(
+                "the store's file system is full", hint="free space; nothing acknowledged is lost"
+            )
+        self._broken = f"writing to {self.directory.name} failed: {error.strerror or error}"
+        return BrokenError(self._broken, hint="look at the store's disk; the service reopens the writer")
+
+    @property
+    def broken(self) -> str:
+        """Why the writer is poisoned, or nothing."""
+        return self._broken
+
+    # -- resync ----------------------------------------------------------------------------------------------
+
+    def _track_resync(self) -> None:
+        """A resync compares each 64 KiB the first time it is written in a session."""
+        under_way = self.state.resync_ref >= 0 and not self.state.synced and not self.state.fork
+        self._seen = bytearray(-(-self.size // (16 * BLOCK))) if under_way else bytearray()
+
+    def _all_seen(self, offset: int, length: int) -> bool:
+        chunk = 16 * BLOCK
+        return 0 not in self._seen[offset // chunk : -(-(offset + length) // chunk)]
+
+    def _write_resync(self, payload: memoryview, offset: int) -> None:
+        assert self.reads is not None
+        chunk = 16 * BLOCK
+        length = len(payload)
+        runs = self.reads.changed_from(self.state.resync_ref, offset, payload)
+        for start, end, ref in runs:
+            part = payload[start:end]
+            if ref < 0:
+                digest = payload_digest(part)
+                with self._lock:
+                    self._put_data(part, offset + start, digest)
+            else:
+                with self._lock:
+                    self._reserve(0)
+                    self._publish(Kind.SAME, (end - start) // SECTOR, offset + start, ref, NO_DIGEST)
+        # Only chunks that were written whole count as seen: the rest of a chunk is still to come.
+        first, last = -(-offset // chunk), (offset + length) // chunk
+        if offset + length == self.size:
+            last = len(self._seen)
+        if last > first:
+            self._seen[first:last] = b"\1" * (last - first)
+
+    # -- control records -------------------------------------------------------------------------------------
+
+    def begin_session(self, reason: str) -> int:
+        """A new session: points are unordered until it is synced. Returns its number."""
+        with self._lock:
+            number = self.state.session + 1
+            self._put_control(control.session(number, reason))
+            self._track_resync()
+        return number
+
+    def synced(self, number: int, *, write_blocking: bool) -> tuple[int, int]:
+        """The mirror of session `number` is complete. RefusedError for a session that is over."""
+        with self._lock:
+            if number != self.state.session:
+                raise RefusedError(
+                    f"session {number} is over; the current one is {self.state.session}",
+                    hint="its connection was lost or another one wrote; resync, then say synced for that session",
+                )
+            result = self._put_control(control.synced(number, write_blocking=write_blocking))
+            self._track_resync()
+        self.commit()
+        return result
+
+    def mark(self, name: str) -> tuple[int, int]:
+        """A bookmark, durable on return: (seq, time)."""
+        with self._lock:
+            result = self._put_control(control.mark(name))
+        self.commit()
+        return result
+
+    def cut(self) -> tuple[int, int, int]:
+        """End the interval with a base point's cut, durable on return: (number, seq, time)."""
+        with self._lock:
+            number = self.state.cuts
+            seq, time_ns = self._put_control(control.cut(number))
+            try:
+                self._roll(new_interval=True)
+            except OSError as error:
+                raise self._failed(error) from error
+        self.commit()
+        return number, seq, time_ns
+
+    # -- durability ------------------------------------------------------------------------------------------
+
+    def lag_ns(self) -> int:
+        """Age of the oldest acknowledged record that is not durable yet; 0 when all are."""
+        with self._lock:
+            return max(0, self._clock_ns() - self._oldest_ns) if self.change_seq > self.durable_seq else 0
+
+    def commit(self) -> None:
+        """Make everything acknowledged before the call durable. Waiters share one commit."""
+        wanted = self.change_seq
+        with self._commit_lock:
+            if self.durable_seq >= wanted:
+                return
+            if self._broken:
+                raise BrokenError(self._broken)
+            with self._lock:
+                upto, started = self.change_seq, self._clock_ns()
+                retired, self._retired = self._retired, []
+                fresh, self._fresh_dirs = self._fresh_dirs, []
+                current = self._segment
+            try:
+                for segment in retired:
+                    segment.sync()
+                current.sync()
+                for path in dict.fromkeys(fresh):
+                    _fsync(path)
+                for segment in retired:
+                    segment.seal()
+            except OSError as error:
+                self._broken = f"making {self.directory.name} durable failed: {error.strerror or error}"
+                raise BrokenError(self._broken, hint="look at the store's disk") from error
+            with self._lock:
+                self.durable_seq = upto
+                self._oldest_ns = started
+                self._reserve(0)
+                self._publish(Kind.DURABLE, 0, 0, upto, NO_DIGEST)
+
+    def close(self) -> None:
+        """Make everything durable and close cleanly: a later boot finds nothing missing."""
+        if not self._broken:
+            self.commit()
+            with self._lock:
+                self._segment.set_state(CLOSED)
+                self._segment.sync()
+        self._broken = self._broken or "the writer is closed"
+        self._segment.close()

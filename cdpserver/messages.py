@@ -1,0 +1,74 @@
+"""Messages between our processes: one msgpack map, preceded by its length (4 bytes, big-endian).
+
+A request is `{"op": ..., ...}`; a reply is `{"ok": ...}` or an error's fields, which `raise_reply` turns back into the error.
+"""
+
+import socket
+import struct
+from typing import Any
+
+import msgpack
+
+from cdpserver import errors
+from cdpserver.errors import CdpError, CorruptError
+
+LENGTH = struct.Struct(">I")
+MAX_MESSAGE = 1 << 20
+"""Longest message: a status of every disk fits many times over."""
+
+_ERRORS = {
+    value.kind: value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CdpError)
+}
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    """The bytes to send."""
+    body = bytes(msgpack.packb(message))
+    return LENGTH.pack(len(body)) + body
+
+
+def check_length(prefix: bytes) -> int:
+    """Length of the body that follows; CorruptError above the limit."""
+    length: int = LENGTH.unpack(prefix)[0]
+    if length > MAX_MESSAGE:
+        raise CorruptError(f"a message claims {length} bytes")
+    return length
+
+
+def unpack(body: bytes) -> dict[str, Any]:
+    """The message in a body."""
+    message = msgpack.unpackb(body)
+    if not isinstance(message, dict):
+        raise CorruptError("a message is not a map")
+    return message
+
+
+def receive(connection: socket.socket) -> dict[str, Any] | None:
+    """The next message on a blocking socket; None at its end."""
+    prefix = _exactly(connection, LENGTH.size)
+    if prefix is None:
+        return None
+    body = _exactly(connection, check_length(prefix))
+    return unpack(body) if body is not None else None
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < length:
+        part = connection.recv(length - len(parts))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
+
+
+def error_fields(error: CdpError) -> dict[str, Any]:
+    """An error as plain values."""
+    return {"error": error.kind, "message": error.message, "hint": error.hint}
+
+
+def raise_error(fields: dict[str, Any]) -> None:
+    """Raise the error that a reply carries, if it does."""
+    if "error" in fields:
+        kind = _ERRORS.get(fields["error"], CdpError)
+        raise kind(fields["message"], hint=fields.get("hint", ""))

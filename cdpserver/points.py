@@ -1,0 +1,337 @@
+"""Points: names for places in a journal. Recovery points, bookmarks and base points of a timeline, and WHEN to seq.
+
+A recovery point is the last record of a second in which data changed. Nothing is stored for it beyond the index's row of
+that second; what is not indexed yet is counted from the header log.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdpserver.errors import NotFoundError, RefusedError, UsageError
+from cdpserver.index.build import SECOND_NS, merge_rows, point_rows, split_at_controls
+from cdpserver.index.store import PointRow, Snapshot, find_index, open_index, release
+from cdpserver.journal import control
+from cdpserver.journal.control import Grade, State
+from cdpserver.journal.log import Journal, Position, interval_path
+from cdpserver.journal.record import Kind
+from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
+from cdpserver.view.view import History
+
+KINDS = ("rp", "bp", "bookmark")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in a journal that has a name or a second of its own."""
+
+    kind: str
+    time_ns: int
+    seq: int
+    records: int
+    bytes: int
+    grade: Grade
+    name: str | None
+    session: int
+    locked: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The point as the CLI and the API show it."""
+        return {
+            "kind": self.kind,
+            "time": format_time(self.time_ns),
+            "time_ns": self.time_ns,
+            "seq": self.seq,
+            "records": self.records,
+            "bytes": self.bytes,
+            "grade": self.grade.label,
+            "evidence": {"session": self.session},
+            "name": self.name,
+            "locked": self.locked,
+        }
+
+
+def base_point_path(timeline: Path, number: int) -> Path:
+    """Where base point `number` is once it is published."""
+    return timeline / f"bp-{number}.qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a base point was cut: its number and place."""
+
+    number: int
+    seq: int
+    time_ns: int
+
+
+def cuts(journal: Journal) -> list[Cut]:
+    """Every cut, oldest first: a cut is the last record of its interval."""
+    found = []
+    for before, after in zip(journal.intervals, journal.intervals[1:], strict=False):
+        cut = _cut_between(journal, before, after)
+        if cut is not None:
+            found.append(cut)
+    return found
+
+
+def find_cut(journal: Journal, number: int) -> Cut | None:
+    """Cut `number`; costs a bisection over the intervals."""
+    held = journal.intervals
+    index = bisect_left(held, number + 1, key=lambda n: journal.first_reader(n).header.carry.cuts)
+    if index == 0 or index == len(held):
+        return None
+    cut = _cut_between(journal, held[index - 1], held[index])
+    return cut if cut is not None and cut.number == number else None
+
+
+def _cut_between(journal: Journal, before: int, after: int) -> Cut | None:
+    held = journal.first_reader(before).header.carry.cuts
+    now = journal.first_reader(after).header.carry.cuts
+    if now == held:
+        return None  # the writer closed this interval for its size
+    reader = journal.reader(before, journal.segments(before)[-1])
+    for number in range(reader.count - 1, -1, -1):
+        record = reader.records(number, number + 1)[0]
+        if record["kind"] == Kind.CONTROL and reader.control(record)["type"] == "cut":
+            return Cut(now - 1, int(record["seq"]), int(record["time"]))
+    return None
+
+
+class Timeline:
+    """Points of one timeline, read from its history."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.journal = history.journal
+        if self.journal.empty:
+            self.journal.refresh()
+
+    # -- rows and controls by interval -----------------------------------------------------------------------
+
+    def _snapshots(self, interval: int) -> Iterator[Snapshot | None]:
+        path = find_index(interval_path(self.history.directory, interval), self.history.boot_id)
+        file = open_index(path) if path is not None else None
+        if file is None:
+            yield None
+            return
+        snapshot = file.snapshot()
+        try:
+            yield snapshot
+        finally:
+            snapshot.close()
+            release(file)
+
+    def _interval(
+        self, interval: int, first_second: int, end_second: int
+    ) -> tuple[list[PointRow], list[tuple[int, int, dict[str, Any]]]]:
+        """(rows of the seconds, control records) of one interval, whether indexed or not."""
+        rows: list[PointRow] = []
+        controls: list[tuple[int, int, dict[str, Any]]] = []
+        reader = self.journal.first_reader(interval)
+        state, done = reader.header.carry, reader.first_seq - 1
+        for snapshot in self._snapshots(interval):
+            if snapshot is not None and snapshot.indexed:
+                rows = list(snapshot.points(first_second, end_second))
+                controls = list(snapshot.controls())
+                state, done = snapshot.state() or state, snapshot.indexed
+        for row, message in self._tail(interval, done, state):
+            if row is not None and first_second <= row.second < end_second:
+                if rows and rows[-1].second == row.second:
+                    rows[-1] = merge_rows(rows[-1], row)
+                else:
+                    rows.append(row)
+            if message is not None:
+                controls.append(message)
+        return rows, controls
+
+    def _tail(
+        self, interval: int, done: int, state: State
+    ) -> Iterator[tuple[PointRow | None, tuple[int, int, dict[str, Any]] | None]]:
+        last = self._last_seq(interval)
+        for run in self.journal.runs(done, last):
+            if run.interval != interval:
+                continue
+            for part in split_at_controls(run):
+                for row in point_rows(part, state):
+                    yield row, None
+                record = part.records[-1]
+                if record["kind"] == Kind.CONTROL:
+                    seq, time_ns = int(record["seq"]), int(record["time"])
+                    message = part.reader.control(record)
+                    state = control.fold(state, message, seq=seq, time_ns=time_ns)
+                    yield None, (seq, time_ns, message)
+
+    def _last_seq(self, interval: int) -> int:
+        return self.journal.reader(interval, self.journal.segments(interval)[-1]).last_seq
+
+    def _first_time(self, interval: int) -> int:
+        return self.journal.first_reader(interval).header.first_time_ns
+
+    # -- listing ---------------------------------------------------------------------------------------------
+
+    def points(
+        self,
+        *,
+        now_ns: int,
+        since_ns: int = 0,
+        until_ns: int | None = None,
+        kind: str | None = None,
+        limit: int | None = None,
+    ) -> list[Point]:
+        """Points in [since, until], oldest first; with `limit` the newest of them."""
+        if self.journal.empty:
+            return []
+        self.journal.newest()
+        until = now_ns if until_ns is None else until_ns
+        found: list[Point] = []
+        newer_first: int | None = None
+        for interval in reversed(self.journal.intervals):
+            started = self._first_time(interval)
+            if started <= until:
+                part = self._interval_points(interval, since_ns, until, now_ns)
+                # One second may lie in two intervals: the older half is a point of its own only if nothing followed.
+                found.extend(p for p in part if p.kind != "rp" or p.time_ns // SECOND_NS != newer_first)
+                seconds = [p.time_ns // SECOND_NS for p in part if p.kind == "rp"]
+                newer_first = min(seconds) if seconds else newer_first
+            wanted = [p for p in found if kind is None or p.kind == kind]
+            if started < since_ns or (limit is not None and len(wanted) >= limit):
+                break
+        wanted = [p for p in found if kind is None or p.kind == kind]
+        wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
+        return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
+
+    def _interval_points(self, interval: int, since_ns: int, until_ns: int, now_ns: int) -> list[Point]:
+        end_second = min(until_ns // SECOND_NS + 1, now_ns // SECOND_NS)
+        rows, controls = self._interval(interval, since_ns // SECOND_NS, end_second)
+        found = [
+            Point("rp", r.last_time_ns, r.last_seq, r.records, r.bytes, Grade(r.grade), None, r.session)
+            for r in rows
+            if since_ns <= r.last_time_ns <= until_ns
+        ]
+        state = self.journal.first_reader(interval).header.carry
+        for seq, time_ns, message in controls:
+            state = control.fold(state, message, seq=seq, time_ns=time_ns)
+            if not since_ns <= time_ns <= until_ns:
+                continue
+            if message["type"] == "mark":
+                name, kind = message["name"], "bookmark"
+            elif message["type"] == "cut" and self.published(message["number"]):
+                name, kind = f"bp:{message['number']}", "bp"
+            else:
+                continue
+            found.append(Point(kind, time_ns, seq, 0, 0, state.grade, name, state.session))
+        return found
+
+    def published(self, number: int) -> bool:
+        """Is base point `number` there to be read?"""
+        return base_point_path(self.history.directory, number).exists()
+
+    def count(self, *, now_ns: int) -> int:
+        """Recovery points held."""
+        if self.journal.empty:
+            return 0
+        self.journal.newest()
+        total = 0
+        for interval in self.journal.intervals:
+            for snapshot in self._snapshots(interval):
+                whole = snapshot is not None and snapshot.indexed >= self._last_seq(interval)
+                if whole and interval != self.journal.intervals[-1]:
+                    assert snapshot is not None
+                    total += snapshot.point_count()
+                else:
+                    total += len(self._interval(interval, 0, now_ns // SECOND_NS)[0])
+        return total
+
+    # -- WHEN ------------------------------------------------------------------------------------------------
+
+    def bookmark(self, name: str) -> Position | None:
+        """Where a bookmark is; newest interval first."""
+        for interval in reversed(self.journal.intervals):
+            for snapshot in self._snapshots(interval):
+                found = snapshot.named(f"mark/{name}") if snapshot is not None else None
+                if found is not None:
+                    return Position(interval, 0, found[0], found[1])
+                done = snapshot.indexed if snapshot is not None else 0
+            reader = self.journal.first_reader(interval)
+            for _, message in self._tail(interval, max(done, reader.first_seq - 1), reader.header.carry):
+                if message is not None and message[2] == control.mark(name):
+                    return Position(interval, 0, message[0], message[1])
+        return None
+
+    def resolve(self, when: When, *, now_ns: int) -> Position:
+        """The place that WHEN names. UsageError or RefusedError with the nearest points on both sides."""
+        name = self.history.timeline.name
+        if self.journal.empty:
+            raise RefusedError(
+                f"{name} has no history yet",
+                hint=f"let the first copy end, then: cdp disk synced {name}",
+            )
+        match when:
+            case Latest():
+                return self.journal.last()
+            case Ago(delta_ns):
+                return self._at_time(now_ns - delta_ns, now_ns, when)
+            case At(time_ns):
+                return self._at_time(time_ns, now_ns, when)
+            case Seq(seq):
+                return self._at_exact_seq(seq)
+            case BasePoint(number):
+                cut = find_cut(self.journal, number)
+                if cut is None:
+                    raise NotFoundError(f"{name} has no base point {number}", hint=f"cdp bp list {name}")
+                return self.journal.at_seq(cut.seq)
+            case Mark(mark):
+                found = self.bookmark(mark)
+                if found is None:
+                    raise NotFoundError(
+                        f"{name} has no bookmark {mark!r}", hint=f"cdp point list {name} --kind bookmark"
+                    )
+                return found
+
+    def _at_exact_seq(self, seq: int) -> Position:
+        first, last = self.journal.first(), self.journal.last()
+        if seq < first.seq:
+            raise self._nowhere(Seq(seq), "before the history", None, first)
+        if seq > last.seq:
+            raise self._nowhere(Seq(seq), "after the newest record", last, None)
+        position = self.journal.at_seq(seq)
+        if position.seq != seq:
+            raise self._nowhere(Seq(seq), "inside a gap", position, self._after(position))
+        return position
+
+    def _at_time(self, time_ns: int, now_ns: int, when: When) -> Position:
+        if time_ns > now_ns:
+            raise self._nowhere(when, "after now", self.journal.last(), None)
+        position = self.journal.at_time(time_ns)
+        if position is None:
+            raise self._nowhere(when, "before the history", None, self.journal.first())
+        if position.time_ns < time_ns:
+            following = self._after(position)
+            if following is not None and self._is_gap(following):
+                raise self._nowhere(when, "inside a gap", position, following)
+        return position
+
+    def _after(self, position: Position) -> Position | None:
+        for run in self.journal.runs(position.seq, 1 << 63, limit=1):
+            record = run.records[0]
+            return Position(run.interval, run.reader.segment, int(record["seq"]), int(record["time"]))
+        return None
+
+    def _is_gap(self, position: Position) -> bool:
+        reader = self.journal.reader(position.interval, position.segment)
+        record = reader.records(position.seq - reader.first_seq, position.seq - reader.first_seq + 1)[0]
+        return record["kind"] == Kind.CONTROL and reader.control(record)["type"] == "gap"
+
+    def _nowhere(
+        self, when: When, why: str, before: Position | None, after: Position | None
+    ) -> UsageError:
+        sides = []
+        if before is not None:
+            sides.append(f"the nearest before is {format_time(before.time_ns)} (seq:{before.seq})")
+        if after is not None:
+            sides.append(f"the nearest after is {format_time(after.time_ns)} (seq:{after.seq})")
+        name = self.history.timeline.name
+        return UsageError(f"{name}@{format_when(when)} is {why}", hint="; ".join(sides))

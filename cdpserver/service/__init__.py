@@ -1,0 +1,1 @@
+"""The Trio service around the other processes."""

@@ -1,0 +1,375 @@
+"""A timeline that clients write to: first copy or journal, its connections and their sessions.
+
+    connections --lock each--> FirstCopy   (until the switch)
+                          \--> JournalWriter (from then on)
+
+Invariants: the mode is decided by files. The switch holds every connection's lock for its few milliseconds, so that no
+write is half in the base and half in the journal.
+A session begins with a connection's first write, and again when a connection that wrote is lost; a fork has no sessions.
+Threads: one per connection (`-t 1`), the committer, the control thread.
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cdpserver import durable
+from cdpserver.errors import BrokenError, CorruptError, RefusedError, RemovedError, UsageError
+from cdpserver.journal import firstcopy
+from cdpserver.journal.firstcopy import FirstCopy
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import OPEN
+from cdpserver.journal.writer import JournalWriter, lock_timeline
+from cdpserver.target.reads import LiveReads
+from cdpserver.timeline import Timeline
+from cdpserver.view.view import History
+
+Emit: TypeAlias = Callable[..., None]
+
+
+class TargetDisk:
+    """One timeline, open for writing by this process."""
+
+    def __init__(
+        self, state_dir: Path, timeline: Timeline, *, clock_ns: Callable[[], int], boot_id: str, emit: Emit
+    ) -> None:
+        self.timeline = timeline
+        self.size = timeline.size
+        self.directory = state_dir / "timelines" / timeline.id
+        self._state_dir = state_dir
+        self._clock_ns = clock_ns
+        self._boot_id = boot_id
+        self._emit = emit
+        self._mode_lock = threading.Lock()
+        self._session_lock = threading.Lock()
+        self._connections: dict[int, Connection] = {}
+        self._gone = False
+        self.first_copy: FirstCopy | None = None
+        self.journal: JournalWriter | None = None
+        self.reads: LiveReads | None = None
+        self._lock_fd = lock_timeline(self.directory)
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _open(self) -> None:
+        self._restart_lost_first_copy()
+        if Journal(self.directory).empty:
+            self.first_copy = FirstCopy(self.directory, size=self.size, boot_id=self._boot_id)
+            if self.first_copy.restarted:
+                self._emit("target.first-copy-restarted", level="warning", disk=self.timeline.name)
+        else:
+            self._open_journal()
+
+    def _restart_lost_first_copy(self) -> None:
+        """Power was lost after the switch but before the base was durable: the first copy starts again."""
+        journal = Journal(self.directory)
+        if journal.empty or not firstcopy.base_lost(self.directory):
+            return
+        header = journal.first_reader(journal.intervals[0]).header
+        same_boot = header.boot_id == self._boot_id
+        journal.close()
+        if same_boot:
+            firstcopy.sync_base(self.directory)
+            return
+        # Reverse of the order of making: what decides the mode goes first.
+        shutil.rmtree(interval_path(self.directory, 1))
+        (self.directory / "base.raw").unlink()
+
+    def _open_journal(self) -> None:
+        self.journal = JournalWriter(
+            self.directory,
+            uuid=self.timeline.uuid,
+            size=self.size,
+            clock_ns=self._clock_ns,
+            boot_id=self._boot_id,
+        )
+        self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
+        self.journal.reads = self.reads
+        if self.journal.recovered is not None:
+            damaged = self.journal.recovered["damaged"]
+            self._emit(
+                "target.unclean-boot",
+                level="error" if damaged else "warning",
+                disk=self.timeline.name,
+                **self.journal.recovered,
+            )
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    @property
+    def broken(self) -> str:
+        """Why the writer is poisoned, or nothing."""
+        return self.journal.broken if self.journal is not None else ""
+
+    @property
+    def clients(self) -> int:
+        """Connections open now."""
+        return len(self._connections)
+
+    def status(self) -> dict[str, Any]:
+        """What the service wants to know, as plain values."""
+        shared = {"clients": self.clients, "broken": self.broken}
+        if self.journal is None:
+            assert self.first_copy is not None
+            wrote, session = self.first_copy.wrote, self.first_copy.session
+            return {"mode": "first-copy", "wrote": wrote, "session": session, "synced": False, **shared}
+        state = self.journal.state
+        return {
+            "mode": "journal",
+            "session": state.session,
+            "synced": state.synced,
+            "write_blocking": state.write_blocking,
+            "grade": state.grade.label,
+            "fork": state.fork,
+            "last_seq": self.journal.last_seq,
+            "durable_seq": self.journal.durable_seq,
+            "lag_ns": self.journal.lag_ns(),
+            **shared,
+        }
+
+    # -- connections -----------------------------------------------------------------------------------------
+
+    def connect(self) -> "Connection":
+        """A client opened the export."""
+        with self._mode_lock:
+            if self._gone:
+                raise RemovedError(f"{self.timeline.name} is being removed", hint="choose another disk")
+            connection = Connection(self)
+            self._connections[id(connection)] = connection
+        return connection
+
+    def disconnect(self, connection: "Connection") -> None:
+        """A client is gone. If it wrote, what comes next is a session of its own."""
+        with self._mode_lock:
+            self._connections.pop(id(connection), None)
+            if connection.wrote and not self._gone and not self.broken:
+                self.begin_session("connection lost")
+
+    def begin_session(self, reason: str) -> None:
+        """Points are unordered from here on, until *synced*."""
+        if self.timeline.is_fork:
+            return
+        with self._session_lock:
+            if self.journal is not None:
+                number = self.journal.begin_session(reason)
+            else:
+                assert self.first_copy is not None
+                number = self.first_copy.begin_session()
+        self._emit("target.session", disk=self.timeline.name, session=number, reason=reason)
+
+    # -- the switch ------------------------------------------------------------------------------------------
+
+    def open_history(self, reason: str) -> bool:
+        """End the first copy, if it is still under way. True when this call did it.
+
+        On return the base is durable too. The caller holds no connection's lock.
+        """
+        with self._mode_lock:
+            if self.first_copy is None:
+                return False
+            held = list(self._connections.values())
+            for connection in held:
+                connection.lock.acquire()
+            try:
+                started = self._clock_ns()
+                self.first_copy.switch(uuid=self.timeline.uuid, now_ns=started)
+                old, self.first_copy = self.first_copy, None
+                self._open_journal()
+                old.close()
+            finally:
+                for connection in held:
+                    connection.lock.release()
+        firstcopy.sync_base(self.directory)
+        (self.directory / "first-copy.json").unlink(missing_ok=True)
+        self._emit("target.history-begins", disk=self.timeline.name, reason=reason)
+        return True
+
+    def synced(self, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
+        """The first copy or a resync is complete. RefusedError for a session that is over."""
+        if self.timeline.is_fork:
+            raise UsageError(f"{self.timeline.name} is a fork: it has no mirror to be in sync with")
+        if self.first_copy is not None:
+            current = self.first_copy.session
+            if session is not None and session != current:
+                raise RefusedError(
+                    f"session {session} is over; the current one is {current}",
+                    hint="its connection was lost or another one wrote; start the mirror again",
+                )
+            self.open_history("synced")
+        assert self.journal is not None
+        number = self.journal.state.session if session is None else session
+        seq, time_ns = self.journal.synced(number, write_blocking=write_blocking)
+        self._emit(
+            "target.synced", disk=self.timeline.name, session=number, write_blocking=write_blocking, seq=seq
+        )
+        return {"session": number, "seq": seq, "time_ns": time_ns}
+
+    def writer(self, wish: str) -> JournalWriter:
+        """The journal's writer, or a refusal that says what is missing."""
+        if self.journal is None:
+            raise RefusedError(
+                f"{self.timeline.name} has no history yet, so no {wish}",
+                hint=f"let the first copy end, then: cdp disk synced {self.timeline.name}",
+            )
+        return self.journal
+
+    def flush(self) -> None:
+        """Everything acknowledged before, over all connections, is durable on return.
+
+        A FLUSH after writes ends the first copy: QEMU sends one when a mirror is ready.
+        """
+        if self.first_copy is not None and self.first_copy.wrote:
+            self.open_history("flush")
+        if self.journal is not None:
+            self.journal.commit()
+
+    def sync(self) -> None:
+        """As `flush`, for FUA: it says nothing of a mirror being ready, so a first copy goes on."""
+        first_copy = self.first_copy
+        if first_copy is not None:
+            first_copy.sync()
+        elif self.journal is not None:
+            self.journal.commit()
+
+    def shut(self, *, removing: bool) -> None:
+        """Close cleanly; requests of clients still connected are refused from here on."""
+        with self._mode_lock:
+            if self._gone:
+                return
+            self._gone = True
+            held = list(self._connections.values())
+            for connection in held:
+                connection.lock.acquire()
+            try:
+                self._close_files(removing=removing)
+            finally:
+                for connection in held:
+                    connection.lock.release()
+        os.close(self._lock_fd)
+
+    def _close_files(self, *, removing: bool) -> None:
+        if self.reads is not None:
+            self.reads.close()
+        if self.first_copy is not None:
+            self.first_copy.close()
+        if self.journal is not None:
+            try:
+                self.journal.close()
+            except BrokenError as error:
+                if not removing:
+                    self._emit("target.broken", level="error", disk=self.timeline.name, reason=str(error))
+
+
+class Connection:
+    """One client of one disk. All requests of a connection come from one thread at a time."""
+
+    __slots__ = ("_disk", "lock", "wrote")
+
+    def __init__(self, disk: TargetDisk) -> None:
+        self._disk = disk
+        self.lock = threading.Lock()
+        self.wrote = False
+
+    @property
+    def disk(self) -> TargetDisk:
+        """The disk that this connection is open on."""
+        return self._disk
+
+    def _check(self, offset: int, length: int) -> None:
+        disk = self._disk
+        if disk._gone:
+            raise RemovedError(f"{disk.timeline.name} is closed")
+        if offset < 0 or length < 0 or offset + length > disk.size:
+            raise UsageError(f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes")
+
+    def _first_write(self) -> None:
+        self.wrote = True
+        self._disk.begin_session("first write")
+
+    def write(self, payload: memoryview, offset: int) -> None:
+        """On return the write survives a kill of any process."""
+        if not payload:
+            return
+        with self.lock:
+            disk = self._disk
+            if disk._gone or offset + len(payload) > disk.size:
+                self._check(offset, len(payload))
+            if not self.wrote:
+                self._first_write()
+            journal = disk.journal
+            if journal is not None:
+                journal.write(payload, offset)
+            else:
+                disk.first_copy.write(payload, offset)  # type: ignore[union-attr]
+
+    def zero(self, offset: int, length: int, *, trim: bool = False) -> None:
+        """Make a range read as zeros: one record, whatever its length."""
+        if length == 0:
+            return
+        with self.lock:
+            self._check(offset, length)
+            if not self.wrote:
+                self._first_write()
+            disk = self._disk
+            if disk.journal is not None:
+                disk.journal.zero(offset, length, Kind.TRIM if trim else Kind.ZERO)
+            else:
+                assert disk.first_copy is not None
+                disk.first_copy.zero(offset, length)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """What was written last."""
+        with self.lock:
+            self._check(offset, len(buffer))
+            disk = self._disk
+            if disk.reads is not None:
+                disk.reads.read_into(buffer, offset)
+            else:
+                assert disk.first_copy is not None
+                disk.first_copy.read_into(buffer, offset)
+
+    def status(self, offset: int, length: int, *, one: bool) -> list[tuple[int, int, bool]]:
+        """(start, end, zero) runs from `offset` on."""
+        with self.lock:
+            self._check(offset, length)
+            disk = self._disk
+            if disk.reads is not None:
+                return disk.reads.status(offset, offset + length, one=one)
+            assert disk.first_copy is not None
+            return disk.first_copy.status(offset, offset + length)
+
+    def flush(self) -> None:
+        """Everything acknowledged before, over all connections, is durable on return."""
+        if self._disk._gone:
+            raise RemovedError(f"{self._disk.timeline.name} is closed")
+        self._disk.flush()
+
+    def sync(self) -> None:
+        """As `flush`, without the meaning that a FLUSH has in a first copy."""
+        self._disk.sync()
+
+    def close(self) -> None:
+        """The client is gone."""
+        self._disk.disconnect(self)
+
+
+def needs_recovery(directory: Path, boot_id: str) -> bool:
+    """Was this timeline left open by another host boot? Then it is opened, and so cut, before anything reads it."""
+    journal = Journal(directory)
+    try:
+        if journal.empty:
+            note = directory / "first-copy.json"
+            return note.exists() and durable.read_json(note)["boot_id"] != boot_id
+        reader = journal.reader(*next(iter(journal.newest_places())))
+        return reader.state == OPEN and reader.header.boot_id != boot_id
+    except CorruptError:
+        return True
+    finally:
+        journal.close()

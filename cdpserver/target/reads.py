@@ -1,0 +1,87 @@
+"""How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs."""
+
+import threading
+
+import numpy as np
+
+from cdpserver.limits import BLOCK
+from cdpserver.view.view import History, LiveView, View
+
+
+class LiveReads:
+    """The newest content of one timeline. Thread-safe: one lock around one live view."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._view = LiveView(history)
+        self._lock = threading.Lock()
+
+    def latest(self, offset: int, length: int) -> bytes:
+        """What the disk holds now."""
+        with self._lock:
+            return self._view.read(offset, length)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with what the disk holds now."""
+        with self._lock:
+            self._view.read_into(buffer, offset)
+
+    def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
+        """Block status, as `View.status`."""
+        with self._lock:
+            return self._view.status(offset, end, one=one)
+
+    def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
+        """Compare a payload with the content at `ref` and with that of now.
+
+        Runs [start, end) of the payload (4 KiB aligned but for the disk's end) with the seq that a *same* record should
+        name, or -1 where the content differs from both.
+        """
+        with self._lock:
+            self._view.refresh()
+            runs: list[tuple[int, int, int]] = []
+            for start, end, same in _compare(self._view.at(ref), offset, payload, 0, len(payload)):
+                if same:
+                    runs.extend(_referred(self._view.at(ref), offset, start, end))
+                    continue
+                for low, high, unchanged in _compare(self._view, offset, payload, start, end):
+                    runs.extend(
+                        _referred(self._view, offset, low, high) if unchanged else [(low, high, -1)]
+                    )
+            return runs
+
+    def close(self) -> None:
+        """Give files and leases back."""
+        with self._lock:
+            self._view.close()
+            self._history.close()
+
+
+def _compare(view: View, offset: int, payload: memoryview, start: int, end: int) -> list[tuple[int, int, bool]]:
+    """Runs of payload[start:end) that equal the view's content, and that don't."""
+    held = view.read(offset + start, end - start)
+    part = payload[start:end]
+    if held == part:
+        return [(start, end, True)]
+    whole = len(part) // BLOCK * BLOCK
+    same = np.empty(-(-len(part) // BLOCK), dtype=bool)
+    if whole:
+        old = np.frombuffer(held, np.uint64, count=whole // 8).reshape(-1, BLOCK // 8)
+        new = np.frombuffer(part, np.uint64, count=whole // 8).reshape(-1, BLOCK // 8)
+        same[: whole // BLOCK] = (old == new).all(axis=1)
+    if whole < len(part):
+        same[-1] = held[whole:] == part[whole:]
+    edges = [0, *(np.flatnonzero(same[1:] != same[:-1]) + 1).tolist(), len(same)]
+    return [
+        (start + low * BLOCK, min(start + high * BLOCK, end), bool(same[low]))
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def _referred(view: View, offset: int, start: int, end: int) -> list[tuple[int, int, int]]:
+    """Split an unchanged run by the seq that a *same* record must name, so that resolving takes one step."""
+    first, stop = (offset + start) // BLOCK, -(-(offset + end) // BLOCK)
+    return [
+        (max(low * BLOCK - offset, start), min(high * BLOCK - offset, end), ref)
+        for low, high, ref in view.refs(first, stop)
+    ]

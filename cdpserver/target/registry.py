@@ -1,0 +1,184 @@
+"""Every disk that the target has open, the thread that commits them, and what the service may ask.
+
+The target opens a timeline when its first client or the service asks for it, and keeps it: opening takes the writer lock,
+and there is one target process. Timelines that another host boot left open are opened at the start, so that nobody reads
+a tail that may have holes.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cdpserver import limits, messages
+from cdpserver.catalog import Catalog
+from cdpserver.clock import Clock, boot_id
+from cdpserver.errors import BrokenError, CdpError, NotFoundError, RemovedError
+from cdpserver.events import EventLog
+from cdpserver.index.store import find_index, open_index, release
+from cdpserver.journal.log import interval_path
+from cdpserver.state import StateDir
+from cdpserver.target.disk import TargetDisk, needs_recovery
+from cdpserver.timeline import Timeline
+
+COMMITTERS = 4
+"""Commits under way at once: disks wait for the same device, but not for each other's system calls."""
+
+
+class Registry:
+    """The target process's disks."""
+
+    def __init__(self, state: StateDir) -> None:
+        self.state = state
+        self.clock = Clock.load(state.clock)
+        self.boot_id = boot_id()
+        self.catalog = Catalog.open(state, writable=False)
+        self.log = EventLog(state.events)
+        self._disks: dict[str, TargetDisk] = {}
+        self._lock = threading.Lock()
+        self._committers = ThreadPoolExecutor(COMMITTERS, thread_name_prefix="commit")
+
+    def start(self) -> None:
+        """Recover what another boot left, then commit and listen. Call after the fork."""
+        for name, entry in self.catalog.names().items():
+            if entry.state == "live" and needs_recovery(self.state.timeline(entry.id), self.boot_id):
+                try:
+                    self.disk(name)
+                except CdpError as error:
+                    self.log.emit("target.open-failed", level="error", disk=name, reason=str(error))
+        threading.Thread(target=self._commit_loop, name="committer", daemon=True).start()
+        listener = self._listen()
+        threading.Thread(target=self._serve, args=(listener,), name="control", daemon=True).start()
+
+    def disk(self, name: str) -> TargetDisk:
+        """The open disk of this name; opened now if need be. A broken one is closed and opened anew."""
+        entry = self.catalog.get(name)
+        if entry is None:
+            raise NotFoundError(f"there is no disk {name!r}", hint="cdp disk list shows the names")
+        if entry.state != "live":
+            raise RemovedError(f"{name} is being removed")
+        with self._lock:
+            found = self._disks.get(entry.id)
+            if found is not None and found.broken and found.clients == 0:
+                found.shut(removing=False)
+                del self._disks[entry.id]
+                found = None
+            if found is None:
+                timeline = Timeline.load(self.state.timeline(entry.id))
+                found = TargetDisk(
+                    self.state.path,
+                    timeline,
+                    clock_ns=self.clock.now_ns,
+                    boot_id=self.boot_id,
+                    emit=self.log.emit,
+                )
+                self._disks[entry.id] = found
+            return found
+
+    # -- group commit ----------------------------------------------------------------------------------------
+
+    def _commit_loop(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(limits.COMMIT_INTERVAL_S):
+            with self._lock:
+                disks = [d for d in self._disks.values() if d.journal is not None and not d.broken]
+            list(self._committers.map(self._commit_one, disks))
+
+    def _commit_one(self, disk: TargetDisk) -> None:
+        journal = disk.journal
+        assert journal is not None
+        try:
+            lag_ns = journal.lag_ns()
+            if lag_ns:
+                journal.commit()
+                self._pace(disk, lag_ns)
+        except BrokenError as error:
+            self.log.emit("target.broken", level="error", disk=disk.timeline.name, reason=str(error))
+        except CdpError as error:
+            self.log.emit("target.commit-failed", level="error", disk=disk.timeline.name, reason=str(error))
+
+    def _pace(self, disk: TargetDisk, lag_ns: int) -> None:
+        """Slow writes down a little while the store or the indexer cannot keep up."""
+        journal = disk.journal
+        assert journal is not None
+        header = journal._segment.header
+        path = find_index(interval_path(disk.directory, header.interval), self.boot_id)
+        indexed = 0
+        if path is not None and (file := open_index(path)) is not None:
+            indexed = file.indexed()
+            release(file)
+        behind = journal.last_seq - max(indexed, header.first_seq if header.segment == 1 else 0)
+        slow = 0.0
+        if lag_ns > limits.COMMIT_LAG_NS:
+            slow = limits.COMMIT_DELAY_S
+        elif behind > limits.TAIL_RECORDS:
+            slow = limits.TAIL_DELAY_S
+        if bool(slow) != bool(journal.slow_s):
+            event = "target.slowed" if slow else "target.full-speed"
+            self.log.emit(event, disk=disk.timeline.name, lag_ns=lag_ns, unindexed=behind)
+        journal.slow_s = slow
+
+    # -- the service's requests ------------------------------------------------------------------------------
+
+    def _listen(self) -> socket.socket:
+        path = self.state.run / "target.ctl"
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen(16)
+        return listener
+
+    def _serve(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+
+    def _converse(self, connection: socket.socket) -> None:
+        with connection:
+            while (request := messages.receive(connection)) is not None:
+                try:
+                    reply = {"ok": self._answer(request)}
+                except CdpError as error:
+                    reply = messages.error_fields(error)
+                except Exception as error:  # the process's rim: a failed request must not end the thread
+                    self.log.emit("target.request-failed", level="error", op=request.get("op"), reason=repr(error))
+                    reply = {"error": "error", "message": f"the target failed: {error!r}", "hint": ""}
+                connection.sendall(messages.pack(reply))
+
+    def _answer(self, request: dict[str, Any]) -> Any:
+        operations: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "ping": lambda _: os.getpid(),
+            "status": self._status,
+            "synced": lambda r: self.disk(r["disk"]).synced(r["session"], write_blocking=r["write_blocking"]),
+            "mark": lambda r: self.disk(r["disk"]).writer("bookmark").mark(r["name"]),
+            "cut": lambda r: self.disk(r["disk"]).writer("base point").cut(),
+            "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),
+            "shut": self._shut,
+            "shut-all": self._shut_all,
+        }
+        return operations[request["op"]](request)
+
+    def _status(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Status of the disks named, or of every open one; a disk that is not open has none."""
+        with self._lock:
+            disks = {disk.timeline.name: disk for disk in self._disks.values()}
+        wanted = request.get("disks")
+        return {name: disk.status() for name, disk in disks.items() if wanted is None or name in wanted}
+
+    def _shut(self, request: dict[str, Any]) -> None:
+        """Close one timeline for good (it is being removed)."""
+        with self._lock:
+            found = self._disks.pop(request["id"], None)
+        if found is not None:
+            found.shut(removing=True)
+
+    def _shut_all(self, _: dict[str, Any]) -> int:
+        """Close everything cleanly: the host may go down after this."""
+        with self._lock:
+            disks, self._disks = list(self._disks.values()), {}
+        for disk in disks:
+            disk.shut(removing=False)
+        return len(disks)

@@ -1,0 +1,1 @@
+"""Views: a disk as it was, nothing copied."""

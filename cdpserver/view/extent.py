@@ -1,0 +1,55 @@
+"""Extents of a view and the files that they point into.
+
+An extent is `(start, end, path, place)`: bytes [start, end) of the disk are at `place` in the file `path`, or read
+as zeros when `path` is None.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+Extent: TypeAlias = tuple[int, int, Path | None, int]
+
+OPEN_FILES = 64
+"""Data files kept open per view."""
+
+
+def coalesce(extents: Iterable[Extent]) -> list[Extent]:
+    """Merge neighbours that go on in the same file, and neighbouring zeros."""
+    merged: list[Extent] = []
+    for extent in extents:
+        start, end, path, place = extent
+        if merged:
+            before = merged[-1]
+            goes_on = path is None or before[3] + before[1] - before[0] == place
+            if before[1] == start and before[2] == path and goes_on:
+                merged[-1] = (before[0], end, path, before[3])
+                continue
+        merged.append(extent)
+    return merged
+
+
+class Files:
+    """A few open files, least recently used closed first. Not thread-safe: one per view."""
+
+    def __init__(self) -> None:
+        self._fds: OrderedDict[Path, int] = OrderedDict()
+
+    def fd(self, path: Path) -> int:
+        """The open file."""
+        fd = self._fds.get(path)
+        if fd is None:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._fds) >= OPEN_FILES:
+                os.close(self._fds.popitem(last=False)[1])
+            self._fds[path] = fd
+        else:
+            self._fds.move_to_end(path)
+        return fd
+
+    def close(self) -> None:
+        """Close all."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])

@@ -1,0 +1,343 @@
+"""A view: one timeline as it was at one seq, read through tail, indexes and base; nothing is copied.
+
+    block -> open interval (tail, index) -> older intervals -> base (raw file, or the parent's view)
+
+Invariants: a view shows exactly the records up to its seq, indexed or not. Opening costs the same however long the journal is;
+older intervals are opened when a read first falls through to them.
+A *same* piece sends the lookup back to the seq that it names; the writer made sure that this takes one step.
+Threads: none; every connection has a view of its own.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+from cdpserver.clock import boot_id
+from cdpserver.errors import CorruptError, RemovedError
+from cdpserver.index.pieces import BLOCK_MASK, KIND_BITS, REST_MASK, SEGMENT_BITS
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import data_path
+from cdpserver.limits import BLOCK
+from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.view.extent import Extent, Files, coalesce
+from cdpserver.view.layers import NOTHING, Layer, Piece
+from cdpserver.view.tail import Tail
+
+STATUS_WINDOW = 64 << 20
+"""Bytes resolved at a time when asked for block status."""
+
+KEPT_REFS = 16
+"""Views of older seqs kept for *same* records."""
+
+
+class History:
+    """A timeline opened for reading: its journal, its base, and a shared lease that holds it against removal."""
+
+    def __init__(self, state_dir: Path, timeline: Timeline, boot: str | None = None) -> None:
+        self.state_dir = state_dir
+        self.timeline = timeline
+        self.boot_id = boot or boot_id()
+        self.directory = state_dir / "timelines" / timeline.id
+        self._lease = _take_lease(self.directory)
+        self.journal = Journal(self.directory)
+        self.parent: History | None = None
+        if isinstance(timeline.base, PointBase):
+            parent_directory = state_dir / "timelines" / timeline.base.timeline
+            self.parent = History(state_dir, Timeline.load(parent_directory), self.boot_id)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self.timeline.size
+
+    def close(self) -> None:
+        """Close the journal and give the lease back."""
+        self.journal.close()
+        os.close(self._lease)
+        if self.parent is not None:
+            self.parent.close()
+
+
+def _take_lease(directory: Path) -> int:
+    try:
+        fd = os.open(directory / "lease", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise RemovedError(f"timeline {directory.name} is gone") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise RemovedError(f"timeline {directory.name} is being removed") from error
+    return fd
+
+
+class View:
+    """The disk of `history` at `seq`; seq 0 is its base."""
+
+    def __init__(self, history: History, seq: int, files: Files | None = None) -> None:
+        self.history = history
+        self.seq = seq
+        self.size = history.size
+        self.files = files or Files()
+        self._layers: list[Layer] = []
+        self._older: list[int] = []
+        self._refs: dict[int, View] = {}
+        self._base_view: View | None = None
+        self._open_layers()
+
+    def _open_layers(self) -> None:
+        """The newest interval, and every further one that its index does not hold whole."""
+        journal = self.history.journal
+        if self.seq == 0:
+            return
+        newest = journal.at_seq(self.seq).interval
+        self._older = [number for number in reversed(journal.intervals) if number <= newest]
+        upto = self.seq
+        while self._older:
+            layer = self._next_layer()
+            layer.begin()
+            indexed = layer.indexed
+            layer.end()
+            first_seq = journal.first_reader(layer.interval).first_seq
+            if indexed < upto:
+                self._fold_tail(layer, max(indexed, first_seq - 1), upto)
+            if indexed >= first_seq:
+                # The indexer goes in order: what is older than an indexed record is indexed.
+                return
+            upto = first_seq - 1
+
+    def _next_layer(self) -> Layer:
+        interval = self._older.pop(0)
+        directory = interval_path(self.history.directory, interval)
+        layer = Layer(directory, interval, self.history.boot_id)
+        self._layers.append(layer)
+        return layer
+
+    def _fold_tail(self, layer: Layer, after: int, upto: int) -> None:
+        layer.tail = Tail(after)
+        for run in self.history.journal.runs(after, upto):
+            if run.interval == layer.interval:
+                layer.tail.add(run)
+        layer.tail.upto = upto
+
+    def refresh(self) -> None:
+        """A view of a fixed seq never changes."""
+
+    # -- resolving -------------------------------------------------------------------------------------------
+
+    def pieces(self, first: int, end: int) -> list[tuple[Layer | None, Piece]]:
+        """Which interval and piece holds each part of blocks [first, end); None where the base does."""
+        self.refresh()
+        found: list[tuple[Layer | None, Piece]] = []
+        gaps = [(first, end)]
+        number = 0
+        while gaps:
+            if number == len(self._layers):
+                if not self._older:
+                    break
+                self._next_layer()
+            layer = self._layers[number]
+            number += 1
+            left: list[tuple[int, int]] = []
+            layer.begin()
+            try:
+                for start, stop in gaps:
+                    for piece in layer.resolve(start, stop, self.seq):
+                        if piece[2] == NOTHING:
+                            left.append(piece[:2])
+                        else:
+                            found.append((layer, piece))
+            finally:
+                layer.end()
+            gaps = left
+        found.extend((None, (start, stop, NOTHING, 0)) for start, stop in gaps)
+        if len(found) > 1:
+            found.sort(key=_piece_start)
+        return found
+
+    def resolve(self, offset: int, end: int, *, holes: bool = False) -> list[Extent]:
+        """Where bytes [offset, end) are. With `holes`, holes of the base come out as zeros."""
+        extents: list[Extent] = []
+        for layer, (start, stop, _, value) in self.pieces(offset // BLOCK, -(-end // BLOCK)):
+            low, high = max(start * BLOCK, offset), min(stop * BLOCK, end)
+            if layer is None:
+                extents.extend(self._base(low, high, holes=holes))
+                continue
+            kind = value >> KIND_BITS
+            if kind == Kind.DATA:
+                segment = (value & REST_MASK) >> SEGMENT_BITS
+                place = (value & BLOCK_MASK) * BLOCK + low - start * BLOCK
+                extents.append((low, high, data_path(layer.directory, segment), place))
+            elif kind == Kind.SAME:
+                extents.extend(self.at(value & REST_MASK).resolve(low, high, holes=holes))
+            else:
+                extents.append((low, high, None, 0))
+        return coalesce(extents)
+
+    def at(self, seq: int) -> "View":
+        """The view of the same timeline at an older seq."""
+        if seq >= self.seq and not isinstance(self, LiveView):
+            raise CorruptError(f"a *same* record refers forward, to seq {seq}")
+        found = self._refs.get(seq)
+        if found is None:
+            if len(self._refs) >= KEPT_REFS:
+                self._refs.pop(next(iter(self._refs)))._close_layers()
+            found = self._refs[seq] = View(self.history, seq, self.files)
+        return found
+
+    def refs(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """For blocks [first, end): runs with the seq that a *same* record should name for what is there now."""
+        runs: list[tuple[int, int, int]] = []
+        for layer, (start, stop, _, value) in self.pieces(first, end):
+            is_same = layer is not None and value >> KIND_BITS == Kind.SAME
+            ref = value & REST_MASK if is_same else self.seq
+            if runs and runs[-1][2] == ref:
+                runs[-1] = (runs[-1][0], stop, ref)
+            else:
+                runs.append((start, stop, ref))
+        return runs
+
+    def _base(self, offset: int, end: int, *, holes: bool) -> list[Extent]:
+        base = self.history.timeline.base
+        if isinstance(base, PointBase):
+            if self._base_view is None:
+                assert self.history.parent is not None
+                self._base_view = View(self.history.parent, base.seq, self.files)
+            return self._base_view.resolve(offset, end, holes=holes)
+        if isinstance(base, ImageBase):
+            path = self.history.state_dir / base.file
+        else:
+            assert isinstance(base, EmptyBase)
+            path = self.history.directory / "base.raw"
+        return self._raw(path, offset, end, holes=holes)
+
+    def _raw(self, path: Path, offset: int, end: int, *, holes: bool) -> list[Extent]:
+        fd = self.files.fd(path)
+        held = os.fstat(fd).st_size
+        stop = min(end, held)
+        extents: list[Extent] = []
+        at = offset
+        while at < stop:
+            try:
+                data = os.lseek(fd, at, os.SEEK_DATA) if holes else at
+            except OSError:  # ENXIO: no data from here to the end of the file
+                data = stop
+            data = min(data, stop)
+            if data > at:
+                extents.append((at, data, None, 0))
+            if data < stop:
+                hole = min(os.lseek(fd, data, os.SEEK_HOLE), stop) if holes else stop
+                extents.append((data, hole, path, data))
+                at = hole
+            else:
+                at = stop
+        if at < end:
+            extents.append((at, end, None, 0))
+        return extents
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill the buffer with the bytes from `offset` on."""
+        target = memoryview(buffer)
+        for start, end, path, place in self.resolve(offset, offset + len(target)):
+            part = target[start - offset : end - offset]
+            if path is None:
+                part[:] = bytes(len(part))
+            else:
+                fill(self.files.fd(path), part, place, path)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length)."""
+        buffer = bytearray(length)
+        self.read_into(buffer, offset)
+        return bytes(buffer)
+
+    def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
+        """(start, end, zero) runs from `offset` on, covering at least the first run; with `one`, just that.
+
+        Costs what the first run costs (`one`), or up to 64 MiB of the disk at a time.
+        """
+        runs: list[tuple[int, int, bool]] = []
+        window = 1 << 20 if one else STATUS_WINDOW
+        at = offset
+        while at < end:
+            stop = min(end, at + window)
+            for start, high, path, _ in self.resolve(at, stop, holes=True):
+                zero = path is None
+                if runs and runs[-1][2] == zero:
+                    runs[-1] = (runs[-1][0], high, zero)
+                else:
+                    runs.append((start, high, zero))
+            if one and len(runs) > 1:
+                return runs[:1]
+            at = stop
+            window = min(window * 4, 1 << 40)
+        return runs
+
+    def _close_layers(self) -> None:
+        for layer in self._layers:
+            layer.close()
+        for view in self._refs.values():
+            view._close_layers()
+        if self._base_view is not None:
+            self._base_view._close_layers()
+        self._layers, self._older, self._refs, self._base_view = [], [], {}, None
+
+    def close(self) -> None:
+        """Give everything back but the history."""
+        self._close_layers()
+        self.files.close()
+
+
+def _piece_start(item: tuple[Layer | None, Piece]) -> int:
+    return item[1][0]
+
+
+def fill(fd: int, part: memoryview, place: int, path: Path) -> None:
+    """Read exactly len(part) bytes; a payload that ends at the end of its file is padded with zeros."""
+    done = os.preadv(fd, [part], place)
+    while 0 < done < len(part):
+        more = os.preadv(fd, [part[done:]], place + done)
+        if more == 0:
+            break
+        done += more
+    if done < len(part):
+        if -(-os.fstat(fd).st_size // BLOCK) * BLOCK < place + len(part):
+            raise CorruptError(f"{path} ends before {place + len(part)}", hint="cdp check says what is missing")
+        part[done:] = bytes(len(part) - done)
+
+
+class LiveView(View):
+    """The newest content, whatever was acknowledged before each request: what the target serves."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__(history, history.journal.last().seq)
+        self._rebuild_at = TAIL_REBUILD
+
+    def refresh(self) -> None:
+        """Take in what was written since the last request."""
+        journal = self.history.journal
+        last = journal.last()
+        if last.seq == self.seq:
+            return
+        newest = self._layers[0]
+        tail = newest.tail
+        after = tail.upto if tail is not None else self.seq
+        self.seq = last.seq
+        if last.interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
+            self._close_layers()
+            self._open_layers()
+            tail = self._layers[0].tail
+            self._rebuild_at = max(TAIL_REBUILD, 2 * len(tail) if tail is not None else 0)
+            return
+        if tail is None:
+            tail = newest.tail = Tail(after)
+        for run in journal.runs(after, last.seq):
+            tail.add(run)
+        tail.upto = last.seq
+
+
+TAIL_REBUILD = 65_536
+"""Pieces in a live view's tail after which it looks how far the index has come meanwhile."""

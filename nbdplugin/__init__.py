@@ -1,0 +1,1 @@
+"""The nbdkit plugins: every NBD listener of the project."""

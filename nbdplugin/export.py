@@ -1,0 +1,209 @@
+"""nbdkit plugin: the time machine. Any instant of any timeline, read-only, by export name.
+
+    DISK@WHEN      a view; WHEN as an operator writes it, resolved once per connection
+    DISK@delta:N   what changed for base point N: unchanged ranges are holes, so `qemu-img convert -B` skips them
+
+A view never reports a hole without zero: QEMU's mirror would copy zeros over data. Only the delta does, under its own name.
+"""
+
+import builtins
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbdkit  # type: ignore[import-not-found]
+
+from cdpserver import events
+from cdpserver.basepoint import delta_views
+from cdpserver.catalog import Catalog
+from cdpserver.clock import Clock
+from cdpserver.errors import CdpError, NotFoundError, RemovedError
+from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
+from cdpserver.points import Timeline as Points
+from cdpserver.state import StateDir
+from cdpserver.timeline import Timeline
+from cdpserver.view.delta import Delta
+from cdpserver.view.view import History, View
+
+API_VERSION = 2
+
+MAX_REQUEST = 32 << 20
+"""Largest request that we advertise; QEMU's own limit."""
+
+_state_dir = ""
+_state: StateDir | None = None
+_catalog: Catalog | None = None
+_log: events.EventLog | None = None
+
+
+@dataclass
+class Export:
+    """One connection's view, the histories that it holds, and whether another connection would see the same instant."""
+
+    view: View | Delta
+    histories: builtins.list[History]
+    name: str
+    absolute: bool
+    lock: threading.Lock
+
+
+def config(key: str, value: str) -> None:
+    """`state_dir=DIR` is all there is."""
+    global _state_dir
+    if key != "state_dir":
+        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR is the only one")
+    _state_dir = value
+
+
+def config_complete() -> None:
+    """Errors raised here are seen by whoever started nbdkit."""
+    if not _state_dir:
+        raise RuntimeError("state_dir=DIR is missing")
+    StateDir.open(Path(_state_dir))
+
+
+def thread_model() -> int:
+    """Connections run side by side."""
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def after_fork() -> None:
+    """LMDB and files belong to the process that serves."""
+    global _state, _catalog, _log
+    events.configure("export")
+    _state = StateDir.open(Path(_state_dir))
+    _catalog = Catalog.open(_state, writable=False)
+    _log = events.EventLog(_state.events)
+
+
+def list_exports() -> list[tuple[str, str]]:
+    """The newest instant of every disk; any other instant opens by its name as well."""
+    assert _catalog is not None
+    names = _catalog.names()
+    return [
+        (f"{name}@latest", "any instant: NAME@WHEN")
+        for name, entry in sorted(names.items())
+        if entry.state == "live"
+    ]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    """There is no default point; the empty name is refused by `open`."""
+    return ""
+
+
+def _history(name: str) -> History:
+    assert _catalog is not None and _state is not None
+    entry = _catalog.get(name)
+    if entry is None:
+        raise NotFoundError(f"there is no disk {name!r}", hint="cdp disk list shows the names")
+    if entry.state != "live":
+        raise RemovedError(f"{name} is being removed")
+    return History(_state.path, Timeline.load(_state.timeline(entry.id)))
+
+
+def _open(text: str) -> Export:
+    assert _state is not None
+    export = parse_export(text)
+    if isinstance(export, DiskExport):
+        raise NotFoundError(f"{export.name} names no instant", hint=f"open {export.name}@latest, or an earlier one")
+    history = _history(export.name)
+    try:
+        if isinstance(export, DeltaExport):
+            pair = delta_views(_state.path, history, export.number)
+            return Export(Delta(pair.new, pair.old), pair.histories, text, absolute=True, lock=threading.Lock())
+        now_ns = Clock.load(_state.clock).now_ns()
+        position = Points(history).resolve(export.when, now_ns=now_ns)
+        absolute = isinstance(export.when, Seq)
+        return Export(View(history, position.seq), [history], text, absolute=absolute, lock=threading.Lock())
+    except BaseException:
+        history.close()
+        raise
+
+
+def open(readonly: bool) -> Export:
+    """The instant of the export name that the client asked for."""
+    text = nbdkit.export_name()
+    started = time.monotonic()
+    try:
+        export = _open(text)
+    except CdpError as error:
+        _fail(error, "open", export=text[:200])
+        raise
+    assert _log is not None
+    _log.emit("export.opened", export=text, seconds=round(time.monotonic() - started, 4))
+    return export
+
+
+def _fail(error: CdpError, where: str, **fields: object) -> None:
+    nbdkit.set_error(error.errno)
+    assert _log is not None
+    _log.emit(f"export.{error.kind}", level="warning", where=where, reason=str(error), **fields)
+
+
+def close(h: Export) -> None:
+    """Gives files, environments and leases back."""
+    h.view.close()
+    for history in h.histories:
+        history.close()
+
+
+def get_size(h: Export) -> int:
+    """Bytes of the disk."""
+    return h.view.size
+
+
+def block_size(h: Export) -> tuple[int, int, int]:
+    """Any alignment is fine; 4 KiB is what the journal holds."""
+    return 1, 4096, MAX_REQUEST
+
+
+def can_write(h: Export) -> bool:
+    """A point never changes; a fork of it can be written."""
+    return False
+
+
+def can_flush(h: Export) -> bool:
+    """Nothing to flush."""
+    return False
+
+
+def can_multi_conn(h: Export) -> bool:
+    """Connections by a relative name may have been resolved to different instants."""
+    return h.absolute
+
+
+def can_extents(h: Export) -> bool:
+    """Block status is known."""
+    return True
+
+
+def pread(h: Export, buf: bytearray, offset: int, flags: int) -> None:
+    """The bytes at the instant."""
+    try:
+        with h.lock:
+            h.view.read_into(buf, offset)
+    except CdpError as error:
+        _fail(error, "read", export=h.name)
+        raise
+
+
+def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
+    """Block status: data, or a hole that reads as zeros; a delta also has holes alone."""
+    one = bool(flags & REQ_ONE)
+    try:
+        with h.lock:
+            if isinstance(h.view, Delta):
+                return [(s, e - s, DELTA_TYPES[t]) for s, e, t in h.view.status(offset, offset + count, one=one)]
+            runs = h.view.status(offset, offset + count, one=one)
+    except CdpError as error:
+        _fail(error, "extents", export=h.name)
+        raise
+    return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
+
+
+REQ_ONE = int(nbdkit.FLAG_REQ_ONE)
+HOLE = int(nbdkit.EXTENT_HOLE)
+HOLE_ZERO = HOLE | int(nbdkit.EXTENT_ZERO)
+DELTA_TYPES = {0: 0, 1: HOLE, 3: HOLE_ZERO}

@@ -1,0 +1,222 @@
+"""nbdkit plugin: the target that QEMU's mirrors (and the guests of forks) write to, by export name.
+
+Run with `-t 1`: one thread a connection serves twice the requests of many that hand the GIL around.
+Crash-only: it is stopped with SIGKILL, never SIGTERM, which would turn a live mirror's writes into errors.
+The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
+"""
+
+import builtins
+from pathlib import Path
+
+import nbdkit  # type: ignore[import-not-found]
+
+from cdpserver import events
+from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError, RemovedError, UsageError
+from cdpserver.names import DiskExport, parse_export
+from cdpserver.state import StateDir
+from cdpserver.target.disk import Connection
+from cdpserver.target.registry import Registry
+
+API_VERSION = 2
+
+MAX_REQUEST = 32 << 20
+"""Largest request that we advertise; QEMU's own limit."""
+
+_state_dir = ""
+_registry: Registry | None = None
+
+
+def registry() -> Registry:
+    """The process's disks; there after the fork."""
+    assert _registry is not None
+    return _registry
+
+
+def config(key: str, value: str) -> None:
+    """`state_dir=DIR` is all there is."""
+    global _state_dir
+    if key != "state_dir":
+        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR is the only one")
+    _state_dir = value
+
+
+def config_complete() -> None:
+    """Errors raised here are seen by whoever started nbdkit."""
+    if not _state_dir:
+        raise RuntimeError("state_dir=DIR is missing")
+    StateDir.open(Path(_state_dir))
+
+
+def thread_model() -> int:
+    """Connections run side by side."""
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def after_fork() -> None:
+    """LMDB, threads and files belong to the process that serves."""
+    global _registry
+    events.configure("target")
+    _registry = Registry(StateDir.open(Path(_state_dir)))
+    _registry.start()
+
+
+def list_exports() -> list[tuple[str, str]]:
+    """Every disk and fork that takes writes."""
+    names = registry().catalog.names()
+    return [(name, "") for name, entry in sorted(names.items()) if entry.state == "live"]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    """There is no default disk; the empty name is refused by `open`."""
+    return ""
+
+
+EVENTS: dict[type[CdpError], str] = {
+    NotFoundError: "target.unknown-export",
+    RemovedError: "target.removing",
+    NoSpaceError: "target.no-space",
+    BrokenError: "target.broken",
+    UsageError: "target.bad-request",
+}
+
+
+def _fail(error: CdpError, where: str, **fields: object) -> None:
+    """Give the client the error's own errno, and say it once in the log and the event file."""
+    nbdkit.set_error(error.errno)
+    name = next((text for kind, text in EVENTS.items() if isinstance(error, kind)), "target.error")
+    registry().log.emit(name, level="warning", where=where, reason=str(error), **fields)
+
+
+def open(readonly: bool) -> Connection:
+    """The disk of the export name that the client asked for."""
+    text = nbdkit.export_name()
+    try:
+        export = parse_export(text)
+        if not isinstance(export, DiskExport):
+            raise NotFoundError("points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI")
+        return registry().disk(export.name).connect()
+    except CdpError as error:
+        _fail(error, "open", export=text[:200])
+        raise
+
+
+def close(h: Connection) -> None:
+    """The client is gone."""
+    h.close()
+
+
+def get_size(h: Connection) -> int:
+    """Bytes of the disk."""
+    return h.disk.size
+
+
+def block_size(h: Connection) -> tuple[int, int, int]:
+    """4096 where the size allows it, else 512; any alignment is handled all the same."""
+    minimum = 4096 if h.disk.size % 4096 == 0 else 512
+    return minimum, 65536, MAX_REQUEST
+
+
+def can_write(h: Connection) -> bool:
+    """Always."""
+    return True
+
+
+def can_flush(h: Connection) -> bool:
+    """Always."""
+    return True
+
+
+def can_trim(h: Connection) -> bool:
+    """Trimmed blocks read as zeros."""
+    return True
+
+
+def can_zero(h: Connection) -> bool:
+    """A zero is one record."""
+    return True
+
+
+def can_fast_zero(h: Connection) -> bool:
+    """A zero is one record."""
+    return True
+
+
+def can_fua(h: Connection) -> int:
+    """We commit ourselves."""
+    return int(nbdkit.FUA_NATIVE)
+
+
+def can_multi_conn(h: Connection) -> bool:
+    """A FLUSH covers what was acknowledged over all connections."""
+    return True
+
+
+def can_extents(h: Connection) -> bool:
+    """Block status is known."""
+    return True
+
+
+def pread(h: Connection, buf: bytearray, offset: int, flags: int) -> None:
+    """What was written last."""
+    try:
+        h.read_into(memoryview(buf), offset)
+    except CdpError as error:
+        _fail(error, "read", disk=h.disk.timeline.name)
+        raise
+
+
+def pwrite(h: Connection, buf: memoryview, offset: int, flags: int) -> None:
+    """Acknowledged when it would survive a kill of this process; with FUA when it is durable."""
+    try:
+        h.write(memoryview(buf), offset)
+        if flags & FUA:
+            h.sync()
+    except CdpError as error:
+        _fail(error, "write", disk=h.disk.timeline.name)
+        raise
+
+
+def zero(h: Connection, count: int, offset: int, flags: int) -> None:
+    """One record without payload."""
+    try:
+        h.zero(offset, count)
+        if flags & FUA:
+            h.sync()
+    except CdpError as error:
+        _fail(error, "zero", disk=h.disk.timeline.name)
+        raise
+
+
+def trim(h: Connection, count: int, offset: int, flags: int) -> None:
+    """One record without payload; the blocks read as zeros."""
+    try:
+        h.zero(offset, count, trim=True)
+        if flags & FUA:
+            h.sync()
+    except CdpError as error:
+        _fail(error, "trim", disk=h.disk.timeline.name)
+        raise
+
+
+def flush(h: Connection, flags: int) -> None:
+    """Durable on return: everything acknowledged before, over all connections."""
+    try:
+        h.flush()
+    except CdpError as error:
+        _fail(error, "flush", disk=h.disk.timeline.name)
+        raise
+
+
+def extents(h: Connection, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
+    """Data, or a hole that reads as zeros; never a hole alone."""
+    try:
+        runs = h.status(offset, count, one=bool(flags & REQ_ONE))
+    except CdpError as error:
+        _fail(error, "extents", disk=h.disk.timeline.name)
+        raise
+    return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
+
+
+FUA = int(nbdkit.FLAG_FUA)
+REQ_ONE = int(nbdkit.FLAG_REQ_ONE)
+HOLE_ZERO = int(nbdkit.EXTENT_HOLE) | int(nbdkit.EXTENT_ZERO)

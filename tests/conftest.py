@@ -1,0 +1,24 @@
+"""What every test may rely on: nbdkit's PATH, Hypothesis without deadlines, short socket paths."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# nbdkit takes its packages from the first python3 on PATH, which must be the one that runs the tests.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+# A busy machine is no bug: the time limit of a test is pytest's.
+settings.register_profile("gate", deadline=None)
+settings.load_profile("gate")
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for Unix sockets, whose paths hold 107 bytes: `tmp_path` uses up most of them."""
+    with tempfile.TemporaryDirectory(prefix="cdp-") as path:
+        yield Path(path)
