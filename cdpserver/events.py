@@ -96,7 +96,8 @@ class EventLog:
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             size = os.fstat(fd).st_size
-            # A line cut short by a full disk or a power loss must not swallow this one.
+            # A line cut short by a full disk or a power loss must not swallow this one. (Another process may be
+            # in the middle of its write: then there is an empty line, which readers pass over.)
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 line = b"\n" + line
             written = os.write(fd, line)
@@ -113,8 +114,9 @@ class EventLog:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        if os.path.samestat(os.fstat(fd), os.stat(self._path)):
-            os.rename(self._path, previous_file(self._path))
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                os.rename(self._path, previous_file(self._path))
 
 
 def previous_file(path: Path) -> Path:

@@ -207,7 +207,9 @@ class Timeline:
         end_second = min(until_ns // SECOND_NS + 1, now_ns // SECOND_NS)
         rows, controls = self._interval(interval, since_ns // SECOND_NS, end_second)
         found = [
-            Point("rp", r.last_time_ns, r.last_seq, r.records, r.bytes, Grade(r.grade), None, r.session)
+            Point(
+                "rp", r.last_time_ns, r.last_seq, r.records, r.payload_bytes, Grade(r.grade), None, r.session
+            )
             for r in rows
             if since_ns <= r.last_time_ns <= until_ns
         ]
@@ -263,7 +265,7 @@ class Timeline:
 
     def resolve(self, when: When, *, now_ns: int) -> Position:
         """The place that WHEN names. UsageError or RefusedError with the nearest points on both sides."""
-        name = self.history.timeline.name
+        name = self.history.timeline.full_name
         if self.journal.empty:
             raise RefusedError(
                 f"{name} has no history yet",
@@ -323,15 +325,13 @@ class Timeline:
     def _is_gap(self, position: Position) -> bool:
         reader = self.journal.reader(position.interval, position.segment)
         record = reader.records(position.seq - reader.first_seq, position.seq - reader.first_seq + 1)[0]
-        return record["kind"] == Kind.CONTROL and reader.control(record)["type"] == "gap"
+        return bool(record["kind"] == Kind.CONTROL) and reader.control(record)["type"] == "gap"
 
-    def _nowhere(
-        self, when: When, why: str, before: Position | None, after: Position | None
-    ) -> UsageError:
+    def _nowhere(self, when: When, why: str, before: Position | None, after: Position | None) -> UsageError:
         sides = []
         if before is not None:
             sides.append(f"the nearest before is {format_time(before.time_ns)} (seq:{before.seq})")
         if after is not None:
             sides.append(f"the nearest after is {format_time(after.time_ns)} (seq:{after.seq})")
-        name = self.history.timeline.name
+        name = self.history.timeline.full_name
         return UsageError(f"{name}@{format_when(when)} is {why}", hint="; ".join(sides))

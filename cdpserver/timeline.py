@@ -165,7 +165,7 @@ def load(directory: Path) -> Timeline:
     path = directory / FILE
     try:
         value = durable.read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if directory.is_dir():
             raise corrupt_json(path, "it is missing") from None
         raise NotFoundError(

@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbdkit  # type: ignore[import-not-found]
+import nbdkit
 
 from cdpserver import events
+from cdpserver import timeline as timeline_file
 from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
@@ -22,7 +23,6 @@ from cdpserver.errors import CdpError, NotFoundError, RemovedError
 from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
 from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
-from cdpserver.timeline import Timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.view import History, View
 
@@ -77,7 +77,7 @@ def after_fork() -> None:
     _log = events.EventLog(_state.events)
 
 
-def list_exports() -> list[tuple[str, str]]:
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     """The newest instant of every disk; any other instant opens by its name as well."""
     assert _catalog is not None
     names = _catalog.names()
@@ -100,19 +100,23 @@ def _history(name: str) -> History:
         raise NotFoundError(f"there is no disk {name!r}", hint="cdp disk list shows the names")
     if entry.state != "live":
         raise RemovedError(f"{name} is being removed")
-    return History(_state.path, Timeline.load(_state.timeline(entry.id)))
+    return History(_state.path, timeline_file.load(_state.timeline(entry.id)))
 
 
 def _open(text: str) -> Export:
     assert _state is not None
     export = parse_export(text)
     if isinstance(export, DiskExport):
-        raise NotFoundError(f"{export.name} names no instant", hint=f"open {export.name}@latest, or an earlier one")
+        raise NotFoundError(
+            f"{export.name} names no instant", hint=f"open {export.name}@latest, or an earlier one"
+        )
     history = _history(export.name)
     try:
         if isinstance(export, DeltaExport):
             pair = delta_views(_state.path, history, export.number)
-            return Export(Delta(pair.new, pair.old), pair.histories, text, absolute=True, lock=threading.Lock())
+            return Export(
+                Delta(pair.new, pair.old), pair.histories, text, absolute=True, lock=threading.Lock()
+            )
         now_ns = Clock.load(_state.clock).now_ns()
         position = Points(history).resolve(export.when, now_ns=now_ns)
         absolute = isinstance(export.when, Seq)
@@ -195,7 +199,9 @@ def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tup
     try:
         with h.lock:
             if isinstance(h.view, Delta):
-                return [(s, e - s, DELTA_TYPES[t]) for s, e, t in h.view.status(offset, offset + count, one=one)]
+                return [
+                    (s, e - s, DELTA_TYPES[t]) for s, e, t in h.view.status(offset, offset + count, one=one)
+                ]
             runs = h.view.status(offset, offset + count, one=one)
     except CdpError as error:
         _fail(error, "extents", export=h.name)

@@ -8,7 +8,7 @@ The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
 import builtins
 from pathlib import Path
 
-import nbdkit  # type: ignore[import-not-found]
+import nbdkit
 
 from cdpserver import events
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError, RemovedError, UsageError
@@ -60,7 +60,7 @@ def after_fork() -> None:
     _registry.start()
 
 
-def list_exports() -> list[tuple[str, str]]:
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     """Every disk and fork that takes writes."""
     names = registry().catalog.names()
     return [(name, "") for name, entry in sorted(names.items()) if entry.state == "live"]
@@ -93,7 +93,9 @@ def open(readonly: bool) -> Connection:
     try:
         export = parse_export(text)
         if not isinstance(export, DiskExport):
-            raise NotFoundError("points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI")
+            raise NotFoundError(
+                "points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI"
+            )
         return registry().disk(export.name).connect()
     except CdpError as error:
         _fail(error, "open", export=text[:200])
@@ -161,7 +163,7 @@ def pread(h: Connection, buf: bytearray, offset: int, flags: int) -> None:
     try:
         h.read_into(memoryview(buf), offset)
     except CdpError as error:
-        _fail(error, "read", disk=h.disk.timeline.name)
+        _fail(error, "read", disk=h.disk.timeline.full_name)
         raise
 
 
@@ -172,7 +174,7 @@ def pwrite(h: Connection, buf: memoryview, offset: int, flags: int) -> None:
         if flags & FUA:
             h.sync()
     except CdpError as error:
-        _fail(error, "write", disk=h.disk.timeline.name)
+        _fail(error, "write", disk=h.disk.timeline.full_name)
         raise
 
 
@@ -183,7 +185,7 @@ def zero(h: Connection, count: int, offset: int, flags: int) -> None:
         if flags & FUA:
             h.sync()
     except CdpError as error:
-        _fail(error, "zero", disk=h.disk.timeline.name)
+        _fail(error, "zero", disk=h.disk.timeline.full_name)
         raise
 
 
@@ -194,7 +196,7 @@ def trim(h: Connection, count: int, offset: int, flags: int) -> None:
         if flags & FUA:
             h.sync()
     except CdpError as error:
-        _fail(error, "trim", disk=h.disk.timeline.name)
+        _fail(error, "trim", disk=h.disk.timeline.full_name)
         raise
 
 
@@ -203,7 +205,7 @@ def flush(h: Connection, flags: int) -> None:
     try:
         h.flush()
     except CdpError as error:
-        _fail(error, "flush", disk=h.disk.timeline.name)
+        _fail(error, "flush", disk=h.disk.timeline.full_name)
         raise
 
 
@@ -212,7 +214,7 @@ def extents(h: Connection, count: int, offset: int, flags: int) -> builtins.list
     try:
         runs = h.status(offset, count, one=bool(flags & REQ_ONE))
     except CdpError as error:
-        _fail(error, "extents", disk=h.disk.timeline.name)
+        _fail(error, "extents", disk=h.disk.timeline.full_name)
         raise
     return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
 

@@ -7,6 +7,7 @@ takes several times faster than random order.
 import os
 from bisect import bisect_right
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import lmdb
@@ -61,7 +62,9 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
     if not len(records):
         return []
     seconds = records["time"] // np.uint64(SECOND_NS)
-    payload = np.where(records["kind"] == Kind.DATA, records["length"].astype(np.uint64) * np.uint64(SECTOR), 0)
+    payload = np.where(
+        records["kind"] == Kind.DATA, records["length"].astype(np.uint64) * np.uint64(SECTOR), 0
+    )
     edges = [0, *(np.flatnonzero(np.diff(seconds)) + 1).tolist(), len(records)]
     return [
         PointRow(
@@ -69,11 +72,11 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
             last_seq=int(records["seq"][high - 1]),
             last_time_ns=int(records["time"][high - 1]),
             records=high - low,
-            bytes=int(payload[low:high].sum()),
+            payload_bytes=int(payload[low:high].sum()),
             session=state.session,
             grade=int(state.grade),
         )
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in pairwise(edges)
     ]
 
 
@@ -84,7 +87,7 @@ def merge_rows(older: PointRow, newer: PointRow) -> PointRow:
         last_seq=newer.last_seq,
         last_time_ns=newer.last_time_ns,
         records=older.records + newer.records,
-        bytes=older.bytes + newer.bytes,
+        payload_bytes=older.payload_bytes + newer.payload_bytes,
         session=newer.session,
         grade=newer.grade,
     )
@@ -95,9 +98,7 @@ def split_at_controls(run: Run) -> list[Run]:
     edges = (np.flatnonzero(run.records["kind"] == Kind.CONTROL) + 1).tolist()
     bounds = [0, *edges, len(run.records)]
     return [
-        Run(run.reader, run.interval, run.records[low:high])
-        for low, high in zip(bounds, bounds[1:], strict=False)
-        if high > low
+        Run(run.reader, run.interval, run.records[low:high]) for low, high in pairwise(bounds) if high > low
     ]
 
 
@@ -133,7 +134,7 @@ def _add_points_and_controls(index: IndexFile, txn: lmdb.Transaction, run: Run) 
         for row in point_rows(part, state):
             key = row.second.to_bytes(8, "big")
             older = txn.get(key, db=index.points)
-            merged = merge_rows(PointRow.unpack(key, older), row) if older else row
+            merged = merge_rows(PointRow.unpack(key, bytes(older)), row) if older else row
             txn.put(key, merged.pack(), db=index.points)
         last = part.records[-1]
         if last["kind"] == Kind.CONTROL:

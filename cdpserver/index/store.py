@@ -2,8 +2,8 @@
 
 Invariants: the seq indexed so far is stored in the transaction of its entries, so a snapshot is a whole prefix of the journal;
 entries of an interval are never changed or removed, so a newer snapshot answers older questions alike.
-Durability: none while the interval is open (it is rebuilt after a boot, hence the boot id in its name); a closed interval's index is
-synced and renamed into place.
+Durability: none while the interval is open (it is rebuilt after a boot, hence the boot id in its name); a closed interval's
+index is synced and renamed into place.
 LMDB lets a process open an environment once: `open_index` shares them.
 """
 
@@ -37,13 +37,15 @@ class PointRow:
     last_seq: int
     last_time_ns: int
     records: int
-    bytes: int
+    payload_bytes: int
     session: int
     grade: int
 
     def pack(self) -> bytes:
         """The row's value."""
-        return POINT.pack(self.last_seq, self.last_time_ns, self.records, self.bytes, self.session, self.grade)
+        return POINT.pack(
+            self.last_seq, self.last_time_ns, self.records, self.payload_bytes, self.session, self.grade
+        )
 
     @classmethod
     def unpack(cls, key: bytes, value: bytes) -> Self:
@@ -134,7 +136,9 @@ class Snapshot:
             if (following and cursor.prev()) or (not following and cursor.last()):
                 key = cursor.key()
                 if key[:6] == prefix:
-                    found.append((block, int.from_bytes(key[6:], "big"), int.from_bytes(cursor.value(), "little")))
+                    found.append(
+                        (block, int.from_bytes(key[6:], "big"), int.from_bytes(cursor.value(), "little"))
+                    )
             if not following:
                 return found
             unit = int.from_bytes(following[:6], "big")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cdpserver import durable
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError
-from cdpserver.journal.writer import NO_SPACE, _fsync, start_history
+from cdpserver.journal.begin import start_history
+from cdpserver.journal.writer import NO_SPACE
 
 FALLOC_PUNCH = 0x01 | 0x02
 """FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)."""
@@ -135,7 +136,13 @@ def sync_base(directory: Path) -> None:
     done = directory / "base.synced"
     if done.exists() or not (directory / "base.raw").exists():
         return
-    _fsync(directory / "base.raw")
+    fd = os.open(directory / "base.raw", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise _failed(error) from error
+    finally:
+        os.close(fd)
     durable.write_whole(done, b"")
 
 
@@ -146,5 +153,7 @@ def base_lost(directory: Path) -> bool:
 
 def _failed(error: OSError) -> CdpError:
     if error.errno in NO_SPACE:
-        return NoSpaceError("the store's file system is full", hint="free space; nothing acknowledged is lost")
+        return NoSpaceError(
+            "the store's file system is full", hint="free space; nothing acknowledged is lost"
+        )
     return BrokenError(f"writing to the base image failed: {error.strerror}", hint="look at the store's disk")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
 from cdpserver.journal.record import Kind
-from cdpserver.journal.segment import SegmentReader, log_path
+from cdpserver.journal.segment import SegmentReader
 
 CACHED_READERS = 64
 """Open segments per journal reader: bounds file descriptors."""
@@ -124,25 +124,25 @@ class Journal:
         """The first segment of an interval."""
         return self.reader(interval, self.segments(interval)[0])
 
-    def _rolled(self, interval: int, segment: int) -> bool:
-        """Has the writer gone on to another segment since the last refresh?"""
-        directory = interval_path(self.timeline, interval)
-        if log_path(directory, segment + 1).exists():
-            return True
-        return log_path(interval_path(self.timeline, interval + 1), 1).exists()
-
     def newest(self) -> tuple[int, SegmentReader]:
-        """Interval and reader of the newest segment."""
+        """Interval and reader of the newest segment. Costs a look at a mapped word while the writer has not rolled on."""
         if self.empty:
             self.refresh()
             if self.empty:
                 raise CorruptError(f"{self.timeline.name} has no segment")
+        place = (0, 0)
         while True:
             interval = self._intervals[-1]
             segment = self.segments(interval)[-1]
-            if not self._rolled(interval, segment):
-                return interval, self.reader(interval, segment)
+            reader = self.reader(interval, segment)
+            if not reader.rolled or place == (interval, segment):
+                return interval, reader
+            place = (interval, segment)
             self.refresh()
+
+    def last_seq(self) -> int:
+        """Seq of the newest record. Includes every write acknowledged before the call."""
+        return self.newest()[1].last_seq
 
     def last(self) -> Position:
         """The newest record. Includes every write acknowledged before the call."""

@@ -14,7 +14,7 @@ import numpy as np
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, fold_controls, interval_path
 from cdpserver.journal.record import DTYPE, Kind, payload_digest
-from cdpserver.journal.segment import OPEN, PAGE, SEALED, SegmentReader, log_path
+from cdpserver.journal.segment import OPEN, PAGE, ROLLED, SEALED, SegmentReader, log_path
 from cdpserver.limits import SECTOR
 
 
@@ -48,7 +48,9 @@ def survey(journal: Journal, boot_id: str) -> Survey:
         unsealed.append(place)
     unsealed.reverse()
     readers = [journal.reader(*place) for place in unsealed]
-    unclean = vanished or any(reader.state == OPEN and reader.header.boot_id != boot_id for reader in readers)
+    unclean = vanished or any(
+        reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id for reader in readers
+    )
     if not unclean:
         valid = tuple((place, reader.count) for place, reader in zip(unsealed, readers, strict=True))
         durable = max((_durable(reader, reader.count) for reader in readers), default=0)

@@ -35,7 +35,8 @@ TAIL_WORD = 2
 STATE_WORD = 3
 """Indexes of the two words when the page is seen as 64-bit words."""
 
-OPEN, CLOSED, SEALED = 0, 1, 2
+OPEN, CLOSED, SEALED, ROLLED = 0, 1, 2, 3
+"""Open; closed cleanly (all durable); sealed; followed by another segment, but not sealed yet."""
 
 WINDOW_RECORDS = WINDOW_BYTES // RECORD_SIZE
 
@@ -70,7 +71,7 @@ def data_path(interval: Path, segment: int) -> Path:
 
 def encode_page(header: Header) -> bytes:
     """The 4096-byte header page of an open, empty segment."""
-    values = msgpack.packb(
+    values: bytes = msgpack.packb(
         {
             "timeline": header.timeline,
             "interval": header.interval,
@@ -95,7 +96,9 @@ def decode_page(page: bytes, name: str) -> Header:
     if magic != SEGMENT_MAGIC:
         raise CorruptError(f"{name} is not a segment")
     if version != SEGMENT_VERSION:
-        raise CorruptError(f"{name} is of version {version}", hint="a newer cdpserver wrote it; upgrade this one")
+        raise CorruptError(
+            f"{name} is of version {version}", hint="a newer cdpserver wrote it; upgrade this one"
+        )
     end = FIXED.size + length
     if end + CHECK.size > PAGE:
         raise CorruptError(f"{name}: the header page's length is impossible")
@@ -174,7 +177,9 @@ class SegmentWriter:
         if self.count - self.window_start == WINDOW_RECORDS:
             self._map_window(self.count // WINDOW_RECORDS)
 
-    def put(self, kind: int, sectors: int, seq: int, time_ns: int, offset: int, place: int, digest: bytes) -> None:
+    def put(
+        self, kind: int, sectors: int, seq: int, time_ns: int, offset: int, place: int, digest: bytes
+    ) -> None:
         """Write one record and publish it. The caller has called `reserve` since the last record."""
         body = BODY.pack(MAGIC, VERSION, kind, sectors, seq, time_ns, offset, place, digest)
         at = (self.count - self.window_start) * RECORD_SIZE
@@ -199,7 +204,7 @@ class SegmentWriter:
         os.fdatasync(self.log_fd)
 
     def set_state(self, state: int) -> None:
-        """OPEN, CLOSED (all durable) or SEALED; durable with the next `sync`."""
+        """OPEN, CLOSED, SEALED or ROLLED; durable with the next `sync`."""
         self.words[STATE_WORD] = state
 
     def seal(self) -> None:
@@ -252,8 +257,13 @@ class SegmentReader:
 
     @property
     def state(self) -> int:
-        """OPEN, CLOSED or SEALED."""
+        """OPEN, CLOSED, SEALED or ROLLED."""
         return self._words[STATE_WORD]
+
+    @property
+    def rolled(self) -> bool:
+        """The writer has gone on to another segment."""
+        return self._words[STATE_WORD] >= SEALED
 
     @property
     def first_seq(self) -> int:

@@ -10,88 +10,24 @@ Threads: any; `_lock` is held for one record at a time, `_commit_lock` for one c
 """
 
 import errno
-import fcntl
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cdpserver import limits
+from cdpserver import durable, limits
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
-from cdpserver.journal.segment import CLOSED, OPEN, Header, SegmentWriter, log_path
+from cdpserver.journal.resync import ComparedBlocks, Reads
+from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, Header, SegmentWriter, log_path
 from cdpserver.limits import BLOCK, SECTOR
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-class Reads(Protocol):
-    """How the writer sees content: what `view.live` gives it, without the journal knowing about views."""
-
-    def latest(self, offset: int, length: int) -> bytes:
-        """What the disk holds now."""
-
-    def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
-        """Compare a payload with the content at seq `ref`.
-
-        Runs [start, end) of the payload with the seq R to refer to, or -1 where the content differs.
-        """
-
-
-
-
-def lock_timeline(directory: Path) -> int:
-    """Take the writer lock; RefusedError while another process holds it."""
-    fd = os.open(directory / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise RefusedError(
-            f"another process writes to {directory.name}", hint="stop it; there is one writer per timeline"
-        ) from error
-    return fd
-
-
-def start_history(
-    directory: Path, *, uuid: bytes, boot_id: str, now_ns: int, mode: str, session: int = 0
-) -> None:
-    """Create interval 1, segment 1 with the `begin` record; the history starts here.
-
-    Durable on return, except the base image that it stands on. Appears whole: before the log is renamed into place
-    the timeline is still in its first copy.
-    """
-    interval = interval_path(directory, 1)
-    interval.mkdir(exist_ok=True)
-    payload = control.encode(control.begin(mode, session))
-    header = Header(uuid, 1, 1, 1, now_ns, boot_id, State())
-    # Written under a name that no reader looks for, with its first record in it, then renamed.
-    staging = interval / ".tmp-begin"
-    staging.mkdir(exist_ok=True)
-    segment = SegmentWriter.create(staging, header)
-    place = segment.append_payload(payload)
-    segment.put(Kind.CONTROL, 0, 1, now_ns, len(payload), place, payload_digest(payload))
-    segment.sync()
-    segment.close()
-    os.rename(staging / "00000001.data", interval / "00000001.data")
-    os.rename(staging / "00000001.log", interval / "00000001.log")
-    staging.rmdir()
-    for path in (interval, interval.parent):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class JournalWriter:
@@ -119,7 +55,7 @@ class JournalWriter:
         self._retired: list[SegmentWriter] = []
         self._fresh_dirs: list[Path] = []
         self._broken: str = ""
-        self._seen = bytearray()
+        self._compared: ComparedBlocks | None = None
         self._segment = self._take_over()
         self._track_resync()
 
@@ -140,16 +76,24 @@ class JournalWriter:
                 return self._after_unclean_boot(journal, found, place)
             for (interval, number), kept in found.valid[:-1]:
                 older = journal.reader(interval, number).header
-                self._retired.append(SegmentWriter(interval_path(self.directory, interval), older, count=kept))
+                self._retired.append(
+                    SegmentWriter(interval_path(self.directory, interval), older, count=kept)
+                )
         finally:
             journal.close()
         segment = SegmentWriter(interval_path(self.directory, place[0]), header, count=count)
         if header.boot_id != self.boot_id or segment.full:
-            self._retired.append(segment)
-            return self._new_segment(place, self.last_seq + 1, new_interval=False)
+            fresh = self._new_segment(place, self.last_seq + 1, new_interval=False)
+            self._retire(segment)
+            return fresh
         segment.clear_after_tail()
         segment.set_state(OPEN)
         return segment
+
+    def _retire(self, segment: SegmentWriter) -> None:
+        """The segment is followed by another one; the next commit seals it."""
+        segment.set_state(ROLLED)
+        self._retired.append(segment)
 
     def _adopt(self, journal: Journal, place: tuple[int, int], count: int, durable_seq: int) -> None:
         self.last_seq, self.last_time_ns, state = recovery.last_state(journal, place, count)
@@ -214,7 +158,7 @@ class JournalWriter:
             time.sleep(self.slow_s)
         if (offset | length) % BLOCK and not self._ends_disk(offset, length):
             self._write_around(payload, offset)
-        elif self._seen and not self._all_seen(offset, length):
+        elif self._compared is not None and not self._compared.holds(offset, length):
             self._write_resync(payload, offset)
         else:
             digest = payload_digest(payload)
@@ -279,7 +223,8 @@ class JournalWriter:
         old = self._segment
         place = (old.header.interval, old.header.segment)
         self._segment = self._new_segment(place, self.last_seq + 1, new_interval=new_interval)
-        self._retired.append(old)
+        # Readers look for a following segment only where its state tells them to.
+        self._retire(old)
 
     def _publish(self, kind: Kind, sectors: int, offset: int, place: int, digest: bytes) -> None:
         now = self._clock_ns()
@@ -322,17 +267,12 @@ class JournalWriter:
     # -- resync ----------------------------------------------------------------------------------------------
 
     def _track_resync(self) -> None:
-        """A resync compares each 64 KiB the first time it is written in a session."""
+        """A resync compares each block the first time it is written in a session."""
         under_way = self.state.resync_ref >= 0 and not self.state.synced and not self.state.fork
-        self._seen = bytearray(-(-self.size // (16 * BLOCK))) if under_way else bytearray()
-
-    def _all_seen(self, offset: int, length: int) -> bool:
-        chunk = 16 * BLOCK
-        return 0 not in self._seen[offset // chunk : -(-(offset + length) // chunk)]
+        self._compared = ComparedBlocks(self.size) if under_way else None
 
     def _write_resync(self, payload: memoryview, offset: int) -> None:
         assert self.reads is not None
-        chunk = 16 * BLOCK
         length = len(payload)
         runs = self.reads.changed_from(self.state.resync_ref, offset, payload)
         for start, end, ref in runs:
@@ -345,12 +285,8 @@ class JournalWriter:
                 with self._lock:
                     self._reserve(0)
                     self._publish(Kind.SAME, (end - start) // SECTOR, offset + start, ref, NO_DIGEST)
-        # Only chunks that were written whole count as seen: the rest of a chunk is still to come.
-        first, last = -(-offset // chunk), (offset + length) // chunk
-        if offset + length == self.size:
-            last = len(self._seen)
-        if last > first:
-            self._seen[first:last] = b"\1" * (last - first)
+        if self._compared is not None:
+            self._compared.add(offset, length)
 
     # -- control records -------------------------------------------------------------------------------------
 
@@ -419,11 +355,12 @@ class JournalWriter:
                     segment.sync()
                 current.sync()
                 for path in dict.fromkeys(fresh):
-                    _fsync(path)
+                    durable.fsync_dir(path)
                 for segment in retired:
                     segment.seal()
-            except OSError as error:
-                self._broken = f"making {self.directory.name} durable failed: {error.strerror or error}"
+            except (OSError, CdpError) as error:
+                # Whatever failed, the kernel may have dropped the pages: nothing may be taken for durable any more.
+                self._broken = f"making {self.directory.name} durable failed: {error}"
                 raise BrokenError(self._broken, hint="look at the store's disk") from error
             with self._lock:
                 self.durable_seq = upto

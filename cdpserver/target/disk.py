@@ -1,4 +1,4 @@
-"""A timeline that clients write to: first copy or journal, its connections and their sessions.
+r"""A timeline that clients write to: first copy or journal, its connections and their sessions.
 
     connections --lock each--> FirstCopy   (until the switch)
                           \--> JournalWriter (from then on)
@@ -19,11 +19,12 @@ from typing import Any, TypeAlias
 from cdpserver import durable
 from cdpserver.errors import BrokenError, CorruptError, RefusedError, RemovedError, UsageError
 from cdpserver.journal import firstcopy
+from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import Kind
-from cdpserver.journal.segment import OPEN
-from cdpserver.journal.writer import JournalWriter, lock_timeline
+from cdpserver.journal.segment import OPEN, ROLLED
+from cdpserver.journal.writer import JournalWriter
 from cdpserver.target.reads import LiveReads
 from cdpserver.timeline import Timeline
 from cdpserver.view.view import History
@@ -63,7 +64,7 @@ class TargetDisk:
         if Journal(self.directory).empty:
             self.first_copy = FirstCopy(self.directory, size=self.size, boot_id=self._boot_id)
             if self.first_copy.restarted:
-                self._emit("target.first-copy-restarted", level="warning", disk=self.timeline.name)
+                self._emit("target.first-copy-restarted", level="warning", disk=self.timeline.full_name)
         else:
             self._open_journal()
 
@@ -97,7 +98,7 @@ class TargetDisk:
             self._emit(
                 "target.unclean-boot",
                 level="error" if damaged else "warning",
-                disk=self.timeline.name,
+                disk=self.timeline.full_name,
                 **self.journal.recovered,
             )
 
@@ -140,7 +141,7 @@ class TargetDisk:
         """A client opened the export."""
         with self._mode_lock:
             if self._gone:
-                raise RemovedError(f"{self.timeline.name} is being removed", hint="choose another disk")
+                raise RemovedError(f"{self.timeline.full_name} is being removed", hint="choose another disk")
             connection = Connection(self)
             self._connections[id(connection)] = connection
         return connection
@@ -162,7 +163,7 @@ class TargetDisk:
             else:
                 assert self.first_copy is not None
                 number = self.first_copy.begin_session()
-        self._emit("target.session", disk=self.timeline.name, session=number, reason=reason)
+        self._emit("target.session", disk=self.timeline.full_name, session=number, reason=reason)
 
     # -- the switch ------------------------------------------------------------------------------------------
 
@@ -188,13 +189,13 @@ class TargetDisk:
                     connection.lock.release()
         firstcopy.sync_base(self.directory)
         (self.directory / "first-copy.json").unlink(missing_ok=True)
-        self._emit("target.history-begins", disk=self.timeline.name, reason=reason)
+        self._emit("target.history-begins", disk=self.timeline.full_name, reason=reason)
         return True
 
     def synced(self, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
         """The first copy or a resync is complete. RefusedError for a session that is over."""
         if self.timeline.is_fork:
-            raise UsageError(f"{self.timeline.name} is a fork: it has no mirror to be in sync with")
+            raise UsageError(f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with")
         if self.first_copy is not None:
             current = self.first_copy.session
             if session is not None and session != current:
@@ -207,7 +208,11 @@ class TargetDisk:
         number = self.journal.state.session if session is None else session
         seq, time_ns = self.journal.synced(number, write_blocking=write_blocking)
         self._emit(
-            "target.synced", disk=self.timeline.name, session=number, write_blocking=write_blocking, seq=seq
+            "target.synced",
+            disk=self.timeline.full_name,
+            session=number,
+            write_blocking=write_blocking,
+            seq=seq,
         )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
@@ -215,8 +220,8 @@ class TargetDisk:
         """The journal's writer, or a refusal that says what is missing."""
         if self.journal is None:
             raise RefusedError(
-                f"{self.timeline.name} has no history yet, so no {wish}",
-                hint=f"let the first copy end, then: cdp disk synced {self.timeline.name}",
+                f"{self.timeline.full_name} has no history yet, so no {wish}",
+                hint=f"let the first copy end, then: cdp disk synced {self.timeline.full_name}",
             )
         return self.journal
 
@@ -264,7 +269,9 @@ class TargetDisk:
                 self.journal.close()
             except BrokenError as error:
                 if not removing:
-                    self._emit("target.broken", level="error", disk=self.timeline.name, reason=str(error))
+                    self._emit(
+                        "target.broken", level="error", disk=self.timeline.full_name, reason=str(error)
+                    )
 
 
 class Connection:
@@ -285,7 +292,7 @@ class Connection:
     def _check(self, offset: int, length: int) -> None:
         disk = self._disk
         if disk._gone:
-            raise RemovedError(f"{disk.timeline.name} is closed")
+            raise RemovedError(f"{disk.timeline.full_name} is closed")
         if offset < 0 or length < 0 or offset + length > disk.size:
             raise UsageError(f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes")
 
@@ -348,7 +355,7 @@ class Connection:
     def flush(self) -> None:
         """Everything acknowledged before, over all connections, is durable on return."""
         if self._disk._gone:
-            raise RemovedError(f"{self._disk.timeline.name} is closed")
+            raise RemovedError(f"{self._disk.timeline.full_name} is closed")
         self._disk.flush()
 
     def sync(self) -> None:
@@ -368,7 +375,7 @@ def needs_recovery(directory: Path, boot_id: str) -> bool:
             note = directory / "first-copy.json"
             return note.exists() and durable.read_json(note)["boot_id"] != boot_id
         reader = journal.reader(*next(iter(journal.newest_places())))
-        return reader.state == OPEN and reader.header.boot_id != boot_id
+        return reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
     except CorruptError:
         return True
     finally:

@@ -1,6 +1,7 @@
 """How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs."""
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,9 +46,7 @@ class LiveReads:
                     runs.extend(_referred(self._view.at(ref), offset, start, end))
                     continue
                 for low, high, unchanged in _compare(self._view, offset, payload, start, end):
-                    runs.extend(
-                        _referred(self._view, offset, low, high) if unchanged else [(low, high, -1)]
-                    )
+                    runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])
             return runs
 
     def close(self) -> None:
@@ -57,12 +56,16 @@ class LiveReads:
             self._history.close()
 
 
-def _compare(view: View, offset: int, payload: memoryview, start: int, end: int) -> list[tuple[int, int, bool]]:
+def _compare(
+    view: View, offset: int, payload: memoryview, start: int, end: int
+) -> list[tuple[int, int, bool]]:
     """Runs of payload[start:end) that equal the view's content, and that don't."""
     held = view.read(offset + start, end - start)
     part = payload[start:end]
     if held == part:
         return [(start, end, True)]
+    if end - start <= BLOCK:
+        return [(start, end, False)]
     whole = len(part) // BLOCK * BLOCK
     same = np.empty(-(-len(part) // BLOCK), dtype=bool)
     if whole:
@@ -74,7 +77,7 @@ def _compare(view: View, offset: int, payload: memoryview, start: int, end: int)
     edges = [0, *(np.flatnonzero(same[1:] != same[:-1]) + 1).tolist(), len(same)]
     return [
         (start + low * BLOCK, min(start + high * BLOCK, end), bool(same[low]))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in pairwise(edges)
     ]
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cdpserver import limits, messages
+from cdpserver import timeline as timeline_file
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock, boot_id
 from cdpserver.errors import BrokenError, CdpError, NotFoundError, RemovedError
@@ -21,7 +22,6 @@ from cdpserver.index.store import find_index, open_index, release
 from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk, needs_recovery
-from cdpserver.timeline import Timeline
 
 COMMITTERS = 4
 """Commits under way at once: disks wait for the same device, but not for each other's system calls."""
@@ -66,7 +66,7 @@ class Registry:
                 del self._disks[entry.id]
                 found = None
             if found is None:
-                timeline = Timeline.load(self.state.timeline(entry.id))
+                timeline = timeline_file.load(self.state.timeline(entry.id))
                 found = TargetDisk(
                     self.state.path,
                     timeline,
@@ -95,9 +95,11 @@ class Registry:
                 journal.commit()
                 self._pace(disk, lag_ns)
         except BrokenError as error:
-            self.log.emit("target.broken", level="error", disk=disk.timeline.name, reason=str(error))
+            self.log.emit("target.broken", level="error", disk=disk.timeline.full_name, reason=str(error))
         except CdpError as error:
-            self.log.emit("target.commit-failed", level="error", disk=disk.timeline.name, reason=str(error))
+            self.log.emit(
+                "target.commit-failed", level="error", disk=disk.timeline.full_name, reason=str(error)
+            )
 
     def _pace(self, disk: TargetDisk, lag_ns: int) -> None:
         """Slow writes down a little while the store or the indexer cannot keep up."""
@@ -117,7 +119,7 @@ class Registry:
             slow = limits.TAIL_DELAY_S
         if bool(slow) != bool(journal.slow_s):
             event = "target.slowed" if slow else "target.full-speed"
-            self.log.emit(event, disk=disk.timeline.name, lag_ns=lag_ns, unindexed=behind)
+            self.log.emit(event, disk=disk.timeline.full_name, lag_ns=lag_ns, unindexed=behind)
         journal.slow_s = slow
 
     # -- the service's requests ------------------------------------------------------------------------------
@@ -143,8 +145,10 @@ class Registry:
                     reply = {"ok": self._answer(request)}
                 except CdpError as error:
                     reply = messages.error_fields(error)
-                except Exception as error:  # the process's rim: a failed request must not end the thread
-                    self.log.emit("target.request-failed", level="error", op=request.get("op"), reason=repr(error))
+                except Exception as error:  # noqa: BLE001 - the process's rim: the thread must go on
+                    self.log.emit(
+                        "target.request-failed", level="error", op=request.get("op"), reason=repr(error)
+                    )
                     reply = {"error": "error", "message": f"the target failed: {error!r}", "hint": ""}
                 connection.sendall(messages.pack(reply))
 
@@ -164,7 +168,7 @@ class Registry:
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         """Status of the disks named, or of every open one; a disk that is not open has none."""
         with self._lock:
-            disks = {disk.timeline.name: disk for disk in self._disks.values()}
+            disks = {disk.timeline.full_name: disk for disk in self._disks.values()}
         wanted = request.get("disks")
         return {name: disk.status() for name, disk in disks.items() if wanted is None or name in wanted}
 

@@ -160,5 +160,3 @@ class Delta:
     def close(self) -> None:
         """Close the newer view (the older one is the caller's)."""
         self.new.close()
-
-

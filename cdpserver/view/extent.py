@@ -7,10 +7,9 @@ as zeros when `path` is None.
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypeAlias
 
-Extent: TypeAlias = tuple[int, int, Path | None, int]
+Extent: TypeAlias = tuple[int, int, str | None, int]
 
 OPEN_FILES = 64
 """Data files kept open per view."""
@@ -35,9 +34,9 @@ class Files:
     """A few open files, least recently used closed first. Not thread-safe: one per view."""
 
     def __init__(self) -> None:
-        self._fds: OrderedDict[Path, int] = OrderedDict()
+        self._fds: OrderedDict[str, int] = OrderedDict()
 
-    def fd(self, path: Path) -> int:
+    def fd(self, path: str) -> int:
         """The open file."""
         fd = self._fds.get(path)
         if fd is None:

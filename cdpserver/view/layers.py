@@ -10,6 +10,7 @@ from typing import TypeAlias
 from cdpserver.index.pieces import KIND_BITS, LEVEL_BITS, SHIFTS
 from cdpserver.index.store import IndexFile, Snapshot, find_index, open_index, release
 from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import data_path
 from cdpserver.view.tail import Tail
 
 Piece: TypeAlias = tuple[int, int, int, int]
@@ -26,12 +27,13 @@ def advance(value: int, blocks: int) -> int:
 class Layer:
     """Lookups in one interval. `begin` before, `end` after each request."""
 
-    __slots__ = ("_file", "_keep", "_snapshot", "directory", "interval", "tail")
+    __slots__ = ("_data", "_file", "_keep", "_snapshot", "directory", "interval", "tail")
 
     def __init__(self, directory: Path, interval: int, boot_id: str) -> None:
         self.directory = directory
         self.interval = interval
         self.tail: Tail | None = None
+        self._data: dict[int, str] = {}
         path = find_index(directory, boot_id)
         self._file: IndexFile | None = open_index(path) if path else None
         # A closed interval's index never changes: its snapshot pins no page, so it may stay.
@@ -48,6 +50,13 @@ class Layer:
         if self._snapshot is not None and not self._keep:
             self._snapshot.close()
             self._snapshot = None
+
+    def data(self, segment: int) -> str:
+        """Path of a segment's data file."""
+        path = self._data.get(segment)
+        if path is None:
+            path = self._data[segment] = str(data_path(self.directory, segment))
+        return path
 
     @property
     def indexed(self) -> int:

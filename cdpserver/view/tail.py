@@ -68,5 +68,3 @@ class Tail:
                 self._sorted = SortedKeyList(newest, key=int)
             units = list(self._sorted.irange_key(top | first, top + end - 1))
         return [(unit - top, *newest[unit]) for unit in units]
-
-

@@ -12,12 +12,12 @@ import fcntl
 import os
 from pathlib import Path
 
+from cdpserver import timeline as timeline_file
 from cdpserver.clock import boot_id
 from cdpserver.errors import CorruptError, RemovedError
 from cdpserver.index.pieces import BLOCK_MASK, KIND_BITS, REST_MASK, SEGMENT_BITS
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import Kind
-from cdpserver.journal.segment import data_path
 from cdpserver.limits import BLOCK
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.view.extent import Extent, Files, coalesce
@@ -44,7 +44,7 @@ class History:
         self.parent: History | None = None
         if isinstance(timeline.base, PointBase):
             parent_directory = state_dir / "timelines" / timeline.base.timeline
-            self.parent = History(state_dir, Timeline.load(parent_directory), self.boot_id)
+            self.parent = History(state_dir, timeline_file.load(parent_directory), self.boot_id)
 
     @property
     def size(self) -> int:
@@ -168,7 +168,7 @@ class View:
             if kind == Kind.DATA:
                 segment = (value & REST_MASK) >> SEGMENT_BITS
                 place = (value & BLOCK_MASK) * BLOCK + low - start * BLOCK
-                extents.append((low, high, data_path(layer.directory, segment), place))
+                extents.append((low, high, layer.data(segment), place))
             elif kind == Kind.SAME:
                 extents.extend(self.at(value & REST_MASK).resolve(low, high, holes=holes))
             else:
@@ -206,13 +206,13 @@ class View:
                 self._base_view = View(self.history.parent, base.seq, self.files)
             return self._base_view.resolve(offset, end, holes=holes)
         if isinstance(base, ImageBase):
-            path = self.history.state_dir / base.file
+            path = f"{self.history.state_dir}/{base.file}"
         else:
             assert isinstance(base, EmptyBase)
-            path = self.history.directory / "base.raw"
+            path = f"{self.history.directory}/base.raw"
         return self._raw(path, offset, end, holes=holes)
 
-    def _raw(self, path: Path, offset: int, end: int, *, holes: bool) -> list[Extent]:
+    def _raw(self, path: str, offset: int, end: int, *, holes: bool) -> list[Extent]:
         fd = self.files.fd(path)
         held = os.fstat(fd).st_size
         stop = min(end, held)
@@ -295,7 +295,7 @@ def _piece_start(item: tuple[Layer | None, Piece]) -> int:
     return item[1][0]
 
 
-def fill(fd: int, part: memoryview, place: int, path: Path) -> None:
+def fill(fd: int, part: memoryview, place: int, path: str) -> None:
     """Read exactly len(part) bytes; a payload that ends at the end of its file is padded with zeros."""
     done = os.preadv(fd, [part], place)
     while 0 < done < len(part):
@@ -305,7 +305,9 @@ def fill(fd: int, part: memoryview, place: int, path: Path) -> None:
         done += more
     if done < len(part):
         if -(-os.fstat(fd).st_size // BLOCK) * BLOCK < place + len(part):
-            raise CorruptError(f"{path} ends before {place + len(part)}", hint="cdp check says what is missing")
+            raise CorruptError(
+                f"{path} ends before {place + len(part)}", hint="cdp check says what is missing"
+            )
         part[done:] = bytes(len(part) - done)
 
 
@@ -313,20 +315,21 @@ class LiveView(View):
     """The newest content, whatever was acknowledged before each request: what the target serves."""
 
     def __init__(self, history: History) -> None:
-        super().__init__(history, history.journal.last().seq)
+        super().__init__(history, history.journal.last_seq())
         self._rebuild_at = TAIL_REBUILD
 
     def refresh(self) -> None:
         """Take in what was written since the last request."""
         journal = self.history.journal
-        last = journal.last()
-        if last.seq == self.seq:
+        interval, reader = journal.newest()
+        last_seq = reader.last_seq
+        if last_seq == self.seq:
             return
         newest = self._layers[0]
         tail = newest.tail
         after = tail.upto if tail is not None else self.seq
-        self.seq = last.seq
-        if last.interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
+        self.seq = last_seq
+        if interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
             self._close_layers()
             self._open_layers()
             tail = self._layers[0].tail
@@ -334,9 +337,9 @@ class LiveView(View):
             return
         if tail is None:
             tail = newest.tail = Tail(after)
-        for run in journal.runs(after, last.seq):
+        for run in journal.runs(after, last_seq):
             tail.add(run)
-        tail.upto = last.seq
+        tail.upto = last_seq
 
 
 TAIL_REBUILD = 65_536

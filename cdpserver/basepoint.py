@@ -1,0 +1,296 @@
+"""Base points: QCOW2 external snapshots that stock QEMU tools write from a delta export of ours.
+
+    base.raw <- bp-0 <- bp-1 <- ... <- bp-N        a disk; the arrow is "backing file of", by relative name
+                          \\- ../t7/bp-0 <- ...     a fork of it
+
+A cut is a control record; its base point is a file that appears later, whole or not at all (`publish`). Base points are
+published in order, since each one backs the next.
+Durability: a published file is on stable storage, and so is what it stands on. A crash leaves at most a `.tmp-*` name, swept
+at the next start.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdpserver import durable, messages, qemu, timeline
+from cdpserver.catalog import Catalog
+from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
+from cdpserver.journal.record import CHANGES
+from cdpserver.points import Cut, base_point_path, cuts, find_cut
+from cdpserver.state import StateDir
+from cdpserver.timeline import ImageBase, PointBase
+from cdpserver.view.delta import Delta
+from cdpserver.view.view import History, View
+
+COMPARE_BYTES = 4 << 20
+"""Read back at a time: twice this is held in memory."""
+
+STATUS_BYTES = 1 << 30
+"""Zeros checked by block status at a time, so that a zeroed terabyte is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What a base point stands on: a file, and the instant of a line of history that it holds."""
+
+    path: Path
+    format: str
+    history: History
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaViews:
+    """The two instants between which base point `cut.number` is computed. `histories` stay the caller's to close."""
+
+    cut: Cut
+    new: View
+    old: View
+    histories: list[History]
+
+    def close(self) -> None:
+        """Close both views (not the histories)."""
+        self.new.close()
+        self.old.close()
+
+
+def backing(history: History, cut: Cut) -> Backing:
+    """What base point `cut` stands on now. RefusedError while that is not published or not durable yet."""
+    if cut.number > 0:
+        before = find_cut(history.journal, cut.number - 1)
+        path = base_point_path(history.directory, cut.number - 1)
+        if before is None or not path.exists():
+            raise RefusedError(
+                f"base point {cut.number - 1} of {history.timeline.full_name} is not published yet",
+                hint="base points are published in order; look at the events for why it failed",
+            )
+        return Backing(path, "qcow2", history, before.seq)
+    return _root(history)
+
+
+def _root(history: History) -> Backing:
+    """What the first base point of a timeline stands on."""
+    base = history.timeline.base
+    if isinstance(base, PointBase):
+        assert history.parent is not None
+        return _newest_before(history.parent, base.seq)
+    if isinstance(base, ImageBase):
+        return Backing(history.state_dir / base.file, "raw", history, 0)
+    if not (history.directory / "base.synced").exists():
+        raise RefusedError(
+            f"the base of {history.timeline.full_name} is not durable yet", hint="try again in a moment"
+        )
+    return Backing(history.directory / "base.raw", "raw", history, 0)
+
+
+def _newest_before(history: History, seq: int) -> Backing:
+    """The newest published base point at or before `seq`, in this timeline or one that it was forked from."""
+    for cut in reversed(cuts(history.journal)):
+        path = base_point_path(history.directory, cut.number)
+        if cut.seq <= seq and path.exists():
+            return Backing(path, "qcow2", history, cut.seq)
+    return _root(history)
+
+
+def delta_views(state_dir: Path, history: History, number: int) -> DeltaViews:
+    """The instants that base point `number` is computed from: its cut, and what its backing file holds.
+
+    NotFoundError if there is no such cut, RefusedError while its backing file is still to come.
+    """
+    assert history.state_dir == state_dir
+    cut = _cut(history, number)
+    under = backing(history, cut)
+    return DeltaViews(cut, View(history, cut.seq), View(under.history, under.seq), [history])
+
+
+def _cut(history: History, number: int) -> Cut:
+    name = history.timeline.full_name
+    if history.journal.empty:
+        history.journal.refresh()
+    if not history.journal.empty:
+        history.journal.newest()
+        found = find_cut(history.journal, number)
+        if found is not None:
+            return found
+    raise NotFoundError(f"{name} has no base point {number}", hint=f"cdp bp list {name}")
+
+
+def pending(history: History) -> list[Cut]:
+    """Cuts whose base point is not published yet, oldest first."""
+    return [cut for cut in all_cuts(history) if not base_point_path(history.directory, cut.number).exists()]
+
+
+def list_base_points(history: History) -> list[dict[str, Any]]:
+    """The published base points, oldest first, as the CLI and the API show them."""
+    return [
+        describe(history, cut)
+        for cut in all_cuts(history)
+        if base_point_path(history.directory, cut.number).exists()
+    ]
+
+
+def describe(history: History, cut: Cut) -> dict[str, Any]:
+    """One base point as the CLI and the API show it."""
+    path = base_point_path(history.directory, cut.number)
+    return {"number": cut.number, "path": str(path.resolve()), "time_ns": cut.time_ns, "seq": cut.seq}
+
+
+def all_cuts(history: History) -> list[Cut]:
+    history.journal.refresh()
+    if history.journal.empty:
+        return []
+    history.journal.newest()
+    return cuts(history.journal)
+
+
+def changed_since_cut(history: History) -> bool:
+    """Has anything been written since the newest cut, or since the history began?"""
+    held = all_cuts(history)
+    after = held[-1].seq if held else 0
+    if history.journal.empty:
+        return False
+    return any(
+        ((run.records["kind"] >= CHANGES[0]) & (run.records["kind"] <= CHANGES[-1])).any()
+        for run in history.journal.runs(after, history.journal.last().seq)
+    )
+
+
+# --- publishing
+
+
+def publish(state: StateDir, history: History, number: int, *, export: str) -> dict[str, Any]:
+    """Make the file of base point `number`; on return it is durable and what it changes was read back and compared.
+
+    `export` is the disk's name on the export socket. A file that is there already is left alone. On an error there is none.
+    """
+    cut = _cut(history, number)
+    final = base_point_path(history.directory, number)
+    if final.exists():
+        return describe(history, cut)
+    under = backing(history, cut)
+    views = DeltaViews(cut, View(history, cut.seq), View(under.history, under.seq), [history])
+    building = final.with_name(f"{durable.TEMPORARY}{final.name}")
+    try:
+        building.unlink(missing_ok=True)
+        uri = f"nbd+unix:///{export}@delta:{number}?socket={state.export_socket}"
+        qemu.convert_delta(uri, building, backing=under.path, format=under.format)
+        qemu.check(building)
+        delta = Delta(views.new, views.old)
+        with qemu.serve(building, state.run / f"bp-{history.timeline.id}.sock") as served:
+            compare(served, delta)
+        building.chmod(0o444)
+        durable.publish(building, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            building.unlink(missing_ok=True)
+        raise
+    finally:
+        views.close()
+    return describe(history, cut)
+
+
+def compare(uri: str, delta: Delta) -> None:
+    """CorruptError unless the image served at `uri` holds what the newer instant of `delta` holds where they differ."""
+    import nbd
+
+    image = nbd.NBD()
+    try:
+        image.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        image.connect_uri(uri)
+        if image.get_size() != delta.size:
+            raise CorruptError(f"the new base point has {image.get_size()} bytes, the disk {delta.size}")
+        for start, end in delta.ranges:
+            _compare_range(image, delta, start, end)
+        image.shutdown()
+    except nbd.Error as error:
+        raise BrokenError(
+            f"reading the new base point back failed: {error}", hint="it is written anew"
+        ) from None
+
+
+def _compare_range(image: Any, delta: Delta, start: int, end: int) -> None:
+    at = start
+    while at < end:
+        low, high, zero = delta.new.status(at, end, one=True)[0]
+        assert low == at
+        if zero:
+            _compare_zeros(image, at, min(high, end))
+        else:
+            _compare_data(image, delta, at, min(high, end))
+        at = high
+
+
+def _compare_zeros(image: Any, start: int, end: int) -> None:
+    import nbd
+
+    at = start
+    while at < end:
+        entries: list[int] = []
+
+        def keep(
+            _context: str, _offset: int, found: list[int], _error: int, into: list[int] = entries
+        ) -> int:
+            into.extend(found)
+            return 0
+
+        image.block_status(min(end - at, STATUS_BYTES), at, keep)
+        for length, flags in zip(entries[::2], entries[1::2], strict=True):
+            stop = min(at + length, end)
+            while at < stop and not flags & nbd.STATE_ZERO:
+                step = min(COMPARE_BYTES, stop - at)
+                if image.pread(step, at).strip(b"\0"):
+                    raise _differs(at, at + step)
+                at += step
+            at = stop
+
+
+def _compare_data(image: Any, delta: Delta, start: int, end: int) -> None:
+    for at in range(start, end, COMPARE_BYTES):
+        step = min(COMPARE_BYTES, end - at)
+        if image.pread(step, at) != delta.new.read(at, step):
+            raise _differs(at, at + step)
+
+
+def _differs(start: int, end: int) -> CorruptError:
+    return CorruptError(
+        f"the new base point differs from the journal in bytes {start} to {end}",
+        hint="it is thrown away and written anew; if this goes on, run: cdp check DISK",
+    )
+
+
+def run(state_dir: Path, id: str, number: int) -> dict[str, Any]:
+    """Publish one base point of timeline `id`."""
+    state = StateDir.open(state_dir)
+    with Catalog.open(state, writable=False) as catalog:
+        entry = catalog.by_id(id)
+    if entry is None:
+        raise NotFoundError(f"no disk has timeline {id}", hint="cdp disk list")
+    history = History(state.path, timeline.load(state.timeline(id)))
+    try:
+        return publish(state, history, number, export=entry.name)
+    finally:
+        history.close()
+
+
+def main() -> int:
+    """`python -m cdpserver.basepoint`: publish a base point in a process of its own; the result or error as JSON."""
+    parser = argparse.ArgumentParser(description="publish a base point")
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--timeline", required=True)
+    parser.add_argument("--number", type=int, required=True)
+    options = parser.parse_args()
+    try:
+        result, status = run(options.state_dir, options.timeline, options.number), 0
+    except CdpError as error:
+        result, status = messages.error_fields(error), error.exit_code
+    sys.stdout.write(json.dumps(result))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the catalog holds, its plain copy `catalog.json`, and which names exclude each other; no LMDB here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from cdpserver import durable
+from cdpserver.durable import corrupt_json, take_int, take_keys, take_str
+from cdpserver.errors import RefusedError, UsageError
+from cdpserver.names import check_disk_name, show
+from cdpserver.state import check_timeline_id
+
+FORMAT = 1
+
+EntryState: TypeAlias = Literal["live", "removing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A disk's full name and its timeline."""
+
+    name: str
+    id: str
+    state: EntryState
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """All that the catalog holds, as in catalog.json."""
+
+    entries: dict[str, Entry]
+    next_id: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of catalog.json."""
+        disks = {name: entry_value(entry) for name, entry in sorted(self.entries.items())}
+        return {"format": FORMAT, "next_id": self.next_id, "disks": disks}
+
+
+def entry_value(entry: Entry) -> dict[str, Any]:
+    """What stands under an entry's name."""
+    return {"id": entry.id, "state": entry.state, "created_ns": entry.created_ns}
+
+
+def read_entry(name: str, value: Any, path: Path) -> Entry:
+    """A checked entry, from msgpack or JSON; CorruptError."""
+    if not isinstance(value, dict):
+        raise corrupt_json(path, f"disk {show(name)} is not an object")
+    take_keys(value, {"id", "state", "created_ns"}, path)
+    try:
+        check_disk_name(name)
+        id = check_timeline_id(take_str(value, "id", path))
+    except UsageError as error:
+        raise corrupt_json(path, error.message) from None
+    match value["state"]:
+        case "live" | "removing" as state:
+            return Entry(name, id, state, take_int(value, "created_ns", path))
+    raise corrupt_json(path, f"the state of disk {name} is not known")
+
+
+def read_copy(path: Path) -> Content:
+    """The plain copy. FileNotFoundError if there is none; CorruptError."""
+    value = durable.read_json(path)
+    take_keys(value, {"format", "next_id", "disks"}, path)
+    disks = value["disks"]
+    if value["format"] != FORMAT or not isinstance(disks, dict):
+        raise corrupt_json(path, "not a catalog of this version")
+    return Content(
+        {name: read_entry(name, disk, path) for name, disk in disks.items()},
+        take_int(value, "next_id", path, least=1),
+    )
+
+
+def check_free(entry: Entry, entries: dict[str, Entry]) -> None:
+    """RefusedError if the name or the id is taken, or a disk would be called as a VM."""
+    if entry.name in entries:
+        raise RefusedError(f"there is a disk {entry.name} already", hint="choose another name")
+    if any(other.id == entry.id for other in entries.values()):
+        raise RefusedError(f"timeline {entry.id} has a name already", hint="one disk, one name")
+    vm = entry.name.partition("/")[0]
+    if vm != entry.name and vm in entries:
+        raise RefusedError(f"{vm} is a disk, so no VM can be called so", hint="choose another name")
+    if any(other.startswith(f"{entry.name}/") for other in entries):
+        raise RefusedError(f"{entry.name} is a VM, so no disk can be called so", hint="choose another name")

@@ -1,0 +1,176 @@
+"""The LMDB environment of the catalog: opened only if whole, built whole, read and changed.
+
+Two tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-
+endian.
+
+Durability: a change is synced when its transaction ends; a new environment appears by rename.
+Threads: a write transaction begins and ends in one `with` block, so in one thread.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import msgpack
+
+from cdpserver import durable
+from cdpserver.catalog.content import Content, Entry, entry_value, read_entry
+from cdpserver.errors import BrokenError, CorruptError, NoSpaceError
+from cdpserver.names import show
+
+CATALOG_MAP_BYTES = 64 << 20
+"""Address space of the catalog: room for 100,000 disks."""
+
+CATALOG_READERS = 256
+"""LMDB reader slots: one or two per process that looks up names."""
+
+CATALOG_TABLES = 8
+"""Named databases: disks and counters, and room for locks and policies."""
+
+DATA = "data.mdb"
+DISKS = b"disks"
+COUNTERS = b"counters"
+NEXT_ID = b"next_id"
+
+_DAMAGE = (
+    lmdb.InvalidError,
+    lmdb.CorruptedError,
+    lmdb.VersionMismatchError,
+    lmdb.PageNotFoundError,
+    lmdb.NotFoundError,
+)
+
+
+def damaged(path: Path, why: str) -> CorruptError:
+    """The error for a catalog that `recover` must rebuild."""
+    return CorruptError(f"{path} is damaged: {why}", hint="restart cdpserver: it rebuilds the catalog")
+
+
+@contextlib.contextmanager
+def _lmdb_errors(path: Path) -> Iterator[None]:
+    """LMDB's errors as the project's."""
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise NoSpaceError("the catalog is full", hint="remove disks that are no longer needed") from None
+    except _DAMAGE as error:
+        raise damaged(path, str(error)) from error
+    except lmdb.Error as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise NoSpaceError("no space left to change the catalog", hint="free space on it") from error
+        raise BrokenError(f"the catalog failed: {error}", hint="look at the kernel log") from error
+
+
+def build(path: Path, content: Content) -> None:
+    """Make an environment with `content` in the absent directory `path`."""
+    building = path.with_name(durable.TEMPORARY + path.name)
+    durable.remove_tree(building)
+    durable.make_dir(building)
+    with _lmdb_errors(building):
+        env = lmdb.open(str(building), map_size=CATALOG_MAP_BYTES, max_dbs=CATALOG_TABLES, mode=0o644)
+        with contextlib.closing(env):
+            disks, counters = env.open_db(DISKS), env.open_db(COUNTERS)
+            with env.begin(write=True) as txn:
+                for entry in content.entries.values():
+                    txn.put(entry.name.encode(), msgpack.packb(entry_value(entry)), db=disks)
+                txn.put(NEXT_ID, content.next_id.to_bytes(8, "little"), db=counters)
+    durable.publish(building, path)
+
+
+class Store:
+    """The open environment in directory `path`. A process opens it once, and not across a fork."""
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        """Open it; CorruptError if it is missing or visibly damaged, BrokenError if it may not be opened."""
+        self.path = path
+        with _lmdb_errors(path):
+            _check_length(path / DATA)
+            self._env = lmdb.open(
+                str(path),
+                map_size=CATALOG_MAP_BYTES,
+                max_dbs=CATALOG_TABLES,
+                max_readers=CATALOG_READERS,
+                readonly=not writable,
+                create=False,
+                mode=0o644,
+            )
+            try:
+                _check_pages(self._env, path / DATA)
+                self._disks = self._env.open_db(DISKS, create=False)
+                self._counters = self._env.open_db(COUNTERS, create=False)
+                if writable:
+                    self._env.reader_check()
+            except BaseException:
+                self._env.close()
+                raise
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+    def get(self, name: str) -> Entry | None:
+        """One entry; `name` is a checked disk name."""
+        key = name.encode()
+        with _lmdb_errors(self.path), self._env.begin(db=self._disks) as txn:
+            value = txn.get(key)
+        return None if value is None else self._decode(key, value)
+
+    def content(self) -> Content:
+        """Everything, of one instant."""
+        with self.reading() as txn:
+            return self.content_in(txn)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction]:
+        """A read transaction; keep it short."""
+        with _lmdb_errors(self.path), self._env.begin() as txn:
+            yield txn
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[lmdb.Transaction]:
+        """A write transaction that commits at the end of the block, or never was if that raises."""
+        with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
+            yield txn
+
+    def content_in(self, txn: lmdb.Transaction) -> Content:
+        """Everything as `txn` sees it."""
+        rows = txn.cursor(db=self._disks)
+        entries = [self._decode(bytes(key), bytes(value)) for key, value in rows]
+        counter = txn.get(NEXT_ID, db=self._counters)
+        next_id = int.from_bytes(counter, "little") if counter is not None and len(counter) == 8 else 0
+        if not 1 <= next_id < 1 << 59:
+            raise damaged(self.path, "its counter of ids is lost")
+        return Content({entry.name: entry for entry in entries}, next_id)
+
+    def put(self, txn: lmdb.Transaction, entry: Entry) -> None:
+        """Add or replace an entry."""
+        txn.put(entry.name.encode(), msgpack.packb(entry_value(entry)), db=self._disks)
+
+    def delete(self, txn: lmdb.Transaction, name: str) -> None:
+        """Delete the entry of a checked disk name."""
+        txn.delete(name.encode(), db=self._disks)
+
+    def put_next_id(self, txn: lmdb.Transaction, number: int) -> None:
+        """Set the counter of ids."""
+        txn.put(NEXT_ID, number.to_bytes(8, "little"), db=self._counters)
+
+    def _decode(self, key: bytes, value: bytes) -> Entry:
+        try:
+            return read_entry(key.decode(), msgpack.unpackb(value), self.path)
+        except (ValueError, msgpack.exceptions.UnpackException, CorruptError) as error:
+            raise damaged(self.path, f"disk {show(key.decode(errors='replace'))}: {error}") from None
+
+
+def _check_length(data: Path) -> None:
+    # LMDB takes an empty file for a new environment and would make it one.
+    if not data.is_file() or data.stat().st_size < 2 * os.sysconf("SC_PAGESIZE"):
+        raise damaged(data, "it is missing or cut short")
+
+
+def _check_pages(env: lmdb.Environment, data: Path) -> None:
+    # A page beyond the end of the file would be read as SIGBUS.
+    if (env.info()["last_pgno"] + 1) * env.stat()["psize"] > data.stat().st_size:
+        raise damaged(data, "it is cut short")

@@ -1,0 +1,48 @@
+"""A resync: a mirror writes the whole disk again, and what it changes is all that the journal should grow by.
+
+Each block is compared the first time it is written in a session, with what the disk held before the session and with what it
+holds now; where one of them is equal, a *same* record names the seq to look at instead of a payload.
+"""
+
+import mmap
+from collections.abc import Iterator
+from typing import Protocol
+
+from cdpserver.limits import BLOCK
+
+
+class Reads(Protocol):
+    """How the writer sees content: what `view.live` gives it, without the journal knowing about views."""
+
+    def latest(self, offset: int, length: int) -> bytes:
+        """What the disk holds now."""
+
+    def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
+        """Compare a payload with the content at seq `ref`.
+
+        Runs [start, end) of the payload with the seq R to refer to, or -1 where the content differs.
+        """
+
+
+class ComparedBlocks:
+    """Which 4 KiB blocks a resync has compared already: 16 blocks to a 16-bit word, 32 MiB for a TiB (as touched)."""
+
+    def __init__(self, size: int) -> None:
+        self._words = memoryview(mmap.mmap(-1, -(-size // (16 * BLOCK)) * 2)).cast("H")
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Were all blocks of the extent compared?"""
+        return all(self._words[word] & mask == mask for word, mask in _words_of(offset, length))
+
+    def add(self, offset: int, length: int) -> None:
+        """The extent's blocks are compared now."""
+        for word, mask in _words_of(offset, length):
+            self._words[word] |= mask
+
+
+def _words_of(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    first, end = offset // BLOCK, -(-(offset + length) // BLOCK)
+    while first < end:
+        stop = min(end, (first | 15) + 1)
+        yield first >> 4, (1 << stop - first) - 1 << (first & 15)
+        first = stop

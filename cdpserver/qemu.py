@@ -1,0 +1,224 @@
+"""QEMU's programs (qemu-img, qemu-nbd), as our functions; no other module starts them.
+
+They run niced, so that a base point never takes the processor from a guest's write, and die with the thread that called
+(`setpriv --pdeathsig`): call from a process's main thread. A failure is a BrokenError, or NoSpaceError, made of the last line
+that the program said.
+
+Base points are QCOW2 with `extended_l2=on,cluster_size=128k`: a subcluster is then one block of the journal. Measured with
+QEMU 7.2, 4,000 scattered 4 KiB writes (15.6 MiB) to a 2 GiB disk over NBD, best of two:
+
+    | options                     | file uses | its length | seconds |
+    | (QEMU's default)            | 236 MiB   | 236 MiB    | 0.91    |
+    | extended_l2, 64k            | 16.3 MiB  | 236 MiB    | 0.71    |
+    | extended_l2, 128k           | 16.3 MiB  | 448 MiB    | 0.69    |
+    | extended_l2, 256k           | 32.1 MiB  | 795 MiB    | 0.72    |
+    | cluster_size=4k             | 19.6 MiB  | 19.6 MiB   | 0.76    |
+
+512 MiB in one piece: 0.31-0.40 s and 512.5 MiB with each. 128k needs half the table cache of 64k and a sixteenth of that of 4k.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdpserver import durable, messages
+from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError
+from cdpserver.limits import SECTOR
+
+OPTIONS = "extended_l2=on,cluster_size=128k"
+
+COROUTINES = "8"
+"""Requests in flight of a conversion (-m); one connection takes 16."""
+
+INFO_SECONDS = 30.0
+"""`qemu-img info` reads a few headers; longer is a hung file system or a hostile chain of backing files."""
+
+NBD_SECONDS = 10.0
+"""How long qemu-nbd may take until its socket is there."""
+
+INFO_BYTES = 4 << 20
+"""More than this from `qemu-img info` is no description of an image."""
+
+NICED = ("nice", "-n", "10", "setpriv", "--pdeathsig", "KILL", "--")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img says of an image: its format, and its size as a disk in bytes."""
+
+    format: str
+    virtual_size: int
+
+
+def _run(
+    arguments: Sequence[str], *, doing: str, cwd: Path | None = None, seconds: float | None = None
+) -> bytes:
+    """Run a program to its end; its standard output. BrokenError, NoSpaceError."""
+    try:
+        done = subprocess.run(
+            [*NICED, *arguments],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=seconds,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError as error:
+        raise BrokenError(
+            f"cannot run {error.filename}", hint="run tools/setup: a package is missing"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise BrokenError(
+            f"{doing} did not end in {seconds:.0f} s", hint="look at the store's disk"
+        ) from None
+    if done.returncode:
+        raise _failed(doing, done.stderr, done.returncode)
+    return done.stdout
+
+
+def _failed(doing: str, stderr: bytes, status: int) -> CdpError:
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    last = lines[-1].strip()[:300] if lines else f"exit status {status}"
+    if os.strerror(errno.ENOSPC) in last or os.strerror(errno.EDQUOT) in last:
+        return NoSpaceError(f"{doing}: {last}", hint="free space on the store's file system, then try again")
+    return BrokenError(f"{doing}: {last}", hint="the events and the log say more: events.jsonl")
+
+
+def info(path: Path, format: str | None = None) -> ImageInfo:
+    """Format and size of an image; without `format` it is probed. NotFoundError, RefusedError for what is no image."""
+    if not path.is_file() and not path.is_block_device():
+        raise NotFoundError(f"there is no image {path}", hint="name a disk image file by its path")
+    chosen = ["-f", format] if format else []
+    command = ["qemu-img", "info", *chosen, "--output=json", str(path.absolute())]
+    said = _run(command, doing=f"reading {path.name}", seconds=INFO_SECONDS)
+    try:
+        value = json.loads(said[:INFO_BYTES])
+        found = ImageInfo(str(value["format"]), int(value["virtual-size"]))
+        data_file = value.get("format-specific", {}).get("data", {}).get("data-file")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenError(f"qemu-img info said nothing of use about {path.name}: {error!r}") from None
+    if data_file:
+        raise RefusedError(
+            f"{path.name} keeps its data in another file",
+            hint="make one image of it: qemu-img convert -O qcow2",
+        )
+    return found
+
+
+def create_overlay(path: Path, *, backing: Path, format: str, size: int) -> None:
+    """An empty QCOW2 file on `backing`, which is named relative to it."""
+    relative = os.path.relpath(backing, path.parent)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", OPTIONS, "-b", relative, "-F", format]
+    _run([*command, path.name, str(size)], doing=f"creating {path.name}", cwd=path.parent)
+
+
+def convert_delta(uri: str, path: Path, *, backing: Path, format: str) -> None:
+    """Write the delta export `uri` as a QCOW2 file over `backing`, which is named relative to it.
+
+    Holes of the export are left to the backing file. The file is not durable yet.
+    """
+    relative = os.path.relpath(backing, path.parent)
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", OPTIONS, "-B", relative, "-F", format]
+    command += ["-W", "-m", COROUTINES, uri, path.name]
+    _run(command, doing=f"writing {path.name}", cwd=path.parent)
+
+
+def check(path: Path) -> None:
+    """CorruptError unless qemu-img finds a QCOW2 file whole."""
+    try:
+        _run(["qemu-img", "check", "-q", "-f", "qcow2", str(path.absolute())], doing=f"checking {path.name}")
+    except BrokenError as error:
+        raise CorruptError(error.message, hint="it is written anew") from None
+
+
+def import_base(source: Path, target: Path, *, format: str) -> None:
+    """Copy the image `source` with its backing files to the sparse raw file `target`, durable on return.
+
+    `format` is what `info` said: an image whose content changes meanwhile is not probed again.
+    """
+    command = ["qemu-img", "convert", "-f", format, "-O", "raw", "-W", "-m", COROUTINES]
+    temporary = target.with_name(f"{durable.TEMPORARY}{target.name}")
+    try:
+        _run([*command, str(source.absolute()), str(temporary.absolute())], doing=f"importing {source.name}")
+        size = temporary.stat().st_size
+        if size % SECTOR:
+            os.truncate(temporary, size + SECTOR - size % SECTOR)
+        temporary.chmod(0o400)
+        durable.publish(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def serve(path: Path, at: Path, *, format: str = "qcow2") -> Iterator[str]:
+    """Serve an image read-only on a Unix socket of its own for as long as the context lasts; the URI."""
+    at.unlink(missing_ok=True)
+    command = [
+        "qemu-nbd",
+        "-r",
+        "-f",
+        format,
+        "-e",
+        "2",
+        "-t",
+        "-k",
+        str(at.absolute()),
+        str(path.absolute()),
+    ]
+    server = subprocess.Popen(
+        [*NICED, *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        _wait_for_socket(server, at, path)
+        yield f"nbd+unix:///?socket={at.absolute()}"
+    finally:
+        server.kill()
+        server.communicate()
+        at.unlink(missing_ok=True)
+
+
+def _wait_for_socket(server: "subprocess.Popen[bytes]", at: Path, path: Path) -> None:
+    deadline = time.monotonic() + NBD_SECONDS
+    while not _answers(at):
+        if server.poll() is not None:
+            assert server.stderr is not None
+            raise _failed(f"serving {path.name}", server.stderr.read(), server.returncode)
+        if time.monotonic() > deadline:
+            raise BrokenError(f"qemu-nbd did not serve {path.name} in {NBD_SECONDS:.0f} s")
+        time.sleep(0.01)
+
+
+def _answers(path: Path) -> bool:
+    # The file is there a moment before somebody listens.
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def main() -> int:
+    """`python -m cdpserver.qemu`: import a base image in a process of its own; an error goes to stdout as JSON."""
+    parser = argparse.ArgumentParser(description="import an image as a sparse raw file")
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--format", required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    options = parser.parse_args()
+    try:
+        import_base(options.source, options.target, format=options.format)
+    except CdpError as error:
+        sys.stdout.write(json.dumps(messages.error_fields(error)))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Asking the target, the only writer of journals, over its control socket (`run/target.ctl`).
+
+A connection a call: the target has a thread for each, so that one that waits for a disk (the base of a first copy being
+synced) holds up no other. While the target restarts, calls wait for it, within a limit.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from cdpserver import messages
+from cdpserver.errors import BrokenError, CorruptError, UnreachableError
+
+RESTART_S = 15.0
+"""How long a call waits for a target that is not there: it is back in 0.1 s unless something is wrong."""
+
+RETRY_S = 0.02
+CALLS = 16
+"""Calls at once: the backlog of the target's control socket."""
+
+REPEATABLE = frozenset({"ping", "status", "commit", "shut"})
+"""Operations that may be asked again when the target died before it answered."""
+
+EVENTS_HINT = "the events say why: events.jsonl"
+
+
+class TargetControl:
+    """Client of the target's control socket at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls = trio.CapacityLimiter(CALLS)
+
+    async def call(self, operation: str, **fields: Any) -> Any:
+        """Ask and return the answer. Raises what the target raised, or UnreachableError; callers set other limits."""
+        message = messages.pack({"op": operation, **fields})
+        async with self._calls:
+            while True:
+                stream = await self._connect()
+                async with stream:
+                    reply = await _converse(stream, message)
+                if reply is not None:
+                    messages.raise_error(reply)
+                    return reply["ok"]
+                if operation not in REPEATABLE:
+                    raise BrokenError(
+                        f"the target ended while it was asked for {operation!r}",
+                        hint="look whether it was done (cdp disk show, cdp point list), then ask again",
+                    )
+
+    async def _connect(self) -> trio.SocketStream:
+        with trio.move_on_after(RESTART_S):
+            while True:
+                try:
+                    return await trio.open_unix_socket(str(self._path))
+                except OSError:
+                    await trio.sleep(RETRY_S)
+        raise UnreachableError("the target process does not answer", hint=EVENTS_HINT)
+
+
+async def _converse(stream: trio.SocketStream, message: bytes) -> dict[str, Any] | None:
+    """Send and receive one message; None when the other side is gone."""
+    try:
+        await stream.send_all(message)
+        prefix = await _exactly(stream, messages.LENGTH.size)
+        return messages.unpack(await _exactly(stream, messages.check_length(prefix)))
+    except (trio.BrokenResourceError, EOFError):
+        return None
+    except ValueError as error:
+        raise CorruptError(f"the target answered nonsense: {error}") from None
+
+
+async def _exactly(stream: trio.SocketStream, length: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < length:
+        part = await stream.receive_some(length - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)

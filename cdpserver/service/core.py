@@ -1,0 +1,139 @@
+"""What every part of the service needs: the state directory, the clock, the catalog, the target, and threads to wait in."""
+
+import contextlib
+import ipaddress
+import json
+import socket
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, TypeVarTuple
+
+import trio
+
+from cdpserver import messages, timeline
+from cdpserver.catalog import Catalog, Entry
+from cdpserver.clock import Clock
+from cdpserver.config import Address, Config
+from cdpserver.errors import BrokenError, NotFoundError, RemovedError
+from cdpserver.events import EventLog
+from cdpserver.journal.log import Position
+from cdpserver.names import When, check_disk_name
+from cdpserver.points import Timeline as Points
+from cdpserver.service import processes
+from cdpserver.service.control import TargetControl
+from cdpserver.state import StateDir
+from cdpserver.view.view import History
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+THREADS = 16
+"""Threads that wait for the store's disk at once; more requests queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The service's own things. Methods named `thread*` and the coroutines never block the event loop."""
+
+    state: StateDir
+    config: Config
+    clock: Clock
+    catalog: Catalog
+    log: EventLog
+    target: TargetControl
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS))
+
+    async def thread(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Run something that blocks in a thread."""
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+
+    async def job(self, name: str, module: str, *arguments: str) -> Any:
+        """Run `python -m module` as a process of its own; its JSON answer, or the error that it reports."""
+        command = [sys.executable, "-m", module, *arguments]
+        done = await processes.run(self.state.run / f"{name}.pid", command)
+        try:
+            answer = json.loads(done.stdout or b"{}")
+        except ValueError:
+            answer = {}
+        messages.raise_error(answer)
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else f"exit status {done.returncode}"
+            raise BrokenError(f"{module} failed: {last[:300]}", hint="look at the log")
+        return answer
+
+    # -- disks -----------------------------------------------------------------------------------------------
+
+    def entry(self, name: str) -> Entry:
+        """The live disk or fork of this name. NotFoundError, RemovedError."""
+        found = self.catalog.get(check_disk_name(name))
+        if found is None:
+            raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
+        if found.state != "live":
+            raise RemovedError(f"{name} is being removed", hint=f"to end that: cdp disk remove {name}")
+        return found
+
+    @contextlib.contextmanager
+    def history(self, entry: Entry) -> Iterator[History]:
+        """The history of a disk, open for reading; holds its lease. For threads."""
+        history = History(self.state.path, timeline.load(self.state.timeline(entry.id)))
+        try:
+            yield history
+        finally:
+            history.close()
+
+    @contextlib.contextmanager
+    def points(self, entry: Entry) -> Iterator[Points]:
+        """The points of a disk; holds its lease. For threads."""
+        with self.history(entry) as history:
+            yield Points(history)
+
+    def resolve(self, entry: Entry, when: When) -> tuple[Position, int]:
+        """(place of an instant, size of the disk). For threads."""
+        with self.points(entry) as points:
+            return points.resolve(when, now_ns=self.clock.now_ns()), points.history.size
+
+    async def target_status(self, entry: Entry) -> dict[str, Any]:
+        """What the target says of one disk; {} when it has not opened it."""
+        found = await self.thread(timeline.load, self.state.timeline(entry.id))
+        answer = await self.target.call("status", disks=[found.full_name])
+        status: dict[str, Any] = answer.get(found.full_name, {})
+        return status
+
+    async def make_durable(self, entry: Entry, seq: int) -> None:
+        """On return the record `seq` of a disk survives a power loss. A broken writer matters only to what is not durable."""
+        status = await self.target_status(entry)
+        if status.get("durable_seq", -1) < seq:
+            await self.target.call("commit", disk=entry.name)
+
+    # -- URIs ------------------------------------------------------------------------------------------------
+
+    def disk_uris(self, entry: Entry) -> dict[str, str]:
+        """Where a mirror (or a fork's guest) writes to: `uri`, and `uri_unix` when that is not it."""
+        unix = unix_uri(entry.name, str(self.state.nbd / f"{entry.id}.sock"))
+        if self.config.listen is None:
+            return {"uri": unix}
+        return {"uri": tcp_uri(entry.name, self.config.listen), "uri_unix": unix}
+
+    def point_uris(self, name: str, seq: int) -> dict[str, str]:
+        """Where a point is read; absolute, so that a second connection sees the same instant."""
+        export = f"{name}@seq:{seq}"
+        unix = unix_uri(export, str(self.state.export_socket))
+        if self.config.listen_export is None:
+            return {"uri": unix}
+        return {"uri": tcp_uri(export, self.config.listen_export), "uri_unix": unix}
+
+
+def unix_uri(export: str, socket_path: str) -> str:
+    """The NBD URI of an export on a Unix socket. Names need no quoting: they have been checked."""
+    return f"nbd+unix:///{export}?socket={urllib.parse.quote(socket_path)}"
+
+
+def tcp_uri(export: str, address: Address) -> str:
+    """The NBD URI of an export on an address. A wildcard becomes this host's name, which others can reach."""
+    host, port = address
+    if ipaddress.ip_address(host).is_unspecified:
+        host = socket.gethostname()
+    return f"nbd://[{host}]:{port}/{export}" if ":" in host else f"nbd://{host}:{port}/{export}"

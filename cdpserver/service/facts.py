@@ -1,0 +1,133 @@
+"""What the service says of a disk: from the target while it has the disk open, else from its files."""
+
+import os
+from typing import Any
+
+from cdpserver import durable, timeline
+from cdpserver.catalog import Entry
+from cdpserver.errors import CdpError
+from cdpserver.journal import recovery
+from cdpserver.journal.control import Grade
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.record import RECORD_SIZE
+from cdpserver.journal.segment import PAGE, SEALED
+from cdpserver.names import format_time
+from cdpserver.points import Timeline as Points
+from cdpserver.service.core import Core
+from cdpserver.timeline import EmptyBase, PointBase, Timeline
+from cdpserver.view.view import History
+
+UNSEALED = 2
+"""Segments at the end of a journal whose logs may be allocated further than they are filled."""
+
+
+def describe(core: Core, entry: Entry, open_disks: dict[str, Any]) -> dict[str, Any]:
+    """One disk or fork as the API shows it; `open_disks` is what the target says of those. For threads."""
+    try:
+        found = timeline.load(core.state.timeline(entry.id))
+    except CdpError as error:
+        if entry.state == "removing":
+            return _head(core, entry, None) | {"state": "removing"}
+        return _head(core, entry, None) | {"state": "damaged", "error": error.message}
+    facts = _head(core, entry, found)
+    if entry.state == "removing":
+        return facts | {"state": "removing"}
+    try:
+        history = History(core.state.path, found, core.clock.boot_id)
+        try:
+            facts |= open_disks.get(found.full_name) or _closed_status(history)
+            facts["journal_bytes"] = journal_bytes(history.journal)
+            facts["points"] = Points(history).count(now_ns=core.clock.now_ns())
+        finally:
+            history.close()
+    except CdpError as error:
+        return facts | {"state": "damaged", "error": error.message}
+    return facts | {"state": _state(found, facts)}
+
+
+def _head(core: Core, entry: Entry, found: Timeline | None) -> dict[str, Any]:
+    vm = entry.name.rpartition("/")[0] or None
+    facts: dict[str, Any] = {
+        "name": entry.name,
+        "vm": vm,
+        "size": found.size if found is not None else None,
+        "state": "",
+        **core.disk_uris(entry),
+        "id": entry.id,
+        "created": format_time(entry.created_ns),
+        "created_ns": entry.created_ns,
+        "session": 0,
+        "synced": False,
+        "write_blocking": False,
+        "grade": Grade.UNORDERED.label,
+        "lag_ns": 0,
+        "durable_seq": 0,
+        "last_seq": 0,
+        "journal_bytes": 0,
+        "points": 0,
+        "clients": 0,
+        "broken": "",
+    }
+    if found is not None and isinstance(found.base, PointBase):
+        facts["base"] = base_name(core, found.base)
+    return facts
+
+
+def base_name(core: Core, base: PointBase) -> str:
+    """`DISK@seq:N`: what a fork stands on."""
+    parent = core.catalog.by_id(base.timeline)
+    return f"{parent.name if parent is not None else base.timeline}@seq:{base.seq}"
+
+
+def _state(found: Timeline, facts: dict[str, Any]) -> str:
+    if isinstance(found.base, PointBase):
+        return "fork"
+    if facts["session"] == 0:
+        return "empty"
+    if facts["mode"] == "first-copy":
+        return "first-copy"
+    return "synced" if facts["synced"] else "unordered"
+
+
+def _closed_status(history: History) -> dict[str, Any]:
+    """As the target's status, for a disk that it has not opened: from files."""
+    journal = history.journal
+    if journal.empty:
+        return {"mode": "first-copy", "session": _first_copy_session(history)}
+    last = journal.last()
+    state = journal.state_at(last.seq)
+    durable_seq = recovery.survey(journal, history.boot_id).durable_seq
+    return {
+        "mode": "journal",
+        "session": state.session,
+        "synced": state.synced,
+        "write_blocking": state.write_blocking,
+        "grade": state.grade.label,
+        "last_seq": last.seq,
+        "durable_seq": min(durable_seq, last.seq),
+    }
+
+
+def _first_copy_session(history: History) -> int:
+    if not isinstance(history.timeline.base, EmptyBase):
+        return 0
+    try:
+        return int(durable.read_json(history.directory / "first-copy.json")["session"])
+    except (FileNotFoundError, KeyError):
+        return 0
+
+
+def journal_bytes(journal: Journal) -> int:
+    """Payload and headers of every segment, without what is only allocated for later records."""
+    total = 0
+    for number, (interval, segment) in enumerate(journal.newest_places()):
+        if number == UNSEALED:
+            break
+        reader = journal.reader(interval, segment)
+        if reader.state == SEALED:
+            break
+        total += PAGE + reader.count * RECORD_SIZE - reader.path.stat().st_size
+    for interval in journal.intervals:
+        with os.scandir(interval_path(journal.timeline, interval)) as files:
+            total += sum(file.stat().st_size for file in files if file.name.endswith((".log", ".data")))
+    return total

@@ -1,0 +1,116 @@
+"""Base images: imported once to a sparse raw file that every disk made from the same, unchanged file shares.
+
+    bases/b1.raw   the image, read-only     bases/b1.json   which file it was: path, size, mtime, inode
+
+Invariants: an image without its JSON, or that no timeline stands on, is nobody's and goes (`drop_unused`).
+"""
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cdpserver import durable, qemu, timeline
+from cdpserver.durable import take_int, take_keys, take_str
+from cdpserver.errors import CdpError, CorruptError, RefusedError, UsageError
+from cdpserver.names import format_size, show
+from cdpserver.state import StateDir
+from cdpserver.timeline import ImageBase
+
+_ID = re.compile(r"b([1-9][0-9]{0,8})\.(?:raw|json)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What tells an unchanged image file from another one."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        """The file as it is now. UsageError for what cannot be read."""
+        try:
+            real = path.resolve(strict=True)
+            found = real.stat()
+        except OSError as error:
+            raise UsageError(
+                f"cannot read image {path}: {error.strerror}", hint="name an image file on the server"
+            ) from None
+        return cls(str(real), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def check_path(text: str) -> Path:
+    """The path of a base image as the API takes it: absolute."""
+    if "\0" in text or not os.path.isabs(text):
+        raise UsageError(f"not an absolute path: {show(text)}", hint="name the image by its whole path")
+    return Path(text)
+
+
+def find(state: StateDir, source: Source) -> ImageBase | None:
+    """The imported image of this very file, if there is one."""
+    for path in sorted(state.bases.glob("b*.json")):
+        raw = path.with_suffix(".raw")
+        if _ID.fullmatch(path.name) and raw.exists() and _read(path) == source:
+            return ImageBase(f"bases/{raw.name}")
+    return None
+
+
+def _read(path: Path) -> Source | None:
+    try:
+        value = durable.read_json(path)
+        take_keys(value, {"path", "size", "mtime_ns", "inode"}, path)
+        return Source(
+            take_str(value, "path", path),
+            take_int(value, "size", path),
+            take_int(value, "mtime_ns", path, least=-(1 << 63)),
+            take_int(value, "inode", path),
+        )
+    except (CorruptError, FileNotFoundError):
+        return None  # the image is imported once more
+
+
+def record(state: StateDir, raw: Path, source: Source) -> ImageBase:
+    """The image `raw` was imported from `source`; on return later disks find it. RefusedError if the file changed meanwhile."""
+    if Source.of(Path(source.path)) != source:
+        raw.unlink()
+        raise RefusedError(f"{source.path} changed while it was imported", hint="stop what writes to it")
+    durable.write_json(raw.with_suffix(".json"), asdict(source))
+    return ImageBase(f"bases/{raw.name}")
+
+
+def free_path(state: StateDir) -> Path:
+    """Where the next imported image goes."""
+    numbers = [int(match[1]) for name in os.listdir(state.bases) if (match := _ID.fullmatch(name))]
+    return state.bases / f"b{max(numbers, default=0) + 1}.raw"
+
+
+def check_fits(path: Path, size: int) -> qemu.ImageInfo:
+    """What the image is. UsageError if it is larger than the disk of `size` bytes that is to stand on it."""
+    found = qemu.info(path)
+    if found.virtual_size > size:
+        raise UsageError(
+            f"{path} has {found.virtual_size} bytes, more than the disk's {size}",
+            hint=f"ask for --size {format_size(-(-found.virtual_size // (1 << 20)) << 20)}",
+        )
+    return found
+
+
+def drop_unused(state: StateDir) -> list[str]:
+    """Remove imported images that no timeline stands on; their names. Hold off imports meanwhile."""
+    used = set()
+    for directory in state.timelines.iterdir():
+        try:
+            base = timeline.load(directory).base
+        except CdpError:
+            return []  # what a damaged timeline stands on is not known: keep everything
+        if isinstance(base, ImageBase):
+            used.add(Path(base.file).stem)
+    dropped = []
+    for path in sorted(state.bases.iterdir()):
+        if _ID.fullmatch(path.name) and path.stem not in used:
+            durable.remove_tree(path)
+            dropped.append(path.name)
+    return dropped

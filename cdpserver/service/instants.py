@@ -1,0 +1,87 @@
+"""What an operator asks about instants: points, bookmarks, and where one is read."""
+
+from typing import Any
+
+import trio
+
+from cdpserver import names
+from cdpserver.catalog import Entry
+from cdpserver.errors import CdpError, RefusedError, UsageError
+from cdpserver.names import At
+from cdpserver.points import KINDS
+from cdpserver.service.core import Core
+
+
+class Instants:
+    """Points of the disks and forks of a state directory."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._marking = trio.Lock()
+
+    async def points(
+        self, name: str, *, since: str | None, until: str | None, kind: str | None, limit: int | None
+    ) -> list[dict[str, Any]]:
+        """Points of a disk in [since, until], oldest first; with `limit` the newest of them."""
+        if kind is not None and kind not in KINDS:
+            raise UsageError(f"not a kind of point: {names.show(kind)}", hint=f"kinds are {', '.join(KINDS)}")
+        if limit is not None and limit < 0:
+            raise UsageError(f"not a number of points: {limit}", hint="ask for 1 or more")
+        entry = self._core.entry(name)
+        return await self._core.thread(self._points, entry, since, until, kind, limit)
+
+    def _points(
+        self, entry: Entry, since: str | None, until: str | None, kind: str | None, limit: int | None
+    ) -> list[dict[str, Any]]:
+        now_ns = self._core.clock.now_ns()
+        since_ns = self._time(entry, since, now_ns) if since is not None else 0
+        until_ns = self._time(entry, until, now_ns) if until is not None else None
+        with self._core.points(entry) as points:
+            found = points.points(now_ns=now_ns, since_ns=since_ns, until_ns=until_ns, kind=kind, limit=limit)
+        return [point.as_dict() for point in found]
+
+    def _time(self, entry: Entry, text: str, now_ns: int) -> int:
+        """The time that WHEN means as the end of a range: an instant before the history is a good one."""
+        match names.parse_when(text):
+            case At(time_ns):
+                return time_ns
+            case names.Ago(delta_ns):
+                return max(0, now_ns - delta_ns)
+            case when:
+                return self._core.resolve(entry, when)[0].time_ns
+
+    async def mark(self, name: str, bookmark: str) -> dict[str, Any]:
+        """Set a bookmark, durable on return. RefusedError if the disk has one of this name."""
+        names.check_bookmark(bookmark)
+        entry = self._core.entry(name)
+        async with self._marking:
+            if await self._core.thread(self._has_mark, entry, bookmark):
+                raise RefusedError(
+                    f"{name} has a bookmark {bookmark} already", hint="choose another name for this one"
+                )
+            seq, time_ns = await self._core.target.call("mark", disk=name, name=bookmark)
+        self._core.log.emit("point.marked", disk=name, bookmark=bookmark, seq=seq)
+        return await self._core.thread(self._bookmark, entry, bookmark, time_ns)
+
+    def _has_mark(self, entry: Entry, bookmark: str) -> bool:
+        with self._core.points(entry) as points:
+            return not points.journal.empty and points.bookmark(bookmark) is not None
+
+    def _bookmark(self, entry: Entry, bookmark: str, time_ns: int) -> dict[str, Any]:
+        with self._core.points(entry) as points:
+            now_ns = max(self._core.clock.now_ns(), time_ns)
+            found = points.points(now_ns=now_ns, since_ns=time_ns, until_ns=time_ns, kind="bookmark")
+        return next(point.as_dict() for point in found if point.name == bookmark)
+
+    async def uri(self, point: str) -> dict[str, Any]:
+        """Where `DISK@WHEN` is read: an absolute URI. The instant is durable on return, unless the disk's writer is broken."""
+        disk, when = names.parse_point(point)
+        entry = self._core.entry(disk)
+        position, _ = await self._core.thread(self._core.resolve, entry, when)
+        try:
+            await self._core.make_durable(entry, position.seq)
+        except CdpError as error:
+            # Reading what is there must work above all when writing doesn't.
+            self._core.log.emit("point.not-durable", level="warning", point=point, reason=str(error))
+        uris = self._core.point_uris(disk, position.seq)
+        return {**uris, "seq": position.seq, "time_ns": position.time_ns}

@@ -1,0 +1,225 @@
+"""`cdpserver`: the service in the foreground.
+
+    lock -> orphans -> clock -> catalog -> left-overs          sync, before anything listens
+      sockets
+        children (target, export, indexer)
+          scheduler, watch of the wall clock
+            control API                                        ready
+    stop: API, scheduler, target shuts its journals, children are killed
+
+Lifetimes are nested as drawn. Children hold nothing that must survive, so killing them is always right.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import trio
+from fastapi import FastAPI
+
+import cdpserver
+from cdpserver import durable, events
+from cdpserver.catalog import Catalog
+from cdpserver.clock import Clock, fix_clock, wall_difference_ns
+from cdpserver.config import Config, load_config, parse_listen
+from cdpserver.errors import CdpError, UsageError
+from cdpserver.journal.log import Journal
+from cdpserver.names import format_time
+from cdpserver.service import api, processes
+from cdpserver.service.basepoints import BasePoints
+from cdpserver.service.children import Children, bind_unix, wait_for_greeting
+from cdpserver.service.control import TargetControl
+from cdpserver.service.core import Core
+from cdpserver.service.disks import Disks
+from cdpserver.service.instants import Instants
+from cdpserver.state import StateDir, default_state_dir
+
+READY_S = 30.0
+"""How long the children may take until they serve before it is said aloud; normally 0.3 s."""
+
+SHUT_S = 20.0
+"""How long the target may take to make its journals durable at a stop; then it is killed all the same, losing nothing."""
+
+WALL_LOOK_S = 1.0
+WALL_JUMP_NS = 250_000_000
+"""A clock that is slewed drifts by 0.5 ms a second at most; more than this was set by somebody."""
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="cdpserver", description=cdpserver.__doc__)
+    parser.add_argument(
+        "--state-dir", help="where everything is kept; default: $CDP_STATE_DIR, then a usual place"
+    )
+    parser.add_argument("--listen", metavar="HOST:PORT", help="also take writes over TCP")
+    parser.add_argument("--listen-export", metavar="HOST:PORT", help="also serve points over TCP")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml")
+    parser.add_argument("--version", action="version", version=f"cdpserver {cdpserver.__version__}")
+    return parser.parse_args(arguments)
+
+
+def configuration(chosen: argparse.Namespace) -> Config:
+    """The configuration file, overridden by the command line."""
+    config = load_config(chosen.config) if chosen.config is not None else Config()
+    if chosen.listen is not None:
+        config = dataclasses.replace(config, listen=parse_listen(chosen.listen))
+    if chosen.listen_export is not None:
+        config = dataclasses.replace(config, listen_export=parse_listen(chosen.listen_export))
+    if config.listen is not None and config.listen == config.listen_export:
+        raise UsageError("--listen and --listen-export are the same", hint="give them different ports")
+    return config
+
+
+# --- before anything listens
+
+
+def last_stored_ns(state: StateDir) -> int:
+    """The newest time in any journal. A damaged one is passed over: its writer goes by its own last time anyway."""
+    newest = 0
+    for directory in state.timelines.iterdir():
+        try:
+            journal = Journal(directory)
+            if not journal.empty:
+                newest = max(newest, journal.last().time_ns)
+            journal.close()
+        except (CdpError, OSError) as error:
+            events.EventLog(state.events).emit(
+                "service.time-unknown", level="warning", timeline=directory.name, reason=str(error)
+            )
+    return newest
+
+
+def sweep(state: StateDir) -> None:
+    """Take away what crashes left over, with the server's lock held and no child running."""
+    for directory in (state.path, state.bases, state.timelines, *state.timelines.iterdir()):
+        if directory.is_dir():
+            durable.sweep(directory)
+    for path in state.run.iterdir():
+        if path.suffix in (".sock", ".ctl"):
+            path.unlink()
+
+
+def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
+    """Make the directory ready: no orphan runs, the clock is fixed, the catalog is whole."""
+    for name in processes.kill_orphans(state.run):
+        log.emit("service.orphan-killed", level="warning", child=name)
+    sweep(state)
+    clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
+    if fresh:
+        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
+    for sentence in Catalog.recover(state):
+        log.emit("service.catalog-recovered", level="warning", said=sentence)
+    return clock, Catalog.open(state, writable=True)
+
+
+# --- running
+
+
+async def serve(core: Core, children: Children) -> None:
+    """Everything that runs, until a signal says stop."""
+    disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
+    await core.thread(disks.finish_what_was_left)
+    app = api.build(core, children, disks, instants, base_points)
+    children.bind()
+    listener = bind_unix(core.state.api_socket)
+    try:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with children.running():
+                await children_answer(core)
+                async with trio.open_nursery() as nursery:
+                    stopping = trio.Event()
+                    nursery.start_soon(base_points.keep_cutting)
+                    nursery.start_soon(watch_wall_clock, core)
+                    async with trio.open_nursery() as requests:
+                        requests.start_soon(stop_at_signal, signals, stopping, core)
+                        await requests.start(_serve_api, app, listener, stopping)
+                        core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
+                    nursery.cancel_scope.cancel()
+                await shut_target(core)
+    finally:
+        listener.close()
+        core.state.api_socket.unlink(missing_ok=True)
+        children.close()
+
+
+async def _serve_api(
+    app: FastAPI,
+    listener: socket.socket,
+    stopping: trio.Event,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await api.serve(app, listener, until=stopping, task_status=task_status)
+
+
+async def stop_at_signal(signals: AsyncIterator[int], stopping: trio.Event, core: Core) -> None:
+    """Set the event at the first SIGTERM or SIGINT."""
+    async for number in signals:
+        core.log.emit("service.stopping", signal=signal.Signals(number).name)
+        stopping.set()
+        return
+
+
+async def children_answer(core: Core) -> None:
+    """Wait until both NBD servers speak; a child that doesn't is said aloud and the service goes on, to be asked about it."""
+    with trio.move_on_after(READY_S) as scope:
+        await wait_for_greeting(core.state.target_socket)
+        await wait_for_greeting(core.state.export_socket)
+    if scope.cancelled_caught:
+        core.log.emit("service.children-silent", level="error", seconds=READY_S)
+
+
+async def watch_wall_clock(core: Core) -> None:
+    """Points carry our clock's time, people look at the wall: a jump between them is an event."""
+    before = wall_difference_ns(core.clock)
+    while True:
+        await trio.sleep(WALL_LOOK_S)
+        now = wall_difference_ns(core.clock)
+        if abs(now - before) > WALL_JUMP_NS:
+            core.log.emit("service.wall-clock-jump", level="warning", jump_ns=now - before, ahead_ns=now)
+        before = now
+
+
+async def shut_target(core: Core) -> None:
+    """Let the target make everything durable and close; killing it afterwards is clean."""
+    try:
+        with trio.fail_after(SHUT_S):
+            count = await core.target.call("shut-all")
+            core.log.emit("service.journals-closed", disks=count)
+    except (CdpError, trio.TooSlowError) as error:
+        core.log.emit("service.journals-left-open", level="warning", reason=str(error) or "it took too long")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """The whole life of the service. Raises CdpError for what stands in its way at the start."""
+    config = configuration(chosen)
+    state = StateDir.create_or_open(default_state_dir(chosen.state_dir))
+    events.configure("cdpserver")
+    log = events.EventLog(state.events)
+    with state.lock():
+        log.emit(
+            "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
+        )
+        clock, catalog = prepare(state, log)
+        with catalog:
+            children = Children(state, config, log)
+            core = Core(state, config, clock, catalog, log, TargetControl(state.run / "target.ctl"))
+            trio.run(serve, core, children, strict_exception_groups=True)
+        log.emit("service.stopped")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes are those of cdpserver.errors."""
+    try:
+        run(options(arguments))
+    except CdpError as error:
+        sys.stderr.write(f"cdpserver: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Starting a process of ours so that the next service finds it, whatever happens to this one.
+
+A shell in front of every process writes its own line of /proc/PID/stat to `run/NAME.pid` before it becomes the program, so
+there is no instant at which a process runs unknown. A pid and a start time name one process for good: `kill_orphans` kills
+exactly those that a service of this state directory started, and waits until they are gone.
+Listening sockets are handed over as systemd does (sd_listen_fds(3)): file descriptors from 3 on, LISTEN_FDS and LISTEN_PID.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import trio
+
+from cdpserver.errors import BrokenError
+
+# A full file system must not keep a target from starting: then the file is missing, and the writer's locks still
+# keep a second one out.
+SHELL = 'read -r stat </proc/$$/stat; printf "%s\\n" "$stat" >"$1"; shift; export LISTEN_PID=$$; exec "$@"'
+
+FIRST_FD = 3
+"""SD_LISTEN_FDS_START."""
+
+SAFE_FD = 64
+"""Sockets live above this here, so that putting them at 3, 4, ... of a child never overwrites one still to be put."""
+
+ORPHAN_SECONDS = 30.0
+"""A killed process that is not gone by then hangs in the kernel: on a dead disk, say."""
+
+
+def wrapped(pid_file: Path, command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` behind the shell that notes its pid."""
+    return ["/bin/sh", "-c", SHELL, "sh", str(pid_file), *command]
+
+
+def environment() -> dict[str, str]:
+    """What our processes get: the interpreter's own directory first on PATH, since nbdkit's Python is found there."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("LISTEN_")}
+    path = inherited.get("PATH", os.defpath)
+    return inherited | {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{path}"}
+
+
+def keep_for_children(listener: socket.socket) -> socket.socket:
+    """The same socket at a file descriptor from which `spawn` can hand it over; the given one is closed."""
+    fd = fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD_CLOEXEC, SAFE_FD)
+    listener.close()
+    return socket.socket(fileno=fd)
+
+
+def spawn(pid_file: Path, command: Sequence[str], sockets: Sequence[socket.socket] = ()) -> int:
+    """Start `command` in a process group of its own with `sockets` to listen on; its pid."""
+    actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    ]
+    for number, listener in enumerate(sockets):
+        assert listener.fileno() >= SAFE_FD
+        actions.append((os.POSIX_SPAWN_DUP2, listener.fileno(), FIRST_FD + number))
+    variables = environment()
+    if sockets:
+        variables["LISTEN_FDS"] = str(len(sockets))
+    # Its own group: a Ctrl-C at the terminal is for the service, and SIGINT would turn a live mirror's writes into errors.
+    return os.posix_spawn(
+        "/bin/sh",
+        wrapped(pid_file, command),
+        variables,
+        file_actions=actions,
+        setpgroup=0,
+        setsigmask=[],
+        setsigdef=[signal.SIGPIPE],
+    )
+
+
+async def wait(pid: int) -> int:
+    """Wait for the end of a child; its exit status, negative for a signal."""
+    with _pidfd(pid) as fd:
+        await trio.lowlevel.wait_readable(fd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: ASYNC222 (it has ended)
+
+
+async def run(pid_file: Path, command: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
+    """Run `command` to its end and capture what it says. Killed when cancelled."""
+    try:
+        return await trio.run_process(
+            wrapped(pid_file, command),
+            stdin=subprocess.DEVNULL,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            deliver_cancel=_kill,
+            env=environment(),
+            process_group=0,
+        )
+    finally:
+        pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 (one system call)
+
+
+async def _kill(process: trio.Process) -> None:
+    process.kill()
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _start_time(stat: str) -> tuple[int, str]:
+    """(pid, start time) from a line of /proc/PID/stat; the name in it may hold anything, so count from its end."""
+    pid, _, rest = stat.partition(" ")
+    return int(pid), rest.rpartition(")")[2].split()[19]
+
+
+def kill_orphans(run_directory: Path) -> list[str]:
+    """Kill what a service that is gone has left running, and wait until it is gone; the names.
+
+    BrokenError if one doesn't go: its file descriptors could still write.
+    """
+    killed = []
+    for pid_file in sorted(run_directory.glob("*.pid")):
+        if _kill_noted(pid_file):
+            killed.append(pid_file.stem)
+        pid_file.unlink(missing_ok=True)
+    return killed
+
+
+def _kill_noted(pid_file: Path) -> bool:
+    try:
+        pid, started = _start_time(pid_file.read_text())
+        # The pidfd first: from then on the pid cannot come to mean another process.
+        with _pidfd(pid) as fd:
+            if _start_time(Path(f"/proc/{pid}/stat").read_text()) != (pid, started):
+                return False
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            if not select.select([fd], [], [], ORPHAN_SECONDS)[0]:
+                raise BrokenError(
+                    f"process {pid} ({pid_file.stem}) of an earlier cdpserver does not end",
+                    hint="look at the kernel log and the store's disk",
+                )
+            return True
+    except (ValueError, IndexError, FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,355 @@
+"""`cdp`: the operator's command line. Noun, then verb; answers on stdout, talk on stderr.
+
+Exit codes: 0 done, 2 the command is wrong, 3 refused now, 4 damage, 5 an I/O operation failed, 6 the service does not
+answer, 1 anything else. An error is one line on stderr: `cdp: what is wrong (what to do next)`.
+
+Start-up time is a goal: this module and what it imports at the top are loaded by every command, so they are of the
+standard library and small. argparse costs 5 ms; typer costs 130 ms, because it loads pydantic to convert an argument.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeAlias
+
+from cdpserver import names
+from cdpserver.errors import BrokenError, CdpError, UsageError
+from recovery.output import printable
+
+Run: TypeAlias = Callable[[argparse.Namespace], int | None]
+
+INTERNAL = 1
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+"""As a shell reports a program that SIGINT or SIGPIPE ended."""
+
+_TAKE_A_NEGATIVE = {"--since", "--until", "--size"}
+_NEGATIVE = re.compile(r"-[0-9]")
+
+DESCRIPTION = "Continuous data protection: every write is kept, any instant opens at once."
+EPILOG = f"""\
+{names.WHEN_FORMS}
+
+example:
+  cdp disk add vda --vm web --size 64M
+  cdp point list web/vda --since -10m
+  qemu-img convert -O qcow2 "$(cdp uri web/vda@-90s)" saved.qcow2
+
+exit codes: 0 done, 2 wrong command, 3 refused now, 4 damage, 5 I/O failed, 6 cdpserver does not answer
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def _lazy(module: str, name: str) -> Run:
+    """A command whose module is loaded when it runs."""
+
+    def run(options: argparse.Namespace) -> int | None:
+        from importlib import import_module
+
+        command: Run = getattr(import_module(f"recovery.{module}"), name)
+        return command(options)
+
+    return run
+
+
+def _point(text: str) -> str:
+    names.parse_point(text)
+    return text
+
+
+def _new_name(text: str) -> str:
+    if text.count("/") == 1:
+        vm, name = names.check_disk_name(text).split("/")
+        raise UsageError(f"not a name: {names.show(text)}", hint=f"for a disk of a VM: {name} --vm {vm}")
+    return names.check_name(text)
+
+
+def _when(text: str) -> str:
+    names.parse_when(text)
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise UsageError(f"not a count: {names.show(text)}", hint="write a whole number from 0")
+    return int(text)
+
+
+class _Commands:
+    """The tree of commands."""
+
+    def __init__(self) -> None:
+        # On a command as well as before it; what is not given on the command leaves the value from before it.
+        self._common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+        self._common.add_argument("--json", action="store_true", help="answer in JSON")
+        self._common.add_argument("--state-dir", help=argparse.SUPPRESS)
+        self.root = _Parser(
+            prog="cdp",
+            description=DESCRIPTION,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.root.add_argument("--version", action="store_true", help="say which version this is")
+        self.root.add_argument("--json", action="store_true", help="answer in JSON")
+        self.root.add_argument(
+            "--state-dir", metavar="DIR", help="the server's directory (else $CDP_STATE_DIR, then a sensible place)"
+        )
+        self._top = self.root.add_subparsers(metavar="COMMAND", title="commands")
+
+    def group(self, name: str, summary: str) -> "_Group":
+        """A noun."""
+        parser = self._top.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        return _Group(self, parser.add_subparsers(metavar="COMMAND", title="commands", required=True))
+
+    def leaf(
+        self, verb: str, run: Run, summary: str, example: str, *, among: "_Subparsers | None" = None
+    ) -> argparse.ArgumentParser:
+        """A command."""
+        parser: argparse.ArgumentParser = (among or self._top).add_parser(
+            verb,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[self._common],
+            allow_abbrev=False,
+        )
+        parser.set_defaults(run=run)
+        return parser
+
+
+_Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+class _Group:
+    def __init__(self, commands: _Commands, verbs: _Subparsers) -> None:
+        self._commands = commands
+        self._verbs = verbs
+
+    def leaf(self, verb: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+        return self._commands.leaf(verb, run, summary, example, among=self._verbs)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command of `cdp`."""
+    commands = _Commands()
+    _add_disk(commands)
+    _add_points(commands)
+    _add_fork(commands)
+    _add_local(commands)
+    return commands.root
+
+
+def _add_disk(commands: _Commands) -> None:
+    disk = commands.group("disk", "the disks that are protected")
+    add = disk.leaf(
+        "add",
+        _lazy("remote", "disk_add"),
+        "Protect a disk. The URI in the answer is what drive-mirror writes to.",
+        "cdp disk add vda --vm web --size 64M",
+    )
+    add.add_argument("name", metavar="NAME", type=_new_name)
+    add.add_argument("--size", required=True, type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
+    add.add_argument("--vm", metavar="VM", type=names.check_name, help="the VM that it belongs to: VM/NAME")
+    add.add_argument("--base", metavar="IMAGE", help="the image that its content started from")
+    disk.leaf("list", _lazy("remote", "disk_list"), "List the disks.", "cdp disk list --json")
+    show = disk.leaf("show", _lazy("remote", "disk_show"), "Show one disk.", "cdp disk show web/vda")
+    remove = disk.leaf(
+        "remove",
+        _lazy("remote", "disk_remove"),
+        "Remove a disk with its whole history.",
+        "cdp disk remove web/vda --yes",
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+    synced = disk.leaf(
+        "synced",
+        _lazy("remote", "disk_synced"),
+        "Say that the first copy, or a resync, is complete: QEMU's job is READY.",
+        "cdp disk synced web/vda --write-blocking",
+    )
+    synced.add_argument("--session", metavar="N", type=_count, help="the session that it is said of")
+    synced.add_argument("--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking")
+    for command in (show, remove, synced):
+        command.add_argument("name", metavar="NAME", type=names.check_disk_name)
+
+
+def _add_points(commands: _Commands) -> None:
+    point = commands.group("point", "recovery points and bookmarks")
+    listing = point.leaf(
+        "list",
+        _lazy("remote", "point_list"),
+        "List points, oldest first.",
+        "cdp point list web/vda --since -10m --kind rp --limit 20",
+    )
+    listing.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    listing.add_argument("--since", metavar="WHEN", type=_when)
+    listing.add_argument("--until", metavar="WHEN", type=_when)
+    listing.add_argument("--kind", choices=("rp", "bp", "bookmark"))
+    listing.add_argument("--limit", metavar="N", type=_count, help="only the newest N")
+    mark = point.leaf(
+        "mark",
+        _lazy("remote", "point_mark"),
+        "Give the newest instant a name.",
+        "cdp point mark web/vda --name before-upgrade",
+    )
+    mark.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    mark.add_argument("--name", required=True, type=names.check_bookmark)
+    bp = commands.group("bp", "base points: QCOW2 snapshots that need no server")
+    cut = bp.leaf(
+        "cut", _lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"
+    )
+    bp_list = bp.leaf("list", _lazy("remote", "bp_list"), "List the base points.", "cdp bp list web/vda")
+    for command in (cut, bp_list):
+        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    uri = commands.leaf(
+        "uri",
+        _lazy("remote", "uri"),
+        "Print the NBD URI of a point: always of that same instant, however often it is opened.",
+        "nbdinfo $(cdp uri web/vda@-90s)",
+    )
+    uri.add_argument("point", metavar="DISK@WHEN", type=_point)
+
+
+def _add_fork(commands: _Commands) -> None:
+    fork = commands.group("fork", "writable disks on top of a point")
+    add = fork.leaf(
+        "add",
+        _lazy("remote", "fork_add"),
+        "Make a writable disk on top of a point; the point never changes.",
+        "cdp fork add web/vda@-5m rescue",
+    )
+    add.add_argument("point", metavar="DISK@WHEN", type=_point)
+    add.add_argument("name", metavar="NAME", type=names.check_disk_name)
+    fork.leaf("list", _lazy("remote", "fork_list"), "List the forks.", "cdp fork list")
+    remove = fork.leaf(
+        "remove",
+        _lazy("remote", "fork_remove"),
+        "Remove a fork with all that was written to it.",
+        "cdp fork remove rescue",
+    )
+    remove.add_argument("name", metavar="NAME", type=names.check_disk_name)
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_local(commands: _Commands) -> None:
+    segment = commands.group("segment", "the files of a journal")
+    show = segment.leaf(
+        "show",
+        _lazy("local", "segment_show"),
+        "Print the records of a segment as text. Needs no server, only the file.",
+        "cdp segment show intervals/000001/00000001.log --verify",
+    )
+    show.add_argument("path", metavar="PATH", help="a header log: NNNNNNNN.log")
+    show.add_argument("--verify", action="store_true", help="also check payload in the data file beside it")
+    index = commands.group("index", "the index of a disk's journal")
+    rebuild = index.leaf(
+        "rebuild",
+        _lazy("local", "index_rebuild"),
+        "Make a disk's index anew from its segments. Needs no server, and disturbs none.",
+        "cdp index rebuild web/vda",
+    )
+    check = commands.leaf(
+        "check",
+        _lazy("local", "check"),
+        "Verify everything of a disk: segments, payload, index, base points. Needs no server, and disturbs none.",
+        "cdp check web/vda --full",
+    )
+    check.add_argument("--full", action="store_true", help="also compare the base points' content with the journal")
+    for command in (rebuild, check):
+        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; UsageError."""
+    given = list(arguments)
+    for number in range(len(given) - 2, -1, -1):
+        # argparse takes `-90s` for an option, unless it is part of one.
+        if given[number] in _TAKE_A_NEGATIVE and _NEGATIVE.match(given[number + 1]):
+            given[number : number + 2] = [f"{given[number]}={given[number + 1]}"]
+    parser = build_parser()
+    options = parser.parse_args(given)
+    if not options.version and "run" not in options:
+        parser.error("name a command: disk, point, bp, uri, fork, segment, index or check")
+    return options
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    if options.version:
+        from cdpserver import __version__
+
+        print(f"cdp {__version__}")
+        return 0
+    return options.run(options) or 0
+
+
+def main() -> int:
+    """Entry point of `cdp`; the exit code."""
+    _open_missing_streams()
+    # What a terminal or a file cannot encode is escaped rather than an error.
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+    try:
+        try:
+            code = _run(sys.argv[1:])
+        except SystemExit as stop:  # argparse, after --help
+            code = int(stop.code or 0)
+        sys.stdout.flush()
+        return code
+    except CdpError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        return _stop_writing(PIPE_CLOSED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except OSError as error:
+        return _fail(_system_error(error), BrokenError.exit_code)
+    except Exception as error:  # noqa: BLE001 - the process's rim: an operator gets a line, not a traceback
+        if os.environ.get("CDP_DEBUG"):
+            raise
+        return _fail(f"internal error: {error!r} (CDP_DEBUG=1 shows where; please report it)", INTERNAL)
+
+
+def _open_missing_streams() -> None:
+    """Give a command that was started with closed streams (`>&-`) some, so that nothing else need think of it."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+
+
+def _system_error(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    return f"the system refused{where}: {error.strerror or error}"
+
+
+def _fail(message: str, code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = _stop_writing(code)
+    try:
+        print(f"cdp: {printable(message)}", file=sys.stderr)
+    except OSError:
+        # Nobody can be told; the exit code still says it.
+        return code
+    return code
+
+
+def _stop_writing(code: int) -> int:
+    """Send what is still buffered nowhere, so that the interpreter's last flush has nothing to complain about."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The control API as the command line uses it: HTTP with JSON over the Unix socket `api.sock`.
+
+Standard library only: every `cdp` pays for what is imported here before it does anything.
+An error of the service comes back as the error that it was there: its class, its message, its hint, its exit code.
+No time limit: cutting a base point takes minutes, and the operator can always interrupt.
+"""
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+from urllib.parse import quote, urlencode
+
+from cdpserver import errors
+from cdpserver.errors import BrokenError, CdpError, UnreachableError, UsageError
+from cdpserver.state import StateDir
+
+MAX_REPLY_BYTES = 1 << 30
+"""Largest reply that is read: a year of points, a second each, is well below."""
+
+Object: TypeAlias = dict[str, Any]
+
+_ERRORS = {
+    value.kind: value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, CdpError)
+}
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP to a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+class Client:
+    """Asks the service of one state directory. A connection per call; nothing is kept open."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+
+    # -- disks ---------------------------------------------------------------------------------------------------
+
+    def status(self) -> Object:
+        """What the service says of itself."""
+        return self._object("GET", "status")
+
+    def add_disk(self, name: str, *, size: int, vm: str | None, base: str | None) -> Object:
+        """Protect a disk of `size` bytes; `base` is the absolute path of an image."""
+        body = {"name": name, "size": size, "vm": vm, "base": base}
+        return self._object("POST", "disks", body={k: v for k, v in body.items() if v is not None})
+
+    def disks(self) -> list[Object]:
+        """Every disk."""
+        return self._list("GET", "disks")
+
+    def disk(self, name: str) -> Object:
+        """One disk."""
+        return self._object("GET", _disk(name))
+
+    def remove_disk(self, name: str) -> Object:
+        """Remove a disk with its history."""
+        return self._object("DELETE", _disk(name))
+
+    def synced(self, name: str, *, session: int | None, write_blocking: bool) -> Object:
+        """Say that the first copy, or a resync, is complete."""
+        body: Object = {} if session is None else {"session": session}
+        return self._object("POST", _disk(name, "synced"), body=body | {"write_blocking": write_blocking})
+
+    # -- points and base points ----------------------------------------------------------------------------------
+
+    def points(
+        self, name: str, *, since: str | None, until: str | None, kind: str | None, limit: int | None
+    ) -> list[Object]:
+        """Points of a disk, oldest first."""
+        query = {"since": since, "until": until, "kind": kind, "limit": limit}
+        return self._list("GET", _disk(name, "points"), query=query)
+
+    def mark(self, name: str, bookmark: str) -> Object:
+        """A bookmark at the newest record."""
+        return self._object("POST", _disk(name, "mark"), body={"name": bookmark})
+
+    def cut(self, name: str) -> Object:
+        """Cut a base point; it is published when this returns."""
+        return self._object("POST", _disk(name, "cut"), body={})
+
+    def base_points(self, name: str) -> list[Object]:
+        """Published base points of a disk, oldest first."""
+        return self._list("GET", _disk(name, "basepoints"))
+
+    def uri(self, point: str) -> str:
+        """The absolute NBD URI of a point."""
+        uri = self._object("GET", "uri", query={"point": point}).get("uri")
+        if not isinstance(uri, str):
+            raise self._strange("an answer without a URI")
+        return uri
+
+    # -- forks ---------------------------------------------------------------------------------------------------
+
+    def add_fork(self, point: str, name: str) -> Object:
+        """A writable disk on top of a point."""
+        return self._object("POST", "forks", body={"point": point, "name": name})
+
+    def forks(self) -> list[Object]:
+        """Every fork."""
+        return self._list("GET", "forks")
+
+    def remove_fork(self, name: str) -> Object:
+        """Remove a fork with what was written to it."""
+        return self._object("DELETE", f"forks/{quote(name)}")
+
+    # -- HTTP ----------------------------------------------------------------------------------------------------
+
+    def _object(self, method: str, path: str, **rest: Any) -> Object:
+        value = self._call(method, path, **rest)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self._strange("no object")
+        return value
+
+    def _list(self, method: str, path: str, **rest: Any) -> list[Object]:
+        value = self._call(method, path, **rest)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self._strange("no list of objects")
+        return value
+
+    def _call(
+        self, method: str, path: str, *, body: Object | None = None, query: Mapping[str, Any] | None = None
+    ) -> Any:
+        """One request and its answer; None for an answer without a body."""
+        asked = {key: value for key, value in (query or {}).items() if value is not None}
+        target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
+        sent = None if body is None else json.dumps(body).encode()
+        headers = {} if sent is None else {"Content-Type": "application/json"}
+        connection = _Connection(os.fspath(self._state.api_socket))
+        try:
+            connection.request(method, target, body=sent, headers=headers)
+            reply = connection.getresponse()
+            raw = reply.read(MAX_REPLY_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        finally:
+            connection.close()
+        if len(raw) > MAX_REPLY_BYTES:
+            raise self._strange(f"more than {MAX_REPLY_BYTES} bytes")
+        try:
+            value = json.loads(raw) if raw else None
+        except (ValueError, RecursionError):
+            raise self._strange(f"status {reply.status} without JSON") from None
+        if reply.status >= 300:
+            raise _error(reply.status, value)
+        return value
+
+    def _unreachable(self, error: Exception) -> UnreachableError:
+        message = f"cdpserver does not answer at {self._state.api_socket}"
+        start = f"start it: cdpserver --state-dir {self._state.path}"
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            return UnreachableError(message, hint=start)
+        if isinstance(error, PermissionError):
+            return UnreachableError(f"{message}: {error.strerror}", hint="run cdp as the user that cdpserver runs as")
+        if isinstance(error, ConnectionError | http.client.HTTPException):
+            return UnreachableError(f"{message}: it closed the connection", hint="look at its log, then try again")
+        return UnreachableError(f"{message}: {error}", hint=start)
+
+    def _strange(self, what: str) -> UnreachableError:
+        return UnreachableError(
+            f"what answers at {self._state.api_socket} is no cdpserver of this version: {what}",
+            hint="restart cdpserver after an upgrade",
+        )
+
+
+def _disk(name: str, action: str = "") -> str:
+    # The one slash of VM/NAME stays a slash; nothing else in a name may mean something in a path.
+    return f"disks/{quote(name, safe='/')}" + (f":{action}" if action else "")
+
+
+def _error(status: int, value: Any) -> CdpError:
+    """The error in a reply: `{"error", "message", "hint", "exit_code"}`, or the best that can be said without."""
+    if not isinstance(value, dict) or not isinstance(value.get("message"), str):
+        detail = json.dumps(value)[:200]
+        kind = UsageError if 400 <= status < 500 else BrokenError
+        return kind(f"cdpserver refused the request: status {status}, {detail}", hint="look at its log")
+    error = _ERRORS.get(str(value.get("error")), CdpError)(value["message"], hint=str(value.get("hint") or ""))
+    code = value.get("exit_code")
+    if type(code) is int and 0 < code < 128:
+        # A newer service may know errors that this command does not.
+        error.exit_code = code  # type: ignore[misc]
+    return error

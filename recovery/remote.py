@@ -1,0 +1,208 @@
+"""The commands that ask the service: disks, points, base points, URIs, forks.
+
+Each takes the parsed options, asks, and prints one answer. Names and instants were checked when they were parsed.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from typing import Any
+
+from cdpserver.errors import UsageError
+from cdpserver.names import format_bytes, full_name
+from cdpserver.state import StateDir, default_state_dir
+from recovery.client import Client
+from recovery.output import (
+    Column,
+    answer,
+    answer_fields,
+    answer_json,
+    answer_table,
+    printable,
+    say,
+    show_size,
+)
+
+DISK_COLUMNS = (
+    Column("name"),
+    Column("size", right=True),
+    Column("state"),
+    Column("points", right=True),
+    Column("journal_bytes", "journal", right=True),
+    Column("lag_ns", "lag", right=True),
+    Column("uri"),
+)
+POINT_COLUMNS = (
+    Column("time_ns", "time"),
+    Column("age", right=True),
+    Column("kind"),
+    Column("seq", right=True),
+    Column("records", right=True),
+    Column("bytes", right=True),
+    Column("grade"),
+    Column("name"),
+    Column("locked"),
+)
+BASE_POINT_COLUMNS = (
+    Column("number", right=True),
+    Column("time_ns", "time"),
+    Column("seq", right=True),
+    Column("path"),
+)
+FORK_COLUMNS = (Column("name"), Column("base"), Column("uri"))
+
+
+def client(options: Namespace) -> Client:
+    """The service of the state directory that the operator means."""
+    return Client(StateDir(default_state_dir(options.state_dir)))
+
+
+def _answer_one(options: Namespace, value: dict[str, Any]) -> None:
+    if options.json:
+        answer_json(value)
+    else:
+        answer_fields(value)
+
+
+def _answer_list(
+    options: Namespace, columns: tuple[Column, ...], rows: list[dict[str, Any]], nothing: str
+) -> None:
+    if options.json:
+        answer_json(rows)
+        return
+    known = [column for column in columns if any(column.key in row for row in rows)]
+    answer_table(known, rows, nothing=nothing)
+
+
+# --- disks
+
+
+def disk_add(options: Namespace) -> None:
+    """Protect a disk; the URI in the answer is what the mirror writes to."""
+    full_name(options.name, options.vm)
+    # The service has another working directory.
+    base = None if options.base is None else os.path.abspath(options.base)
+    _answer_one(options, client(options).add_disk(options.name, size=options.size, vm=options.vm, base=base))
+
+
+def disk_list(options: Namespace) -> None:
+    """Every disk."""
+    rows = client(options).disks()
+    _answer_list(options, DISK_COLUMNS, rows, "no disks; add one: cdp disk add NAME --size SIZE")
+
+
+def disk_show(options: Namespace) -> None:
+    """One disk."""
+    _answer_one(options, client(options).disk(options.name))
+
+
+def disk_remove(options: Namespace) -> None:
+    """Remove a disk and its history, after asking."""
+    service = client(options)
+    if not options.yes:
+        if not _on_a_terminal():
+            raise UsageError(
+                f"removing {options.name} loses its whole history, and there is no terminal to ask at",
+                hint="to remove it all the same, add --yes",
+            )
+        disk = service.disk(options.name)
+        _ask(f"Remove disk {options.name} ({_extent_of(disk)}) with its whole history?")
+    _answer_removed(options, service.remove_disk(options.name))
+
+
+def _extent_of(disk: dict[str, Any]) -> str:
+    held = disk.get("journal_bytes")
+    journal = f", {format_bytes(held)} of journal" if isinstance(held, int) else ""
+    return f"{show_size(disk.get('size'))}{journal}, {disk.get('points', 'unknown')} points"
+
+
+def disk_synced(options: Namespace) -> None:
+    """Say that the first copy, or a resync, is complete."""
+    service = client(options)
+    value = service.synced(options.name, session=options.session, write_blocking=options.write_blocking)
+    _answer_one(options, value)
+
+
+# --- points
+
+
+def point_list(options: Namespace) -> None:
+    """Points, oldest first."""
+    rows = client(options).points(
+        options.disk, since=options.since, until=options.until, kind=options.kind, limit=options.limit
+    )
+    if not options.json:
+        rows = [row | {"age": row.get("time_ns")} for row in rows]
+    _answer_list(options, POINT_COLUMNS, rows, f"{options.disk} has no such points")
+
+
+def point_mark(options: Namespace) -> None:
+    """A bookmark."""
+    _answer_one(options, client(options).mark(options.disk, options.name))
+
+
+def bp_cut(options: Namespace) -> None:
+    """Cut a base point, and wait until it is published."""
+    service = client(options)
+    if sys.stderr.isatty():
+        say(f"cutting a base point of {options.disk} ...")
+    _answer_one(options, service.cut(options.disk))
+
+
+def bp_list(options: Namespace) -> None:
+    """Published base points."""
+    rows = client(options).base_points(options.disk)
+    _answer_list(options, BASE_POINT_COLUMNS, rows, f"{options.disk} has no base points yet")
+
+
+def uri(options: Namespace) -> None:
+    """The URI of a point, alone on its line."""
+    found = client(options).uri(options.point)
+    if options.json:
+        answer_json({"uri": found})
+    else:
+        answer(found)
+
+
+# --- forks
+
+
+def fork_add(options: Namespace) -> None:
+    """A writable disk on top of a point."""
+    _answer_one(options, client(options).add_fork(options.point, options.name))
+
+
+def fork_list(options: Namespace) -> None:
+    """Every fork."""
+    rows = client(options).forks()
+    _answer_list(options, FORK_COLUMNS, rows, "no forks; add one: cdp fork add DISK@WHEN NAME")
+
+
+def fork_remove(options: Namespace) -> None:
+    """Remove a fork; at a terminal only after asking."""
+    service = client(options)
+    if not options.yes and _on_a_terminal():
+        _ask(f"Remove fork {options.name} with all that was written to it?")
+    _answer_removed(options, service.remove_fork(options.name))
+
+
+# --- asking
+
+
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _ask(question: str) -> None:
+    """UsageError unless the operator says yes. Asked on stderr: stdout holds answers only."""
+    sys.stderr.write(f"{printable(question)} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was removed", hint="answer y, or use --yes")
+
+
+def _answer_removed(options: Namespace, value: dict[str, Any]) -> None:
+    if options.json:
+        answer_json(value or {"name": options.name, "state": "removed"})
+    else:
+        say(f"{options.name} is removed")
