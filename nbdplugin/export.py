@@ -25,6 +25,8 @@ from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.view import History, View
+from nbdplugin import thread_state
+from nbdplugin.parent import outlive_parent
 
 API_VERSION = 2
 
@@ -46,6 +48,7 @@ class Export:
     name: str
     absolute: bool
     lock: threading.Lock
+    thread_state: int = 0
 
 
 def config(key: str, value: str) -> None:
@@ -72,6 +75,7 @@ def after_fork() -> None:
     """LMDB and files belong to the process that serves."""
     global _state, _catalog, _log
     events.configure("export")
+    outlive_parent()
     _state = StateDir.open(Path(_state_dir))
     _catalog = Catalog.open(_state, writable=False)
     _log = events.EventLog(_state.events)
@@ -137,6 +141,7 @@ def open(readonly: bool) -> Export:
         raise
     assert _log is not None
     _log.emit("export.opened", export=text, seconds=round(time.monotonic() - started, 4))
+    export.thread_state = thread_state.keep()
     return export
 
 
@@ -148,9 +153,12 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def close(h: Export) -> None:
     """Gives files, environments and leases back."""
-    h.view.close()
-    for history in h.histories:
-        history.close()
+    try:
+        h.view.close()
+        for history in h.histories:
+            history.close()
+    finally:
+        thread_state.let_go(h.thread_state)
 
 
 def get_size(h: Export) -> int:

@@ -16,6 +16,8 @@ from cdpserver.names import DiskExport, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.disk import Connection
 from cdpserver.target.registry import Registry
+from nbdplugin import thread_state
+from nbdplugin.parent import outlive_parent
 
 API_VERSION = 2
 
@@ -56,6 +58,7 @@ def after_fork() -> None:
     """LMDB, threads and files belong to the process that serves."""
     global _registry
     events.configure("target")
+    outlive_parent()
     _registry = Registry(StateDir.open(Path(_state_dir)))
     _registry.start()
 
@@ -96,15 +99,20 @@ def open(readonly: bool) -> Connection:
             raise NotFoundError(
                 "points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI"
             )
-        return registry().disk(export.name).connect()
+        connection = registry().disk(export.name).connect()
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
+    connection.thread_state = thread_state.keep()
+    return connection
 
 
 def close(h: Connection) -> None:
     """The client is gone."""
-    h.close()
+    try:
+        h.close()
+    finally:
+        thread_state.let_go(h.thread_state)
 
 
 def get_size(h: Connection) -> int:

@@ -101,7 +101,9 @@ class _Commands:
         self.root.add_argument("--version", action="store_true", help="say which version this is")
         self.root.add_argument("--json", action="store_true", help="answer in JSON")
         self.root.add_argument(
-            "--state-dir", metavar="DIR", help="the server's directory (else $CDP_STATE_DIR, then a sensible place)"
+            "--state-dir",
+            metavar="DIR",
+            help="the server's directory (else $CDP_STATE_DIR, then a sensible place)",
         )
         self._top = self.root.add_subparsers(metavar="COMMAND", title="commands")
 
@@ -177,7 +179,9 @@ def _add_disk(commands: _Commands) -> None:
         "cdp disk synced web/vda --write-blocking",
     )
     synced.add_argument("--session", metavar="N", type=_count, help="the session that it is said of")
-    synced.add_argument("--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking")
+    synced.add_argument(
+        "--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking"
+    )
     for command in (show, remove, synced):
         command.add_argument("name", metavar="NAME", type=names.check_disk_name)
 
@@ -263,7 +267,9 @@ def _add_local(commands: _Commands) -> None:
         "Verify everything of a disk: segments, payload, index, base points. Needs no server, and disturbs none.",
         "cdp check web/vda --full",
     )
-    check.add_argument("--full", action="store_true", help="also compare the base points' content with the journal")
+    check.add_argument(
+        "--full", action="store_true", help="also compare the base points' content with the journal"
+    )
     for command in (rebuild, check):
         command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
 
@@ -314,7 +320,8 @@ def main() -> int:
         return _fail("interrupted", INTERRUPTED)
     except OSError as error:
         return _fail(_system_error(error), BrokenError.exit_code)
-    except Exception as error:  # noqa: BLE001 - the process's rim: an operator gets a line, not a traceback
+    except Exception as error:
+        # The process's rim: an operator gets a line, not a traceback.
         if os.environ.get("CDP_DEBUG"):
             raise
         return _fail(f"internal error: {error!r} (CDP_DEBUG=1 shows where; please report it)", INTERNAL)
@@ -322,9 +329,9 @@ def main() -> int:
 
 def _open_missing_streams() -> None:
     """Give a command that was started with closed streams (`>&-`) some, so that nothing else need think of it."""
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _system_error(error: OSError) -> str:

@@ -166,9 +166,13 @@ class Client:
         if isinstance(error, FileNotFoundError | ConnectionRefusedError):
             return UnreachableError(message, hint=start)
         if isinstance(error, PermissionError):
-            return UnreachableError(f"{message}: {error.strerror}", hint="run cdp as the user that cdpserver runs as")
+            return UnreachableError(
+                f"{message}: {error.strerror}", hint="run cdp as the user that cdpserver runs as"
+            )
         if isinstance(error, ConnectionError | http.client.HTTPException):
-            return UnreachableError(f"{message}: it closed the connection", hint="look at its log, then try again")
+            return UnreachableError(
+                f"{message}: it closed the connection", hint="look at its log, then try again"
+            )
         return UnreachableError(f"{message}: {error}", hint=start)
 
     def _strange(self, what: str) -> UnreachableError:
@@ -189,7 +193,9 @@ def _error(status: int, value: Any) -> CdpError:
         detail = json.dumps(value)[:200]
         kind = UsageError if 400 <= status < 500 else BrokenError
         return kind(f"cdpserver refused the request: status {status}, {detail}", hint="look at its log")
-    error = _ERRORS.get(str(value.get("error")), CdpError)(value["message"], hint=str(value.get("hint") or ""))
+    error = _ERRORS.get(str(value.get("error")), CdpError)(
+        value["message"], hint=str(value.get("hint") or "")
+    )
     code = value.get("exit_code")
     if type(code) is int and 0 < code < 128:
         # A newer service may know errors that this command does not.

@@ -74,7 +74,7 @@ def show_age(value: object) -> str:
     if not isinstance(value, int):
         return show(value)
     left = (time.time_ns() - value) // 1_000_000_000
-    parts = []
+    parts: list[str] = []
     for unit, seconds in _UNITS:
         if left >= seconds and len(parts) < 2:
             parts.append(f"{left // seconds}{unit}")
@@ -90,7 +90,7 @@ def show_lag(value: object) -> str:
 def show(value: object) -> str:
     """Any other value."""
     match value:
-        case None:
+        case None | "":
             return "-"
         case bool():
             return "yes" if value else "no"

@@ -127,8 +127,6 @@ class SegmentText:
             return f"its state is {self._state}, which is none"
         if self._tail > self.held:
             return f"the tail word counts {self._tail} records, the file holds {self.held}"
-        if self._state == SEALED and self._tail < self.held:
-            return f"it is sealed with {self._tail} records, the file holds {self.held}"
         return ""
 
     def head(self) -> Iterator[str]:
@@ -169,18 +167,22 @@ class SegmentText:
             return Shown(seq, record)
         if record.kind is Kind.DATA and not verify:
             return Shown(seq, record)
-        if record.kind is Kind.CONTROL and record.length > MAX_CONTROL_BYTES:
-            return Shown(seq, record, damage=f"a control record does not have {record.length} bytes")
-        payload = os.pread(self._data, record.length, record.place)
-        if len(payload) < record.length:
-            return Shown(seq, record, damage=f"{record.length - len(payload)} bytes of its payload are missing")
-        if payload_digest(payload) != record.digest:
-            return Shown(seq, record, damage="its payload does not match its digest")
         try:
+            payload = self._payload(self._data, record)
             message = control.decode(payload) if record.kind is Kind.CONTROL else None
         except CorruptError as error:
             return Shown(seq, record, damage=error.message)
         return Shown(seq, record, message, verified=verify)
+
+    def _payload(self, data: int, record: Record) -> bytes:
+        if record.kind is Kind.CONTROL and record.length > MAX_CONTROL_BYTES:
+            raise CorruptError(f"a control record does not have {record.length} bytes")
+        payload = os.pread(data, record.length, record.place)
+        if len(payload) < record.length:
+            raise CorruptError(f"{record.length - len(payload)} bytes of its payload are missing")
+        if payload_digest(payload) != record.digest:
+            raise CorruptError("its payload does not match its digest")
+        return payload
 
     def close(self) -> None:
         """Close both files."""

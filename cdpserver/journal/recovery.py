@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cdpserver.errors import CorruptError
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, fold_controls, interval_path
 from cdpserver.journal.record import DTYPE, Kind, payload_digest
@@ -51,6 +52,8 @@ def survey(journal: Journal, boot_id: str) -> Survey:
     unclean = vanished or any(
         reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id for reader in readers
     )
+    if not readers:
+        return Survey((), _sealed_seq(journal), unclean=unclean, damaged=False)
     if not unclean:
         valid = tuple((place, reader.count) for place, reader in zip(unsealed, readers, strict=True))
         durable = max((_durable(reader, reader.count) for reader in readers), default=0)
@@ -64,11 +67,17 @@ def survey(journal: Journal, boot_id: str) -> Survey:
         following = readers[len(kept)] if len(kept) < len(readers) else None
         if following is None or following.first_seq != reader.first_seq + whole:
             break
-    end_seq = durable
-    if kept:
-        last_place, last_count = kept[-1]
-        end_seq = journal.reader(*last_place).first_seq + last_count - 1
+    last_place, last_count = kept[-1]
+    end_seq = journal.reader(*last_place).first_seq + last_count - 1
     return Survey(tuple(kept), durable, unclean=True, damaged=end_seq < durable)
+
+
+def newest_sealed(journal: Journal) -> tuple[tuple[int, int], int]:
+    """The newest segment that is sealed, and how many records it holds."""
+    for place in journal.newest_places():
+        if not never_written(journal, place):
+            return place, journal.reader(*place).count
+    raise CorruptError(f"{journal.timeline.name} has no readable segment", hint="cdp check says what is left")
 
 
 def never_written(journal: Journal, place: tuple[int, int]) -> bool:
@@ -78,9 +87,14 @@ def never_written(journal: Journal, place: tuple[int, int]) -> bool:
         return not log.read(PAGE).strip(b"\0")
 
 
+def _sealed_seq(journal: Journal) -> int:
+    place, count = newest_sealed(journal)
+    return journal.reader(*place).first_seq + count - 1
+
+
 def _before(readers: list[SegmentReader]) -> int:
-    # Everything before an unsealed segment's predecessor's seal is durable.
-    return readers[0].first_seq - 1 if readers else 0
+    # A segment is sealed only when it is durable, so everything before the first unsealed one is.
+    return readers[0].first_seq - 1
 
 
 def _held(reader: SegmentReader) -> int:

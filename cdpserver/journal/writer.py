@@ -65,29 +65,38 @@ class JournalWriter:
         journal = Journal(self.directory)
         try:
             found = recovery.survey(journal, self.boot_id)
-            if not found.valid:
-                place = next(iter(journal.newest_places()))
-                self._adopt(journal, place, journal.reader(*place).count, found.durable_seq)
-                return self._new_segment(place, self.last_seq + 1, new_interval=False)
-            place, count = found.valid[-1]
+            place, count = found.valid[-1] if found.valid else recovery.newest_sealed(journal)
             self._adopt(journal, place, count, found.durable_seq)
             header = journal.reader(*place).header
             if found.unclean:
                 return self._after_unclean_boot(journal, found, place)
+            if not found.valid:
+                return self._durable(self._new_segment(place, self.last_seq + 1, new_interval=False))
             for (interval, number), kept in found.valid[:-1]:
                 older = journal.reader(interval, number).header
-                self._retired.append(
-                    SegmentWriter(interval_path(self.directory, interval), older, count=kept)
-                )
+                self._retire(SegmentWriter(interval_path(self.directory, interval), older, count=kept))
         finally:
             journal.close()
         segment = SegmentWriter(interval_path(self.directory, place[0]), header, count=count)
         if header.boot_id != self.boot_id or segment.full:
             fresh = self._new_segment(place, self.last_seq + 1, new_interval=False)
-            self._retire(segment)
+            if header.boot_id == self.boot_id:
+                self._retire(segment)
+            else:
+                # Another boot closed it cleanly, so it is durable. Left unsealed it would look as if it had not.
+                self._durable(fresh)
+                segment.seal()
             return fresh
         segment.clear_after_tail()
         segment.set_state(OPEN)
+        return segment
+
+    def _durable(self, segment: SegmentWriter) -> SegmentWriter:
+        """A boot's first segment is durable before anything in it is acknowledged: a later boot sees that it was there."""
+        segment.sync()
+        for path in dict.fromkeys(self._fresh_dirs):
+            durable.fsync_dir(path)
+        self._fresh_dirs = []
         return segment
 
     def _retire(self, segment: SegmentWriter) -> None:
@@ -128,7 +137,7 @@ class JournalWriter:
             reason = "unclean host boot"
             self._put_control(control.gap(from_seq=lost_after, from_time_ns=lost_time, reason=reason))
         self.change_seq = self.last_seq
-        return segment
+        return self._durable(segment)
 
     def _new_segment(self, after: tuple[int, int], first_seq: int, *, new_interval: bool) -> SegmentWriter:
         interval, number = (after[0] + 1, 1) if new_interval else (after[0], after[1] + 1)

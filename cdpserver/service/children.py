@@ -37,6 +37,8 @@ BACKLOG = 128
 """Clients that wait for a child to come back; QEMU holds one connection a disk."""
 
 GREETING = b"NBDMAGIC"
+GOODBYE = bytes([0, 0, 0, 3]) + b"IHAVEOPT" + bytes([0, 0, 0, 2, 0, 0, 0, 0])
+"""Client flags (fixed newstyle, no zeroes) and NBD_OPT_ABORT without data: the polite end of a handshake."""
 
 
 @dataclass
@@ -179,7 +181,8 @@ async def wait_for_greeting(path: Path) -> None:
     while True:
         with trio.move_on_after(1):
             async with await trio.open_unix_socket(str(path)) as stream:
-                if await stream.receive_some(len(GREETING)) == GREETING:
+                if (await stream.receive_some(64)).startswith(GREETING):
+                    await stream.send_all(GOODBYE)
                     return
         await trio.sleep(pause)
         pause = min(2 * pause, 0.5)

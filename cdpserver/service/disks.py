@@ -17,8 +17,8 @@ import trio
 from cdpserver import durable, names, timeline
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
-from cdpserver.journal.log import Journal
 from cdpserver.journal.begin import start_history
+from cdpserver.journal.log import Journal
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.timeline import Base, EmptyBase, ImageBase, PointBase, Timeline

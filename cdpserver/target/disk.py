@@ -244,7 +244,10 @@ class TargetDisk:
             self.journal.commit()
 
     def shut(self, *, removing: bool) -> None:
-        """Close cleanly; requests of clients still connected are refused from here on."""
+        """Close cleanly. When the disk is removed, requests of clients still connected are refused from here on.
+
+        Else the process is about to be killed, and they wait for that: a mirror that reconnects must not see an error.
+        """
         with self._mode_lock:
             if self._gone:
                 return
@@ -255,8 +258,9 @@ class TargetDisk:
             try:
                 self._close_files(removing=removing)
             finally:
-                for connection in held:
-                    connection.lock.release()
+                if removing:
+                    for connection in held:
+                        connection.lock.release()
         os.close(self._lock_fd)
 
     def _close_files(self, *, removing: bool) -> None:
@@ -277,12 +281,14 @@ class TargetDisk:
 class Connection:
     """One client of one disk. All requests of a connection come from one thread at a time."""
 
-    __slots__ = ("_disk", "lock", "wrote")
+    __slots__ = ("_disk", "lock", "thread_state", "wrote")
 
     def __init__(self, disk: TargetDisk) -> None:
         self._disk = disk
         self.lock = threading.Lock()
         self.wrote = False
+        self.thread_state = 0
+        """What the plugin must give back when the connection ends."""
 
     @property
     def disk(self) -> TargetDisk:

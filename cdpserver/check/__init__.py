@@ -1,0 +1,145 @@
+"""Verifies everything of a timeline, and says what is wrong in terms of time and points.
+
+    timeline.json -> base -> segments (headers, payload) -> index -> base points
+
+Reads only, and only what it was given: nothing is printed, asked for or repaired here. Safe beside a running target,
+indexer and service: what is not indexed yet, a record in flight and an index that lags are no damage.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cdpserver import timeline
+from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point, published
+from cdpserver.check.damage import Damage, Effects, Finding
+from cdpserver.check.index import check_indexes
+from cdpserver.check.segments import SegmentCheck, size_bytes
+from cdpserver.errors import CorruptError, NotFoundError
+from cdpserver.journal.log import interval_path, intervals, segments
+from cdpserver.journal.segment import SegmentReader
+from cdpserver.timeline import Timeline
+from cdpserver.view.view import History
+
+__all__ = ["Damage", "Report", "check_timeline"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being verified, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was verified, and what is wrong. `untold` findings came after the limit of those that are listed."""
+
+    records: int
+    segments: int
+    bytes: int
+    damage: tuple[Damage, ...]
+    untold: int
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is wrong."""
+        return not self.damage
+
+    def as_dict(self, disk: str, root: Path) -> dict[str, Any]:
+        """The report for programs; paths are relative to `root`, the state directory."""
+        return {
+            "disk": disk,
+            "whole": self.whole,
+            "records": self.records,
+            "segments": self.segments,
+            "bytes": self.bytes,
+            "damage": [damage.as_dict(root) for damage in self.damage],
+            "untold": self.untold,
+        }
+
+
+def check_timeline(
+    state_dir: Path, id: str, *, boot_id: str, full: bool = False, progress: Progress = lambda *_: None
+) -> Report:
+    """Verify timeline `id`; with `full` also the content of its base points against the journal.
+
+    NotFoundError if there is no such timeline, RemovedError if it is being removed, BrokenError if qemu-img cannot be run.
+    """
+    directory = state_dir / "timelines" / id
+    if not directory.is_dir():
+        raise NotFoundError(f"there is no timeline {id}", hint="list the disks: cdp disk list")
+    effects = Effects()
+    with contextlib.ExitStack() as stack:
+        history = None
+        held = None
+        try:
+            held = timeline.load(directory)
+        except CorruptError as error:
+            hint = "restore timeline.json from a backup of the state directory"
+            effects.add(Finding(error.message, directory / timeline.FILE, 1, 0, hint=hint))
+        else:
+            with contextlib.suppress(CorruptError, NotFoundError):  # a fork's parent: said by check_base
+                history = History(state_dir, held, boot_id)
+                stack.callback(history.close)
+        total = size_bytes(directory)
+        check = SegmentCheck(
+            directory, held, boot_id, effects, lambda done: progress("journal", min(done, total), total)
+        )
+        check.run()
+        for finding in _the_rest(state_dir, directory, held, check, boot_id, progress):
+            effects.add(finding)
+        if full and history is not None:
+            for finding in _contents(history, check, progress):
+                effects.add(finding)
+    totals = check.totals
+    return Report(totals.records, totals.segments, totals.bytes, tuple(effects.damage()), effects.untold)
+
+
+def _the_rest(
+    state_dir: Path,
+    directory: Path,
+    held: Timeline | None,
+    check: SegmentCheck,
+    boot_id: str,
+    progress: Progress,
+) -> Iterator[Finding]:
+    """Everything but the segments, which say what there should be."""
+    numbers = intervals(directory)
+    for done, found in enumerate(check_indexes(directory, numbers, boot_id), start=1):
+        progress("index", done, len(numbers))
+        yield from found
+    files = published(directory)
+    begun = check.totals.segments > 0 or bool(check.damaged)
+    if not begun and (files or (directory / "base.synced").exists()):
+        path = directory / timeline.INTERVALS
+        yield Finding(
+            "the history is missing: there is no segment", path, 1, 0, hint="restore it from a backup"
+        )
+    if held is None:
+        return
+    if begun:
+        yield from check_base(state_dir, held, boot_id=boot_id, first_boot_id=_first_boot_id(directory))
+    for done, number in enumerate(files, start=1):
+        yield from check_base_point(state_dir, held, number, check.cuts)
+        if number not in check.cuts and not check.damaged:
+            path = directory / f"bp-{number}.qcow2"
+            what = f"there is a base point {number}, but no record of its cut"
+            yield Finding(what, path, 0, 0, 0, 0, named=(f"bp:{number}",), hint="remove the file")
+        progress("base points", done, len(files))
+
+
+def _first_boot_id(directory: Path) -> str:
+    for interval in intervals(directory):
+        for number in segments(directory, interval):
+            with (
+                contextlib.suppress(CorruptError),
+                contextlib.closing(SegmentReader(interval_path(directory, interval), number)) as reader,
+            ):
+                return reader.header.boot_id
+    return ""
+
+
+def _contents(history: History, check: SegmentCheck, progress: Progress) -> Iterator[Finding]:
+    files = [number for number in published(history.directory) if number in check.cuts]
+    for done, number in enumerate(files, start=1):
+        yield from compare_base_point(history, number, check.cuts[number])
+        progress("content of base points", done, len(files))

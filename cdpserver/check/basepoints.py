@@ -1,0 +1,163 @@
+"""Verifies what a timeline stands on and what stands on it: its base, and its published base points.
+
+A base point is a file of QEMU's, so QEMU says whether it is whole; of its header only the backing file's name and the
+size are read here, because they decide what the chain means.
+"""
+
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cdpserver import basepoint, qemu, timeline
+from cdpserver.check.damage import Finding
+from cdpserver.errors import BrokenError, CorruptError, NotFoundError
+from cdpserver.journal.firstcopy import base_lost
+from cdpserver.points import base_point_path
+from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.view.delta import Delta
+from cdpserver.view.view import History, View
+
+HEADER = struct.Struct(">4sIQIIQ")
+"""Start of a QCOW2 file: magic, version, backing file's offset, its length, cluster bits, size of the disk."""
+
+MAGIC = b"QFI\xfb"
+MAX_BACKING_NAME = 1023
+"""QEMU's own limit."""
+
+_NUMBERED = re.compile(r"bp-([0-9]{1,18})\.qcow2")
+_FORKED = re.compile(r"\.\./(t[0-9]{1,18})/bp-([0-9]{1,18})\.qcow2")
+
+AGAIN = "the journal still has this instant: the view DISK@bp:N is read from it"
+CUTS = Mapping[int, tuple[int, int]]
+
+
+def check_base(
+    state_dir: Path, timeline_: Timeline, *, boot_id: str, first_boot_id: str
+) -> Iterator[Finding]:
+    """Is the timeline's base there? `first_boot_id` is that of the history's first segment."""
+    directory = state_dir / "timelines" / timeline_.id
+    match timeline_.base:
+        case EmptyBase():
+            path = directory / "base.raw"
+            if not path.exists():
+                yield Finding(
+                    "the first copy is missing", path, 1, 0, hint="restore it, or copy the disk anew"
+                )
+            elif path.stat().st_size != timeline_.size:
+                what = f"the first copy has {path.stat().st_size} bytes, the disk {timeline_.size}"
+                yield Finding(what, path, 1, 0, hint="restore it, or copy the disk anew")
+            elif base_lost(directory) and first_boot_id != boot_id:
+                what = "the first copy was not durable when the host went down"
+                yield Finding(what, path, 1, 0, hint="copy the disk anew")
+        case ImageBase(file):
+            if not (state_dir / file).exists():
+                yield Finding("the base image is missing", state_dir / file, 1, 0, hint="restore it")
+        case PointBase(parent, _, _):
+            try:
+                timeline.load(state_dir / "timelines" / parent)
+            except (NotFoundError, CorruptError) as error:
+                what = f"the timeline that this is a fork of cannot be used: {error.message}"
+                yield Finding(what, state_dir / "timelines" / parent, 1, 0, hint="restore it")
+
+
+def published(directory: Path) -> list[int]:
+    """Numbers of the base points whose files are there."""
+    names = (_NUMBERED.fullmatch(name) for name in os.listdir(directory))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS) -> Iterator[Finding]:
+    """What is wrong with a published base point. BrokenError if qemu-img cannot be run."""
+    directory = state_dir / "timelines" / timeline_.id
+    path = base_point_path(directory, number)
+    # What stands on it is no better.
+    named = tuple(f"bp:{later}" for later in published(directory) if later >= number)
+    seq, time_ns = cuts.get(number, (0, 0))
+
+    def finding(what: str) -> Finding:
+        return Finding(what, path, seq, time_ns, seq, time_ns, named=named, hint=AGAIN)
+
+    try:
+        backing, size = read_header(path)
+    except CorruptError as error:
+        yield finding(error.message)
+        return
+    if size != timeline_.size:
+        yield finding(f"base point {number} is of a disk of {size} bytes, not {timeline_.size}")
+    if not _is_backing(state_dir, timeline_, number, backing):
+        yield finding(f"base point {number} has the backing file {backing!r}, which it should not stand on")
+        return
+    if not (directory / backing).exists():
+        yield finding(f"the backing file {backing} of base point {number} is missing")
+        return
+    if shutil.which("qemu-img") is None:
+        raise BrokenError(
+            "qemu-img is not installed, so base points cannot be checked", hint="run tools/setup"
+        )
+    try:
+        qemu.check(path)
+    except CorruptError as error:
+        yield finding(f"qemu-img does not find base point {number} whole: {error.message}")
+
+
+def read_header(path: Path) -> tuple[str, int]:
+    """(backing file's name, size of the disk) of a QCOW2 file; CorruptError."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+        if len(head) < HEADER.size or head[:4] != MAGIC:
+            raise CorruptError(f"{path.name} is no QCOW2 file")
+        _, version, offset, length, _, size = HEADER.unpack(head)
+        if version != 3 or length > MAX_BACKING_NAME or offset > 1 << 21:
+            raise CorruptError(f"{path.name} has a header that no base point has")
+        file.seek(offset)
+        name = file.read(length)
+    if len(name) < length:
+        raise CorruptError(f"{path.name} is cut short")
+    return name.decode(errors="replace"), size
+
+
+def _is_backing(state_dir: Path, timeline_: Timeline, number: int, backing: str) -> bool:
+    """May base point `number` stand on this file?"""
+    if number > 0:
+        return backing == f"bp-{number - 1}.qcow2"
+    root = timeline_
+    while isinstance(root.base, PointBase):
+        # Which of its ancestors' base points was the newest depends on when this one was written.
+        match = _FORKED.fullmatch(backing)
+        if match and match[1] == root.base.timeline:
+            return True
+        try:
+            root = timeline.load(state_dir / "timelines" / root.base.timeline)
+        except (NotFoundError, CorruptError):
+            return True  # nobody can tell, and check_base says why
+    if isinstance(root.base, ImageBase):
+        return backing == f"../../{root.base.file}"
+    return backing == ("base.raw" if root is timeline_ else f"../{root.id}/base.raw")
+
+
+class _Whole(Delta):
+    """All of a view, as a delta from nothing: what a comparison of whole disks goes through."""
+
+    def __init__(self, view: View) -> None:
+        self.new = view
+        self.ranges = [(0, view.size)]
+        self.size = view.size
+
+
+def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> Iterator[Finding]:
+    """Read a base point with all that it stands on, and compare it with the journal's view of the same instant."""
+    path = base_point_path(history.directory, number)
+    view = View(history, cut[0])
+    try:
+        # A socket's path is short, and this one must not meet that of another check.
+        with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
+            basepoint.compare(uri, _Whole(view))
+    except CorruptError as error:
+        what = error.message.replace("the new base point", f"base point {number}")
+        yield Finding(what, path, *cut, *cut, named=(f"bp:{number}",), hint=AGAIN)
+    finally:
+        view.close()

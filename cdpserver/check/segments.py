@@ -1,0 +1,371 @@
+"""Verifies a timeline's segments: header pages, every record, every payload, and that nothing is missing in between.
+
+Safe beside a running writer: what a segment's tail word counted when the segment was looked at is verified, no more. Records
+that an unclean host boot may have lost, and that nobody has taken over yet, are no damage unless they were durable.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cdpserver.check.damage import Effects, Extents, Finding
+from cdpserver.errors import CorruptError
+from cdpserver.journal import control, recovery
+from cdpserver.journal.control import State
+from cdpserver.journal.log import Journal, interval_path, intervals, segments
+from cdpserver.journal.record import (
+    BODY,
+    CHANGES,
+    DIGEST_SIZE,
+    DTYPE,
+    KNOWN_KINDS,
+    MAGIC,
+    RECORD_SIZE,
+    VERSION,
+    Kind,
+    payload_digest,
+)
+from cdpserver.journal.segment import CLOSED, OPEN, PAGE, SEALED, SegmentReader, data_path, log_path
+from cdpserver.limits import BLOCK, MAX_CONTROL_BYTES, SECTOR, SEQ_JUMP
+from cdpserver.timeline import Timeline
+
+CHUNK = 8192
+"""Records verified at a time: half a MiB of header log."""
+
+DIGEST_AT = BODY.size - DIGEST_SIZE
+
+LOST = "open an instant before it, or one after the guest wrote there again"
+
+
+@dataclass(slots=True)
+class Totals:
+    """What was verified. `bytes` counts headers and payload."""
+
+    records: int = 0
+    segments: int = 0
+    bytes: int = 0
+
+
+def size_bytes(directory: Path) -> int:
+    """About how many bytes `SegmentCheck` will read."""
+    total = 0
+    for interval in intervals(directory):
+        for path in interval_path(directory, interval).iterdir():
+            if path.suffix in (".log", ".data"):
+                with contextlib.suppress(FileNotFoundError):  # a segment that gets its name just now
+                    total += path.stat().st_size
+    return total
+
+
+@dataclass(slots=True)
+class SegmentCheck:
+    """Goes through the segments once, oldest first. `timeline` is None if timeline.json cannot be read."""
+
+    directory: Path
+    timeline: Timeline | None
+    boot_id: str
+    effects: Effects
+    progress: Callable[[int], None]
+    totals: Totals = field(default_factory=Totals)
+    cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
+    _next_seq: int | None = 1
+    _time_ns: int = 0
+    _state: State | None = field(default_factory=State)
+    _survey: recovery.Survey | None = None
+    _interval: int = 0
+    _where: Path = field(default_factory=Path)
+
+    def run(self) -> None:
+        """Verify everything; findings go to `effects`, damaged intervals to `damaged`, base points to `cuts`."""
+        places: list[tuple[int, int]] = []
+        held = intervals(self.directory)
+        for interval in held:
+            found = segments(self.directory, interval)
+            places += [(interval, number) for number in found]
+            # The newest interval may be one whose first segment is just being made.
+            if not found and interval != held[-1]:
+                places.append((interval, 0))
+        self._survey = self._survey_unclean()
+        for self._interval, number in places:
+            if number:
+                self._segment(number)
+            else:
+                self._where = interval_path(self.directory, self._interval)
+                self._say("the interval holds no segment")
+                self._lose()
+
+    def _survey_unclean(self) -> recovery.Survey | None:
+        """What an unclean host boot left, if that is how things stand."""
+        journal = Journal(self.directory)
+        try:
+            found = recovery.survey(journal, self.boot_id)
+        except (CorruptError, FileNotFoundError):
+            return None  # the segments are looked at one by one below, and say what is wrong
+        finally:
+            journal.close()
+        return found if found.unclean else None
+
+    def _say(
+        self,
+        what: str,
+        *,
+        seq: int | None = None,
+        time_ns: int | None = None,
+        extents: Extents | None = None,
+        after_seq: int | None = None,
+    ) -> None:
+        """Note a finding at `seq`, else at the record that should come next."""
+        at = seq if seq is not None else (self._next_seq or self.effects.last_seq + 1)
+        when = self._time_ns if time_ns is None else time_ns
+        self.damaged.add(self._interval)
+        self.effects.add(
+            Finding(what, self._where, at, when, extents=extents, hint=LOST), after_seq=after_seq
+        )
+
+    def _lose(self) -> None:
+        """Of what comes next nothing is known but what it says itself."""
+        self._next_seq = self._state = None
+
+    # -- one segment ---------------------------------------------------------------------------------------------
+
+    def _segment(self, number: int) -> None:
+        directory = interval_path(self.directory, self._interval)
+        self._where = log_path(directory, number)
+        try:
+            reader = SegmentReader(directory, number)
+        except CorruptError as error:
+            if self._survey is None or not _is_blank(self._where):
+                self._say(error.message.removeprefix(f"{self._where}").lstrip(": "))
+                self._lose()
+            return
+        with contextlib.closing(reader):
+            if self._is_left_over(reader):
+                return
+            self.totals.segments += 1
+            self.totals.bytes += PAGE
+            self._header(reader)
+            count = self._count(reader)
+            for first in range(0, count, CHUNK):
+                self._chunk(reader, first, min(first + CHUNK, count))
+
+    def _is_left_over(self, reader: SegmentReader) -> bool:
+        """A segment after the place where an unclean host boot cut the journal: the writer puts it aside."""
+        if self._survey is None or reader.state != OPEN or reader.header.boot_id == self.boot_id:
+            return False
+        return (self._interval, reader.segment) not in dict(self._survey.valid)
+
+    def _header(self, reader: SegmentReader) -> None:
+        header = reader.header
+        if self.timeline is not None and header.timeline != self.timeline.uuid:
+            self._say("the segment is of another timeline")
+        if header.interval != self._interval:
+            self._say(f"the segment says that it is of interval {header.interval}")
+        first_seq = header.first_seq
+        # After an unclean host boot the seq jumps.
+        if self._next_seq is not None and not self._next_seq + SEQ_JUMP - 1 <= first_seq != self._next_seq:
+            if first_seq > self._next_seq:
+                self._say(f"records {self._next_seq} to {first_seq - 1} are missing before this segment")
+            elif first_seq < self._next_seq:
+                self._say(f"the segment begins with record {first_seq}, where {self._next_seq} belongs")
+        if self._state is not None and header.carry != self._state:
+            what = "the state that the segment starts with is not what the records before it say"
+            self._say(what, seq=first_seq, extents=())
+        if header.first_time_ns < self._time_ns:
+            self._say("the segment begins before the record before it", seq=first_seq, extents=())
+        self._state, self._next_seq = header.carry, first_seq
+        self._time_ns = max(self._time_ns, header.first_time_ns)
+
+    def _count(self, reader: SegmentReader) -> int:
+        """How many records there are to be verified; what should come after them is noted."""
+        claimed, state = reader.claimed, reader.state
+        held = max(0, self._where.stat().st_size - PAGE) // RECORD_SIZE
+        if state not in (OPEN, CLOSED, SEALED):
+            self._say(f"the segment's state is {state}, which is none", extents=())
+        if state == OPEN and reader.header.boot_id != self.boot_id and self._survey is not None:
+            return self._unclean_count(reader, self._survey)
+        self._next_seq = reader.first_seq + claimed
+        if claimed > held:
+            what = f"the tail word counts {claimed} records, the file holds {held}"
+            self._say(what, seq=reader.first_seq + held)
+            self._lose()
+        elif self._more_follow(reader, claimed, held):
+            self._say(f"the tail word counts {claimed} records, and whole ones follow")
+            self._lose()
+        return min(claimed, held)
+
+    def _unclean_count(self, reader: SegmentReader, survey: recovery.Survey) -> int:
+        place = (self._interval, reader.segment)
+        kept = dict(survey.valid)[place]
+        self._next_seq = reader.first_seq + kept
+        if survey.damaged and place == survey.valid[-1][0]:
+            self._say(f"records from {self._next_seq} on were durable, and are damaged or missing")
+            self._lose()
+        return kept
+
+    def _more_follow(self, reader: SegmentReader, claimed: int, held: int) -> bool:
+        """A writer has at most one whole record that it has not counted yet; more means a damaged tail word."""
+        end = min(held, claimed + 2)
+        if end - claimed < 2 or not _whole(reader, reader.raw(claimed, end), claimed).all():
+            return False
+        return reader.claimed == claimed
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def _chunk(self, reader: SegmentReader, first: int, end: int) -> None:
+        raw = reader.raw(first, end)
+        whole = _whole(reader, raw, first)
+        records = np.frombuffer(raw, DTYPE, count=len(whole))[whole]
+        self._broken_headers(reader.first_seq + first, whole, records)
+        self._times(records)
+        self._extents(records)
+        bad = self._payloads(reader, raw, np.flatnonzero(whole).tolist())
+        self._damaged_payloads(reader, np.frombuffer(raw, DTYPE)[bad])
+        self.effects.feed(records)
+        self.totals.records += len(records)
+        self.totals.bytes += len(raw)
+        self.progress(self.totals.bytes)
+
+    def _broken_headers(
+        self, first_seq: int, whole: npt.NDArray[np.bool_], records: npt.NDArray[np.void]
+    ) -> None:
+        for low, high in _runs(np.flatnonzero(~whole).tolist()):
+            who = (
+                f"record {first_seq + low}"
+                if low == high
+                else f"records {first_seq + low} to {first_seq + high}"
+            )
+            before = int(np.count_nonzero(whole[:low]))
+            time_ns = int(records["time"][before - 1]) if before else None
+            self._state = None
+            self._say(f"the header of {who} fails its check", seq=first_seq + low, time_ns=time_ns)
+
+    def _times(self, records: npt.NDArray[np.void]) -> None:
+        if not len(records):
+            return
+        times = np.concatenate((np.array([self._time_ns], dtype=np.uint64), records["time"]))
+        for number in np.flatnonzero(times[1:] < times[:-1])[:1].tolist():
+            seq = int(records["seq"][number])
+            self._say(f"the time of record {seq} is before that of the one before it", seq=seq, extents=())
+        self._time_ns = int(times.max())
+
+    def _extents(self, records: npt.NDArray[np.void]) -> None:
+        kinds, seqs, places = records["kind"], records["seq"], records["place"]
+        change = (kinds >= CHANGES[0]) & (kinds <= CHANGES[-1])
+        size = np.uint64(self.timeline.size if self.timeline is not None else 1 << 62)
+        ends = records["offset"] + records["length"].astype(np.uint64) * np.uint64(SECTOR)
+        for wrong, what in (
+            (~np.isin(kinds, tuple(KNOWN_KINDS)), "is of no known kind"),
+            (change & (records["length"] == 0), "has an empty extent"),
+            (change & (records["offset"] % np.uint64(BLOCK) != 0), "has an extent that is not aligned"),
+            (change & (ends > size), "has an extent beyond the end of the disk"),
+            ((kinds == Kind.DATA) & (places % np.uint64(BLOCK) != 0), "has a payload that is not aligned"),
+            ((kinds == Kind.SAME) & (places >= seqs), "refers to a record that is not before it"),
+            ((kinds == Kind.DURABLE) & (places >= seqs), "says that a later record is durable"),
+        ):
+            for seq, time_ns in zip(seqs[wrong].tolist(), records["time"][wrong].tolist(), strict=True):
+                self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
+
+    def _payloads(self, reader: SegmentReader, raw: bytes, numbers: list[int]) -> list[int]:
+        """Numbers, within the chunk, of the records whose payload is not what their digest says."""
+        bad = []
+        records = np.frombuffer(raw, DTYPE)
+        kinds, places = records["kind"].tolist(), records["place"].tolist()
+        lengths, offsets = records["length"].tolist(), records["offset"].tolist()
+        for number in numbers:
+            if kinds[number] == Kind.DATA:
+                size = lengths[number] * SECTOR
+            elif kinds[number] == Kind.CONTROL:
+                size = min(offsets[number], MAX_CONTROL_BYTES + 1)
+            else:
+                continue
+            at = number * RECORD_SIZE + DIGEST_AT
+            try:
+                payload = reader.payload(places[number], size)
+            except (FileNotFoundError, OverflowError):
+                payload = b""
+            self.totals.bytes += len(payload)
+            if len(payload) != size or payload_digest(payload) != raw[at : at + DIGEST_SIZE]:
+                bad.append(number)
+            elif kinds[number] == Kind.CONTROL:
+                self._control(records[number], payload)
+        return bad
+
+    def _control(self, record: np.void, payload: bytes) -> None:
+        seq, time_ns = int(record["seq"]), int(record["time"])
+        try:
+            message = control.decode(payload)
+            if message["type"] == "mark":
+                self.effects.name(seq, time_ns, str(message["name"]))
+            elif message["type"] == "cut":
+                self.cuts[int(message["number"])] = seq, time_ns
+                self.effects.name(seq, time_ns, f"bp:{message['number']}")
+            if self._state is not None:
+                self._state = control.fold(self._state, message, seq=seq, time_ns=time_ns)
+        except (CorruptError, KeyError, TypeError, ValueError) as error:
+            self._state = None
+            self._say(f"control record {seq} cannot be read: {error}", seq=seq, extents=())
+
+    def _damaged_payloads(self, reader: SegmentReader, bad: npt.NDArray[np.void]) -> None:
+        if not len(bad):
+            return
+        self._where = data_path(reader.directory, reader.segment)
+        missing = "" if self._where.exists() else ": the data file is missing"
+        for low, high in _runs((bad["seq"] - np.uint64(reader.first_seq)).tolist()):
+            some = bad[(bad["seq"] >= low + reader.first_seq) & (bad["seq"] <= high + reader.first_seq)]
+            seq, last = int(some["seq"][0]), int(some["seq"][-1])
+            who = (
+                f"the payload of record {seq} does"
+                if seq == last
+                else f"the payloads of records {seq} to {last} do"
+            )
+            data = some[some["kind"] == Kind.DATA]
+            starts = data["offset"].tolist()
+            ends = (data["offset"] + data["length"].astype(np.uint64) * np.uint64(SECTOR)).tolist()
+            if len(data) < len(some):
+                self._state = None  # a control record: what it said is lost
+            self._say(
+                f"{who} not match {'its digest' if seq == last else 'their digests'}{missing}",
+                seq=seq,
+                time_ns=int(some["time"][0]),
+                extents=tuple(zip(starts, ends, strict=True)),
+                after_seq=last,
+            )
+        self._where = reader.path
+
+
+def _whole(reader: SegmentReader, raw: bytes, first: int) -> npt.NDArray[np.bool_]:
+    """Which records of `raw`, that starts with number `first`, are whole and where they belong."""
+    records = np.frombuffer(raw, DTYPE, count=len(raw) // RECORD_SIZE)
+    seqs = np.arange(len(records), dtype=np.uint64) + np.uint64(reader.first_seq + first)
+    whole: npt.NDArray[np.bool_] = (
+        (records["magic"] == MAGIC) & (records["version"] == VERSION) & (records["seq"] == seqs)
+    )
+    checks, salt = records["crc"].tolist(), reader.header.salt
+    for number in np.flatnonzero(whole).tolist():
+        at = number * RECORD_SIZE
+        if zlib.crc32(raw[at : at + BODY.size], salt) != checks[number]:
+            whole[number] = False
+    return whole
+
+
+def _is_blank(path: Path) -> bool:
+    """A segment that was made, but that the host did not get to write before it went down: zeros, if anything."""
+    with open(path, "rb") as log:
+        return not any(part.strip(b"\0") for part in iter(lambda: log.read(1 << 20), b""))
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, last)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] + 1 == number:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs

@@ -1,0 +1,447 @@
+"""The core without NBD: timelines driven directly, each beside its model, with a clock and a host boot of the test's own.
+
+The indexer is a process of its own, as in life: LMDB opens an environment once per process, and views are to find the
+one that the indexer is writing.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from cdpserver.index import build, indexer, store
+from cdpserver.journal.segment import RECORD_SIZE, SegmentWriter
+from cdpserver.journal.begin import start_history
+from cdpserver.journal.writer import JournalWriter
+from cdpserver.points import Timeline as Points
+from cdpserver.state import StateDir
+from cdpserver.target.disk import Connection, TargetDisk
+from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline, create_timeline
+from cdpserver.view.delta import Delta
+from cdpserver.view.view import History, View
+from tests.model import Model, clip, read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+SECOND_NS = 1_000_000_000
+START_NS = 1_800_000_000 * SECOND_NS
+PIECE = 1 << 20
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory in memory where there is one: what these tests prove doesn't depend on a device."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="cdp-", dir=parent, ignore_cleanup_errors=True) as path:
+        yield Path(path)
+        forget_indexes()
+
+
+def forget_indexes() -> None:
+    """Close the index environments that this process keeps open; nobody may be reading."""
+    for file in store._open.values():
+        assert file.users == 0, f"{file.path} is still in use"
+        file.env.close()
+    store._open.clear()
+
+
+# --- the indexer's process
+
+
+class IndexerProcess:
+    """Indexes what it is told to, when it is told to. Killed at any time, it starts anew at the next call."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self.kill)
+
+    def call(self, op: str, timeline: Path, boot: str, *, batch: int = 0) -> int:
+        """`step` once, `drain` everything, `rebuild`: how many records. `close`: let go of the timeline."""
+        process = self._process
+        if process is None:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-c", "from tests.core import serve_indexer; serve_indexer()"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert process.stdin is not None and process.stdout is not None
+        print(json.dumps([op, str(timeline), boot, batch]), file=process.stdin, flush=True)
+        reply = json.loads(process.stdout.readline())
+        assert "error" not in reply, reply["error"]
+        return int(reply["done"])
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+INDEXER = IndexerProcess()
+
+
+def serve_indexer() -> None:
+    """The loop of the indexer's process."""
+    open_ones: dict[tuple[str, str], indexer.TimelineIndexer] = {}
+    default = indexer.INDEX_BATCH
+    for line in sys.stdin:
+        op, timeline, boot, batch = json.loads(line)
+        indexer.INDEX_BATCH = batch or default
+        cast(Any, build.catch_up).__kwdefaults__["batch"] = batch or default
+        try:
+            done = _serve(open_ones, op, timeline, boot)
+            print(json.dumps({"done": done}), flush=True)
+        except Exception as error:  # noqa: BLE001 - the rim of a process: the test sees the error
+            print(json.dumps({"error": repr(error)}), flush=True)
+
+
+def _serve(open_ones: dict[tuple[str, str], indexer.TimelineIndexer], op: str, timeline: str, boot: str) -> int:
+    key = (timeline, boot)
+    if op == "close":
+        if key in open_ones:
+            open_ones.pop(key).close()
+        return 0
+    if op == "rebuild":
+        return indexer.rebuild(Path(timeline), boot)
+    if key not in open_ones:
+        open_ones[key] = indexer.TimelineIndexer(Path(timeline), boot)
+    if op == "step":
+        return open_ones[key].step(0.0)
+    done = 0
+    while True:
+        before = open_ones[key]._interval
+        added = open_ones[key].step(0.0)
+        done += added
+        if not added and open_ones[key]._interval == before:
+            return done
+
+
+# --- a state directory and its timelines
+
+
+class World:
+    """A state directory on one host, with its clock and its boots."""
+
+    def __init__(self, path: Path) -> None:
+        self.state = StateDir.create_or_open(path / "s")
+        self.boots = 0
+        self.now_ns = START_NS
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.lines: list[Line] = []
+        self.paths: Counter[str] = Counter()
+
+    @property
+    def boot(self) -> str:
+        """The host's boot id."""
+        return f"{self.boots:08d}-boot"
+
+    def emit(self, event: str, *, level: str = "info", **fields: Any) -> None:
+        """What the server says goes here."""
+        self.events.append((event, {"level": level, **fields}))
+
+    def clock_ns(self) -> int:
+        """The clock that every writer is given."""
+        return self.now_ns
+
+    def add(self, size: int, *, image: bytes | None = None) -> "Line":
+        """A new disk: in its first copy, or on an image."""
+        if image is None:
+            return Line(self, self._timeline(size, EmptyBase()), Model(size))
+        (self.state.bases / "b1.raw").write_bytes(image)
+        model = Model(size)
+        model.write(seq=0, time_ns=0, offset=0, data=image)
+        return Line(self, self._timeline(size, ImageBase("bases/b1.raw"), "image"), model)
+
+    def fork(self, parent: "Line", seq: int) -> "Line":
+        """A new timeline on top of a point."""
+        assert parent.disk.journal is not None
+        parent.disk.journal.commit()
+        base = PointBase(parent.timeline.id, seq, self.now_ns)
+        made = self._timeline(parent.model.size, base, "point")
+        return Line(self, made, Model(parent.model.size, parent.model, seq))
+
+    def _timeline(self, size: int, base: EmptyBase | ImageBase | PointBase, mode: str = "") -> Timeline:
+        id = f"t{len(self.lines) + 1}"
+        made = create_timeline(
+            self.state, id=id, name=f"d{len(self.lines) + 1}", vm=None, size=size, base=base, now_ns=self.now_ns
+        )
+        if mode:
+            directory = self.state.timeline(id)
+            start_history(directory, uuid=made.uuid, boot_id=self.boot, now_ns=self.now_ns, mode=mode)
+        return made
+
+    def reboot(self, *, clean: bool) -> None:
+        """The host goes down, cleanly or by a loss of power that lost no page, and comes back."""
+        for line in self.lines:
+            line.close(clean=clean)
+            INDEXER.call("close", line.directory, self.boot)
+        forget_indexes()
+        self.boots += 1
+        for line in self.lines:
+            line.open()
+
+    def close(self) -> None:
+        """End of the test."""
+        for line in self.lines:
+            INDEXER.call("close", line.directory, self.boot)
+            if line.is_open:
+                line.close(clean=False)
+        forget_indexes()
+
+
+class Line:
+    """A timeline, open for writing, and its model. Every write goes to both."""
+
+    def __init__(self, world: World, timeline: Timeline, model: Model) -> None:
+        self.world = world
+        self.timeline = timeline
+        self.model = model
+        self.directory = world.state.timeline(timeline.id)
+        self.marks: dict[str, int] = {}
+        self.cuts: list[int] = []
+        self.is_open = False
+        world.lines.append(self)
+        self.open()
+
+    def open(self) -> None:
+        """The target takes the timeline over. A reader's instants begin with what is there."""
+        world = self.world
+        self.disk = TargetDisk(
+            world.state.path, self.timeline, clock_ns=world.clock_ns, boot_id=world.boot, emit=world.emit
+        )
+        self.is_open = True
+        self.connections: dict[int, Connection] = {}
+        self._note()
+
+    @property
+    def writer(self) -> JournalWriter:
+        """The open journal."""
+        assert self.disk.journal is not None
+        return self.disk.journal
+
+    @property
+    def last_seq(self) -> int:
+        """Seq of the newest record; 0 in a first copy."""
+        return self.disk.journal.last_seq if self.disk.journal is not None else 0
+
+    def connection(self, number: int = 0) -> Connection:
+        """One of the connections; made when first asked for."""
+        if number not in self.connections:
+            self.connections[number] = self.disk.connect()
+        return self.connections[number]
+
+    def disconnect(self, number: int = 0) -> None:
+        """The client is gone."""
+        if number in self.connections:
+            self.connections.pop(number).close()
+            self._note()
+
+    def _note(self) -> None:
+        if self.disk.journal is not None:
+            self.model.remember(self.last_seq)
+
+    def write(self, offset: int, data: bytes, number: int = 0) -> None:
+        """A client's write."""
+        self.connection(number).write(memoryview(data), offset)
+        time_ns = self.disk.journal.last_time_ns if self.disk.journal else 0
+        self.model.write(seq=self.last_seq, time_ns=time_ns, offset=offset, data=data)
+        self._note()
+
+    def zero(self, offset: int, length: int, number: int = 0, *, trim: bool = False) -> None:
+        """A client's zero or trim."""
+        self.connection(number).zero(offset, length, trim=trim)
+        time_ns = self.disk.journal.last_time_ns if self.disk.journal else 0
+        self.model.zero(seq=self.last_seq, time_ns=time_ns, offset=offset, length=length)
+        self._note()
+
+    def synced(self, *, write_blocking: bool = True) -> None:
+        """A controller's word."""
+        self.disk.synced(None, write_blocking=write_blocking)
+        self._note()
+
+    def mark(self, name: str) -> None:
+        """A bookmark."""
+        self.marks[name] = self.writer.mark(name)[0]
+        self._note()
+
+    def cut(self) -> None:
+        """A base point's cut."""
+        number, seq, _ = self.writer.cut()
+        assert number == len(self.cuts)
+        self.cuts.append(seq)
+        self._note()
+
+    def close(self, *, clean: bool, junk: random.Random | None = None) -> None:
+        """The target ends: cleanly, or killed (perhaps in the middle of a record)."""
+        self.is_open = False
+        if clean:
+            for number in list(self.connections):
+                self.disconnect(number)
+            self.disk.shut(removing=False)
+        else:
+            abandon(self.disk, junk)
+
+    # -- what must hold
+
+    @contextlib.contextmanager
+    def view(self, seq: int) -> Iterator[View]:
+        """The disk at `seq`, as an export opens it."""
+        history = History(self.world.state.path, self.timeline, self.world.boot)
+        view = View(history, seq)
+        try:
+            self.world.paths[path_of(view)] += 1
+            yield view
+        finally:
+            view.close()
+            history.close()
+
+    @contextlib.contextmanager
+    def points(self) -> Iterator[Points]:
+        """The timeline's points."""
+        history = History(self.world.state.path, self.timeline, self.world.boot)
+        try:
+            yield Points(history)
+        finally:
+            history.close()
+
+    def check(self, seq: int) -> None:
+        """The view at `seq` is the model's."""
+        with self.view(seq) as view:
+            check_view(view, self.model, seq)
+
+    def check_live(self, offset: int, length: int, number: int = 0) -> None:
+        """What a client of the target reads is what was written last."""
+        buffer = bytearray(length)
+        seq = self.model.latest if self.disk.journal is not None else 0
+        self.connection(number).read_into(memoryview(buffer), offset)
+        assert bytes(buffer) == self.model.read(seq, offset, length)
+        runs = self.connection(number).status(offset, length, one=False) if length else []
+        check_runs(runs, self.model, seq, offset, offset + length, whole=self.disk.journal is not None)
+
+    def check_delta(self, seq: int, old: "Line", old_seq: int) -> None:
+        """What changed since an older instant of the same line of history."""
+        with self.view(seq) as new_view, old.view(old_seq) as old_view:
+            check_delta(Delta(new_view, old_view), self.model, seq, old.model, old_seq)
+
+
+def path_of(view: View) -> str:
+    """How a view finds its newest content: what a test of many histories must have seen all of."""
+    if not view._layers:
+        return "base"
+    layer = view._layers[0]
+    tail = layer.tail is not None and len(layer.tail) > 0
+    index = layer._file is not None and layer._file.indexed() > 0
+    kind = "closed" if layer._file is not None and layer._keep else "open"
+    name = "+".join([kind] * index + ["tail"] * tail) or "nothing"
+    return f"{name}, more intervals unindexed" if len(view._layers) > 1 else name
+
+
+def check_view(view: View, model: Model, seq: int) -> None:
+    """Content and block status of a whole view."""
+    for start, end in model.touched():
+        for at in range(start, end, PIECE):
+            length = min(PIECE, end - at)
+            held, expected = view.read(at, length), model.read(seq, at, length)
+            if held != expected:
+                first = next(i for i in range(length) if held[i] != expected[i])
+                raise AssertionError(f"seq {seq}: byte {at + first} is {held[first]}, not {expected[first]}")
+    at = 0
+    while at < view.size:
+        runs = view.status(at, view.size, one=True)
+        check_runs(runs, model, seq, at, view.size, whole=False)
+        at = runs[-1][1]
+    check_runs(view.status(0, view.size, one=False), model, seq, 0, view.size, whole=True)
+
+
+def check_runs(
+    runs: list[tuple[int, int, bool]], model: Model, seq: int, start: int, end: int, *, whole: bool
+) -> None:
+    """Block status follows on without holes, and never claims that data is zero."""
+    at = start
+    for low, high, zero in runs:
+        assert low == at < high <= end, (runs, start, end)
+        assert not zero or model.is_zero(seq, low, high), f"seq {seq}: [{low}, {high}) is no zero"
+        at = high
+    assert at == end or not whole
+    assert runs or start == end
+
+
+def check_delta(delta: Delta, new: Model, new_seq: int, old: Model, old_seq: int) -> None:
+    """Unchanged ranges are unchanged, the others read as the newer content; they cover the disk."""
+    ranges = new.touched()
+    at = 0
+    for low, high, bits in delta.status(0, delta.size, one=False):
+        assert low == at < high
+        at = high
+        for start, end in clip(ranges, low, high):
+            expected = new.read(new_seq, start, end - start)
+            if bits == 1:
+                assert expected == old.read(old_seq, start, end - start), f"[{start}, {end}) is no hole"
+                continue
+            assert bits == 0 or not expected.strip(b"\0")
+            buffer = bytearray(end - start)
+            delta.read_into(buffer, start)
+            assert buffer == expected
+    assert at == delta.size
+
+
+def check_log(line: Line) -> None:
+    """The files alone tell the same history as the model; instants between two requests come from them."""
+    records = read_log(line.directory)
+    for seq in line.model.instants[-3:]:
+        told = replay_at(line, seq)
+        for start, end in line.model.touched():
+            assert told.read(seq, start, end - start) == line.model.read(seq, start, end - start)
+    assert records[-1].seq == line.last_seq
+
+
+def replay_at(line: Line, seq: int) -> Model:
+    """The disk at any seq, as the files tell it."""
+    from tests.model import replay
+
+    return replay(read_log(line.directory), line.model, seq)
+
+
+# --- kills
+
+
+def abandon(disk: TargetDisk, junk: random.Random | None = None) -> None:
+    """What a SIGKILL leaves: files as they are, locks and leases free. `junk`: it struck in the middle of a record."""
+    if disk.journal is not None:
+        writer = disk.journal
+        if junk is not None:
+            _half_a_record(writer._segment, junk)
+        for segment in [*writer._retired, writer._segment]:
+            segment.close()
+        writer._broken = "killed"
+    if disk.reads is not None:
+        disk.reads.close()
+    if disk.first_copy is not None:
+        disk.first_copy.close()
+    os.close(disk._lock_fd)
+
+
+def _half_a_record(segment: SegmentWriter, junk: random.Random) -> None:
+    os.pwrite(segment.data_fd, junk.randbytes(junk.randrange(1, 9000)), segment.place)
+    if junk.random() < 0.5 and segment.window is not None:
+        at = (segment.count - segment.window_start) * RECORD_SIZE
+        length = junk.randrange(1, RECORD_SIZE)
+        if at + length <= len(segment.window):
+            segment.window[at : at + length] = junk.randbytes(length)
+
+
+def remove(path: Path) -> None:
+    """A whole tree."""
+    shutil.rmtree(path, ignore_errors=True)
