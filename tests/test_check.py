@@ -97,7 +97,7 @@ def empty_disk(path: Path) -> Disk:
     return disk
 
 
-SEQS = {"a": 4, "b": 5, "a2": 6, "mark": 7, "zero": 9, "cut": 10, "c": 11, "b2": 12}
+SEQS = {"a": 4, "b": 5, "a2": 6, "mark": 7, "zero": 9, "cut": 10, "c": 12, "b2": 13}
 """Seq of every change that `fill` makes, a second apart each."""
 
 
@@ -123,7 +123,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template")
     disk = empty_disk(path)
     fill(disk)
-    assert rebuild(disk.directory, BOOT) == 13
+    assert rebuild(disk.directory, BOOT) == 14
     return path
 
 
@@ -163,7 +163,7 @@ def test_a_whole_timeline_is_called_whole(disk: Disk) -> None:
         boot_id=BOOT,
         progress=lambda stage, done, total: stages.append((stage, done, total)),
     )
-    assert report.whole and report.records == 13 and report.segments == 2
+    assert report.whole and report.records == 14 and report.segments == 2
     assert {stage for stage, _, _ in stages} == {"journal", "index"}
     assert all(done <= total for _, done, total in stages)
 
@@ -181,7 +181,7 @@ def test_an_index_that_is_missing_or_behind_is_no_damage(disk: Disk) -> None:
     for path in disk.directory.glob("intervals/*/*.mdb*"):
         path.unlink()
     report = disk.check()
-    assert report.whole and report.records == 14
+    assert report.whole and report.records == 16
 
 
 def test_a_record_in_flight_is_no_damage(disk: Disk) -> None:
@@ -265,7 +265,7 @@ def test_a_flipped_bit_in_a_record(disk: Disk, at: int) -> None:
     assert found["what"] == f"the header of record {SEQS['c']} fails its check"
     assert found["path"] == "timelines/t1/intervals/000002/00000001.log"
     # Which bytes it was, nobody knows: it shows to the end.
-    assert (found["from_seq"], found["to_seq"]) == (SEQS["c"], 13)
+    assert (found["from_seq"], found["to_seq"]) == (SEQS["c"], 14)
     points = found["points"]
     assert isinstance(points, dict)
     assert points["affected"] == 1
@@ -298,7 +298,7 @@ def test_a_missing_data_file(disk: Disk) -> None:
     disk.data(2).unlink()
     found = disk.only()
     assert str(found["what"]).endswith("do not match their digests: the data file is missing")
-    assert (found["from_seq"], found["to_seq"]) == (SEQS["c"], 13)
+    assert (found["from_seq"], found["to_seq"]) == (SEQS["c"], 14)
 
 
 @pytest.mark.parametrize("at", [0, 8, 12, 64, 100])
@@ -306,7 +306,7 @@ def test_a_flipped_bit_in_a_header_page(disk: Disk, at: int) -> None:
     flip(disk.log(1), at)
     found = disk.only()
     assert found["path"] == "timelines/t1/intervals/000001/00000001.log"
-    assert (found["from_seq"], found["to_seq"]) == (1, 13)
+    assert (found["from_seq"], found["to_seq"]) == (1, 14)
 
 
 def test_a_tail_word_that_counts_too_few(disk: Disk) -> None:
@@ -401,7 +401,7 @@ def test_a_missing_base(disk: Disk) -> None:
     (disk.directory / "base.raw").unlink()
     found = disk.only()
     assert found["what"] == "the first copy is missing"
-    assert (found["from_seq"], found["to_seq"]) == (1, 13)
+    assert (found["from_seq"], found["to_seq"]) == (1, 14)
 
 
 def test_a_base_that_was_cut_short(disk: Disk) -> None:
@@ -486,7 +486,7 @@ def test_a_damaged_index(
     assert found["path"] == "timelines/t1/intervals/000001/index.mdb"
     assert (found["from_seq"], found["to_seq"]) == (from_seq, SEQS["cut"])
     assert found["hint"] == "cdp index rebuild DISK makes it anew; nothing is lost"
-    assert rebuild(disk.directory, BOOT) == 13
+    assert rebuild(disk.directory, BOOT) == 14
     assert disk.check().whole
 
 

@@ -15,7 +15,7 @@ from cdpserver.errors import CorruptError
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, fold_controls, interval_path
 from cdpserver.journal.record import DTYPE, Kind, payload_digest
-from cdpserver.journal.segment import OPEN, PAGE, ROLLED, SEALED, SegmentReader, log_path
+from cdpserver.journal.segment import CLOSED, OPEN, PAGE, ROLLED, SEALED, SegmentReader, log_path
 from cdpserver.limits import SECTOR
 
 
@@ -56,7 +56,7 @@ def survey(journal: Journal, boot_id: str) -> Survey:
         return Survey((), _sealed_seq(journal), unclean=unclean, damaged=False)
     if not unclean:
         valid = tuple((place, reader.count) for place, reader in zip(unsealed, readers, strict=True))
-        durable = max((_durable(reader, reader.count) for reader in readers), default=0)
+        durable = max(_durable(reader, reader.count) for reader in readers)
         return Survey(valid, max(durable, _before(readers)), unclean=False, damaged=False)
     durable = max([_before(readers)] + [_claimed_durable(reader) for reader in readers])
     kept: list[tuple[tuple[int, int], int]] = []
@@ -102,6 +102,8 @@ def _held(reader: SegmentReader) -> int:
 
 
 def _durable(reader: SegmentReader, count: int) -> int:
+    if reader.state == CLOSED:
+        return reader.last_seq
     records = np.frombuffer(reader.raw(0, count), DTYPE)
     places = records["place"][records["kind"] == Kind.DURABLE]
     return int(places.max()) if len(places) else 0
@@ -168,6 +170,15 @@ def cut_after(journal: Journal, found: Survey) -> int:
             cut += max(1, reader.count)
             log.rename(f"{log}.cut")
     return cut
+
+
+def ends_with_cut(journal: Journal, place: tuple[int, int], count: int) -> bool:
+    """Is the last of `count` records of a segment a base point's cut? Then the next record begins an interval."""
+    if count == 0:
+        return False
+    reader = journal.reader(*place)
+    record = reader.records(count - 1, count)[0]
+    return bool(record["kind"] == Kind.CONTROL) and reader.control(record)["type"] == "cut"
 
 
 def last_state(journal: Journal, place: tuple[int, int], count: int) -> tuple[int, int, State]:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from cdpserver import durable, limits
-from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
+from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
 from cdpserver.journal.resync import ComparedBlocks, Reads
-from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, Header, SegmentWriter, log_path
+from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter, log_path
 from cdpserver.limits import BLOCK, SECTOR
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -56,6 +56,7 @@ class JournalWriter:
         self._fresh_dirs: list[Path] = []
         self._broken: str = ""
         self._compared: ComparedBlocks | None = None
+        self._ends_interval = False
         self._segment = self._take_over()
         self._track_resync()
 
@@ -68,10 +69,15 @@ class JournalWriter:
             place, count = found.valid[-1] if found.valid else recovery.newest_sealed(journal)
             self._adopt(journal, place, count, found.durable_seq)
             header = journal.reader(*place).header
+            if found.damaged:
+                raise CorruptError(
+                    f"{self.directory.name}: record {self.last_seq + 1} is damaged, though {found.durable_seq} was durable",
+                    hint="nothing was cut: points before it can be read, and cdp check says what is lost",
+                )
             if found.unclean:
                 return self._after_unclean_boot(journal, found, place)
             if not found.valid:
-                return self._durable(self._new_segment(place, self.last_seq + 1, new_interval=False))
+                return self._durable(self._follow(place))
             for (interval, number), kept in found.valid[:-1]:
                 older = journal.reader(interval, number).header
                 self._retire(SegmentWriter(interval_path(self.directory, interval), older, count=kept))
@@ -79,7 +85,7 @@ class JournalWriter:
             journal.close()
         segment = SegmentWriter(interval_path(self.directory, place[0]), header, count=count)
         if header.boot_id != self.boot_id or segment.full:
-            fresh = self._new_segment(place, self.last_seq + 1, new_interval=False)
+            fresh = self._follow(place)
             if header.boot_id == self.boot_id:
                 self._retire(segment)
             else:
@@ -90,6 +96,11 @@ class JournalWriter:
         segment.clear_after_tail()
         segment.set_state(OPEN)
         return segment
+
+    def _follow(self, place: tuple[int, int]) -> SegmentWriter:
+        """A new segment after the newest one, in an interval of its own if that one ends with a cut."""
+        ends, self._ends_interval = self._ends_interval, False
+        return self._new_segment(place, self.last_seq + 1, new_interval=ends)
 
     def _durable(self, segment: SegmentWriter) -> SegmentWriter:
         """A boot's first segment is durable before anything in it is acknowledged: a later boot sees that it was there."""
@@ -105,8 +116,8 @@ class JournalWriter:
         self._retired.append(segment)
 
     def _adopt(self, journal: Journal, place: tuple[int, int], count: int, durable_seq: int) -> None:
-        self.last_seq, self.last_time_ns, state = recovery.last_state(journal, place, count)
-        self.state = state
+        self.last_seq, self.last_time_ns, self.state = recovery.last_state(journal, place, count)
+        self._ends_interval = recovery.ends_with_cut(journal, place, count)
         self.change_seq = self.last_seq
         self.durable_seq = min(durable_seq, self.last_seq)
 
@@ -114,30 +125,26 @@ class JournalWriter:
         self, journal: Journal, found: recovery.Survey, place: tuple[int, int]
     ) -> SegmentWriter:
         lost_after, lost_time = self.last_seq, self.last_time_ns
-        cut = 0 if found.damaged else recovery.cut_after(journal, found)
-        for (interval, number), kept in found.valid:
-            header = journal.reader(interval, number).header
-            if not found.damaged:
-                older = SegmentWriter(interval_path(self.directory, interval), header, count=kept)
-                older.sync()
-                older.words[2] = kept
-                older.seal()
-        self.recovered = {
-            "durable_seq": found.durable_seq,
-            "kept_seq": lost_after,
-            "cut_records": cut,
-            "damaged": found.damaged,
-        }
-        segment = self._new_segment(
-            place, max(found.durable_seq, lost_after) + limits.SEQ_JUMP, new_interval=False
-        )
+        cut = recovery.cut_after(journal, found)
+        self.recovered = {"durable_seq": found.durable_seq, "kept_seq": lost_after, "cut_records": cut}
+        first_seq = max(found.durable_seq, lost_after) + limits.SEQ_JUMP
+        segment = self._new_segment(place, first_seq, new_interval=self._ends_interval)
+        self._ends_interval = False
         self._segment = segment
         self.last_seq = segment.header.first_seq - 1
         if not self.state.fork:
             reason = "unclean host boot"
             self._put_control(control.gap(from_seq=lost_after, from_time_ns=lost_time, reason=reason))
         self.change_seq = self.last_seq
-        return self._durable(segment)
+        self._durable(segment)
+        # Sealed last: until the gap is on record, the unsealed segments are what tells of it.
+        for (interval, number), kept in found.valid:
+            header = journal.reader(interval, number).header
+            older = SegmentWriter(interval_path(self.directory, interval), header, count=kept)
+            older.sync()
+            older.words[TAIL_WORD] = kept
+            older.seal()
+        return segment
 
     def _new_segment(self, after: tuple[int, int], first_seq: int, *, new_interval: bool) -> SegmentWriter:
         interval, number = (after[0] + 1, 1) if new_interval else (after[0], after[1] + 1)
@@ -220,9 +227,10 @@ class JournalWriter:
             raise BrokenError(self._broken, hint="the service reopens the writer")
         segment = self._segment
         try:
-            if segment.full or (segment.place and segment.place + length > limits.SEGMENT_BYTES):
-                number = segment.header.segment
-                self._roll(new_interval=number >= limits.INTERVAL_SEGMENTS)
+            if self._ends_interval:
+                self._roll(new_interval=True)
+            elif segment.full or (segment.place and segment.place + length > limits.SEGMENT_BYTES):
+                self._roll(new_interval=segment.header.segment >= limits.INTERVAL_SEGMENTS)
             else:
                 segment.reserve()
         except OSError as error:
@@ -232,6 +240,7 @@ class JournalWriter:
         old = self._segment
         place = (old.header.interval, old.header.segment)
         self._segment = self._new_segment(place, self.last_seq + 1, new_interval=new_interval)
+        self._ends_interval = False
         # Readers look for a following segment only where its state tells them to.
         self._retire(old)
 
@@ -283,7 +292,13 @@ class JournalWriter:
     def _write_resync(self, payload: memoryview, offset: int) -> None:
         assert self.reads is not None
         length = len(payload)
-        runs = self.reads.changed_from(self.state.resync_ref, offset, payload)
+        ref = self.state.resync_ref
+        if ref < 0:
+            # Said synced a moment ago: there is nothing left to compare with.
+            with self._lock:
+                self._put_data(payload, offset, payload_digest(payload))
+            return
+        runs = self.reads.changed_from(ref, offset, payload)
         for start, end, ref in runs:
             part = payload[start:end]
             if ref < 0:
@@ -332,10 +347,9 @@ class JournalWriter:
         with self._lock:
             number = self.state.cuts
             seq, time_ns = self._put_control(control.cut(number))
-            try:
-                self._roll(new_interval=True)
-            except OSError as error:
-                raise self._failed(error) from error
+            # A cut is the last record of its interval, also if opening the next one fails now, or after a kill.
+            self._ends_interval = True
+            self._reserve(0)
         self.commit()
         return number, seq, time_ns
 
@@ -359,30 +373,38 @@ class JournalWriter:
                 retired, self._retired = self._retired, []
                 fresh, self._fresh_dirs = self._fresh_dirs, []
                 current = self._segment
-            try:
-                for segment in retired:
-                    segment.sync()
-                current.sync()
-                for path in dict.fromkeys(fresh):
-                    durable.fsync_dir(path)
-                for segment in retired:
-                    segment.seal()
-            except (OSError, CdpError) as error:
-                # Whatever failed, the kernel may have dropped the pages: nothing may be taken for durable any more.
-                self._broken = f"making {self.directory.name} durable failed: {error}"
-                raise BrokenError(self._broken, hint="look at the store's disk") from error
+            self._sync(current, retired, fresh)
             with self._lock:
                 self.durable_seq = upto
                 self._oldest_ns = started
                 self._reserve(0)
                 self._publish(Kind.DURABLE, 0, 0, upto, NO_DIGEST)
 
+    def _sync(self, current: SegmentWriter, retired: list[SegmentWriter], fresh: list[Path]) -> None:
+        try:
+            for segment in retired:
+                segment.sync()
+            current.sync()
+            for path in dict.fromkeys(fresh):
+                durable.fsync_dir(path)
+            for segment in retired:
+                segment.seal()
+        except (OSError, CdpError) as error:
+            # Whatever failed, the kernel may have dropped the pages: nothing may be taken for durable any more.
+            self._broken = f"making {self.directory.name} durable failed: {error}"
+            raise BrokenError(self._broken, hint="look at the store's disk") from error
+
     def close(self) -> None:
         """Make everything durable and close cleanly: a later boot finds nothing missing."""
-        if not self._broken:
-            self.commit()
-            with self._lock:
-                self._segment.set_state(CLOSED)
-                self._segment.sync()
-        self._broken = self._broken or "the writer is closed"
-        self._segment.close()
+        with self._commit_lock, self._lock:
+            try:
+                if not self._broken:
+                    # Also what a commit's own record left behind when it went into a new segment.
+                    retired, self._retired = self._retired, []
+                    self._sync(self._segment, retired, self._fresh_dirs)
+                    self._segment.set_state(CLOSED)
+                    self._segment.sync()
+                    self.durable_seq = self.change_seq
+            finally:
+                self._broken = self._broken or "the writer is closed"
+                self._segment.close()

@@ -94,13 +94,8 @@ class TargetDisk:
         self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
         self.journal.reads = self.reads
         if self.journal.recovered is not None:
-            damaged = self.journal.recovered["damaged"]
-            self._emit(
-                "target.unclean-boot",
-                level="error" if damaged else "warning",
-                disk=self.timeline.full_name,
-                **self.journal.recovered,
-            )
+            name = self.timeline.full_name
+            self._emit("target.unclean-boot", level="warning", disk=name, **self.journal.recovered)
 
     # -- state -----------------------------------------------------------------------------------------------
 
