@@ -35,6 +35,7 @@ class Point:
     grade: Grade
     name: str | None
     session: int
+    evidence: int
     locked: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Point:
             "records": self.records,
             "bytes": self.bytes,
             "grade": self.grade.label,
-            "evidence": {"session": self.session},
+            "evidence": control.show_evidence(self.session, self.evidence),
             "name": self.name,
             "locked": self.locked,
         }
@@ -98,6 +99,14 @@ def _cut_between(journal: Journal, before: int, after: int) -> Cut | None:
         if record["kind"] == Kind.CONTROL and reader.control(record)["type"] == "cut":
             return Cut(now - 1, int(record["seq"]), int(record["time"]))
     return None
+
+
+def _point(row: PointRow) -> Point:
+    grade = Grade(row.grade)
+    size = row.payload_bytes
+    return Point(
+        "rp", row.last_time_ns, row.last_seq, row.records, size, grade, None, row.session, row.evidence
+    )
 
 
 class Timeline:
@@ -186,46 +195,37 @@ class Timeline:
             return []
         self.journal.newest()
         until = now_ns if until_ns is None else until_ns
-        found: list[Point] = []
-        newer_first: int | None = None
+        span = (since_ns // SECOND_NS, min(until // SECOND_NS + 1, now_ns // SECOND_NS))
+        rows: dict[int, PointRow] = {}
+        named: list[Point] = []
+        wanted: list[Point] = []
         for interval in reversed(self.journal.intervals):
-            started = self._first_time(interval)
-            if started <= until:
-                part = self._interval_points(interval, since_ns, until, now_ns)
-                # One second may lie in two intervals: the older half is a point of its own only if nothing followed.
-                found.extend(p for p in part if p.kind != "rp" or p.time_ns // SECOND_NS != newer_first)
-                seconds = [p.time_ns // SECOND_NS for p in part if p.kind == "rp"]
-                newer_first = min(seconds) if seconds else newer_first
-            wanted = [p for p in found if kind is None or p.kind == kind]
-            if started < since_ns or (limit is not None and len(wanted) >= limit):
+            started = self._first_time(interval) // SECOND_NS
+            if started <= until // SECOND_NS:
+                found, controls = self._interval(interval, *span)
+                # One second may lie in several intervals: it is one point all the same.
+                rows |= {r.second: merge_rows(r, rows[r.second]) if r.second in rows else r for r in found}
+                named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
+            points = named + [_point(r) for r in rows.values() if since_ns <= r.last_time_ns <= until]
+            wanted = [p for p in points if kind is None or p.kind == kind]
+            enough = started < span[0] or (limit is not None and len(wanted) >= limit)
+            if enough and started < min(rows, default=started + 1):
                 break
-        wanted = [p for p in found if kind is None or p.kind == kind]
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
-    def _interval_points(self, interval: int, since_ns: int, until_ns: int, now_ns: int) -> list[Point]:
-        end_second = min(until_ns // SECOND_NS + 1, now_ns // SECOND_NS)
-        rows, controls = self._interval(interval, since_ns // SECOND_NS, end_second)
-        found = [
-            Point(
-                "rp", r.last_time_ns, r.last_seq, r.records, r.payload_bytes, Grade(r.grade), None, r.session
-            )
-            for r in rows
-            if since_ns <= r.last_time_ns <= until_ns
-        ]
+    def _named(self, interval: int, controls: list[tuple[int, int, dict[str, Any]]]) -> Iterator[Point]:
+        """The bookmarks and published base points of an interval."""
         state = self.journal.first_reader(interval).header.carry
         for seq, time_ns, message in controls:
             state = control.fold(state, message, seq=seq, time_ns=time_ns)
-            if not since_ns <= time_ns <= until_ns:
-                continue
             if message["type"] == "mark":
                 name, kind = message["name"], "bookmark"
             elif message["type"] == "cut" and self.published(message["number"]):
                 name, kind = f"bp:{message['number']}", "bp"
             else:
                 continue
-            found.append(Point(kind, time_ns, seq, 0, 0, state.grade, name, state.session))
-        return found
+            yield Point(kind, time_ns, seq, 0, 0, state.grade, name, state.session, state.evidence)
 
     def published(self, number: int) -> bool:
         """Is base point `number` there to be read?"""
@@ -236,16 +236,23 @@ class Timeline:
         if self.journal.empty:
             return 0
         self.journal.newest()
-        total = 0
+        total, before = 0, -1
         for interval in self.journal.intervals:
-            for snapshot in self._snapshots(interval):
-                whole = snapshot is not None and snapshot.indexed >= self._last_seq(interval)
-                if whole and interval != self.journal.intervals[-1]:
-                    assert snapshot is not None
-                    total += snapshot.point_count()
-                else:
-                    total += len(self._interval(interval, 0, now_ns // SECOND_NS)[0])
+            held, first, last = self._count(interval, now_ns // SECOND_NS)
+            if held:
+                total += held - (first == before)
+                before = last
         return total
+
+    def _count(self, interval: int, end_second: int) -> tuple[int, int, int]:
+        """(rows, first second, last second) of one interval; a whole closed one costs the same whatever it holds."""
+        for snapshot in self._snapshots(interval):
+            whole = snapshot is not None and snapshot.indexed >= self._last_seq(interval)
+            if whole and interval != self.journal.intervals[-1]:
+                assert snapshot is not None
+                return snapshot.point_count()
+        rows = self._interval(interval, 0, end_second)[0]
+        return (len(rows), rows[0].second, rows[-1].second) if rows else (0, 0, 0)
 
     # -- WHEN ------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from cdpserver.index import build, indexer, store
-from cdpserver.journal.segment import RECORD_SIZE, SegmentWriter
 from cdpserver.journal.begin import start_history
+from cdpserver.journal.record import RECORD_SIZE
+from cdpserver.journal.segment import SegmentWriter
 from cdpserver.journal.writer import JournalWriter
+from cdpserver.limits import INDEX_BATCH
 from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
 from cdpserver.target.disk import Connection, TargetDisk
@@ -95,11 +97,10 @@ INDEXER = IndexerProcess()
 def serve_indexer() -> None:
     """The loop of the indexer's process."""
     open_ones: dict[tuple[str, str], indexer.TimelineIndexer] = {}
-    default = indexer.INDEX_BATCH
     for line in sys.stdin:
         op, timeline, boot, batch = json.loads(line)
-        indexer.INDEX_BATCH = batch or default
-        cast(Any, build.catch_up).__kwdefaults__["batch"] = batch or default
+        cast(Any, indexer).INDEX_BATCH = batch or INDEX_BATCH
+        cast(Any, build.catch_up).__kwdefaults__["batch"] = batch or INDEX_BATCH
         try:
             done = _serve(open_ones, op, timeline, boot)
             print(json.dumps({"done": done}), flush=True)
@@ -107,7 +108,9 @@ def serve_indexer() -> None:
             print(json.dumps({"error": repr(error)}), flush=True)
 
 
-def _serve(open_ones: dict[tuple[str, str], indexer.TimelineIndexer], op: str, timeline: str, boot: str) -> int:
+def _serve(
+    open_ones: dict[tuple[str, str], indexer.TimelineIndexer], op: str, timeline: str, boot: str
+) -> int:
     key = (timeline, boot)
     if op == "close":
         if key in open_ones:
@@ -175,7 +178,13 @@ class World:
     def _timeline(self, size: int, base: EmptyBase | ImageBase | PointBase, mode: str = "") -> Timeline:
         id = f"t{len(self.lines) + 1}"
         made = create_timeline(
-            self.state, id=id, name=f"d{len(self.lines) + 1}", vm=None, size=size, base=base, now_ns=self.now_ns
+            self.state,
+            id=id,
+            name=f"d{len(self.lines) + 1}",
+            vm=None,
+            size=size,
+            base=base,
+            now_ns=self.now_ns,
         )
         if mode:
             directory = self.state.timeline(id)
@@ -404,7 +413,8 @@ def check_log(line: Line) -> None:
         told = replay_at(line, seq)
         for start, end in line.model.touched():
             assert told.read(seq, start, end - start) == line.model.read(seq, start, end - start)
-    assert records[-1].seq == line.last_seq
+    # After a loss of power seqs go on far behind the last record that is left.
+    assert records[-1].seq <= line.last_seq
 
 
 def replay_at(line: Line, seq: int) -> Model:

@@ -1,4 +1,4 @@
-"""An independent oracle: what a disk held after any change, and what the files of a journal say. Nothing of the project is imported.
+"""An independent oracle: what a disk held after any change, and what a journal's files say. Nothing of the project is imported.
 
 Two tellings of the same history, which the tests hold against each other and against the server:
 
@@ -10,7 +10,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,9 @@ def read_segment(log_path: Path) -> tuple[dict[str, Any], list[LogRecord]]:
 def _record(raw: bytes, data: bytes, salt: int, header: dict[str, Any]) -> LogRecord:
     if len(raw) != 64 or struct.unpack_from("<I", raw, 60)[0] != zlib.crc32(raw[:60], salt):
         raise BadLogError("a record fails its check")
-    magic, version, kind, sectors, seq, time_ns, offset, place, digest = struct.unpack("<HBBIQQQQ20s", raw[:60])
+    magic, version, kind, sectors, seq, time_ns, offset, place, digest = struct.unpack(
+        "<HBBIQQQQ20s", raw[:60]
+    )
     if magic != 0xCD50 or version != 1 or not DATA <= kind <= DURABLE:
         raise BadLogError("no record")
     length = offset if kind == CONTROL else sectors * SECTOR
@@ -207,7 +209,7 @@ def segment_logs(timeline: Path) -> list[Path]:
 def read_log(timeline: Path) -> list[LogRecord]:
     """Every record of a timeline, oldest first. BadLogError unless seqs and times go up."""
     records = [record for path in segment_logs(timeline) for record in read_segment(path)[1]]
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         if after.seq <= before.seq or after.time_ns < before.time_ns:
             raise BadLogError(f"record {after.seq} follows {before.seq}")
     return records

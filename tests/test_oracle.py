@@ -30,6 +30,8 @@ from tests.model import BLOCK, LogRecord, read_log, seconds
 
 LONG = int(os.environ.get("CDP_LONG", "1"))
 
+SHRINK = os.environ.get("CDP_SHRINK", "1") == "1"
+
 SIZES = (9 * 512, 64 << 10, (1 << 20) + 512, (9 << 20) + 1536, (3 << 30) + 512)
 """Below, at and above the levels of the index's pieces; most don't end at a block."""
 
@@ -134,7 +136,13 @@ class Histories(RuleBasedStateMachine):
         offset, length = self._extent(line, where)
         line.zero(offset, line.model.size - offset if far else length, client, trim=trim)
 
-    @rule(number=which, pre_zero=st.booleans(), step=st.sampled_from((PIECE, 64 << 10)), seed=seeds, end=st.integers(0, 2))
+    @rule(
+        number=which,
+        pre_zero=st.booleans(),
+        step=st.sampled_from((PIECE, 64 << 10)),
+        seed=seeds,
+        end=st.integers(0, 2),
+    )
     def mirror_again(self, number: int, pre_zero: bool, step: int, seed: int, end: int) -> None:
         """A new connection sends the whole disk once more, hardly changed; perhaps it doesn't get to the end."""
         line, dice = self._line(number), random.Random(seed)
@@ -203,7 +211,11 @@ class Histories(RuleBasedStateMachine):
 
     # -- what happens to processes
 
-    @rule(number=which, op=st.sampled_from(("step", "step", "step", "drain", "rebuild")), batch=st.sampled_from((0, 3, 20)))
+    @rule(
+        number=which,
+        op=st.sampled_from(("step", "step", "step", "drain", "rebuild")),
+        batch=st.sampled_from((0, 3, 20)),
+    )
     def index(self, number: int, op: str, batch: int) -> None:
         INDEXER.call(op, self._line(number).directory, self.world.boot, batch=batch)
 
@@ -295,7 +307,10 @@ class Histories(RuleBasedStateMachine):
         if line.disk.journal is None:
             return
         records = read_log(line.directory)
-        expected = [(s.last_seq, s.last_time_ns, s.records, s.payload_bytes, s.session, s.grade) for s in seconds(records)]
+        expected = [
+            (s.last_seq, s.last_time_ns, s.records, s.payload_bytes, s.session, s.grade)
+            for s in seconds(records)
+        ]
         later = records[-1].time_ns + 2 * SECOND_NS
         with line.points() as points:
             found = points.points(now_ns=later, kind="rp")
@@ -352,9 +367,10 @@ def test_histories_against_the_model() -> None:
         max_examples=40 * LONG,
         stateful_step_count=50,
         deadline=None,
-        phases=[p for p in Phase if p is not Phase.explain],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if SHRINK else [])],
         suppress_health_check=list(HealthCheck),
         derandomize="CDP_LONG" not in os.environ,
+        report_multiple_bugs=False,
     )
     run_state_machine_as_test(Histories, settings=chosen)
     # Every way to find a block must have been gone.

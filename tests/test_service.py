@@ -18,6 +18,8 @@ from typing import Any, Self, TypeVar
 import nbd
 import pytest
 
+from cdpserver import messages
+
 pytestmark = pytest.mark.real
 
 SIZE = 8 << 20
@@ -355,6 +357,47 @@ def test_a_clean_stop_leaves_nothing_running_and_nothing_to_recover(short_path: 
         assert not server.events("service.orphan-killed")
         assert not server.events("target.unclean-boot")
         assert read(server.uri("d@latest"), 4096) == pattern(2)
+
+
+def test_a_clean_stop_gives_a_live_mirror_no_error(server: Server) -> None:
+    """Between the closing of the journals and the kill its writes wait: with a reconnect delay a mirror then goes on."""
+    uri = server.add()
+    write(uri, pattern(1))
+    server.post("/v1/disks/d:synced")
+    target = server.pids()["target"]
+    client = nbd.NBD()
+    client.connect_uri(uri)
+    client.pwrite(pattern(2), 0)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(server.state_dir / "run" / "target.ctl"))
+        control.sendall(messages.pack({"op": "shut-all"}))
+        assert messages.receive(control) == {"ok": 1}
+    ended: list[nbd.Error] = []
+
+    def write_on() -> None:
+        with pytest.raises(nbd.Error) as error:
+            client.pwrite(pattern(3), 4096)
+        ended.append(error.value)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    writer.join(0.3)
+    assert not ended
+    os.kill(target, signal.SIGKILL)
+    writer.join(DEADLINE_S)
+    assert ended[0].errno not in ("ESHUTDOWN", "EIO", "EPERM"), ended[0]
+    assert read(server.uri("d@latest"), 8192) == pattern(2) + bytes(4096)
+
+
+def test_what_a_killed_target_left_becomes_durable(server: Server) -> None:
+    uri = server.add()
+    write(uri, pattern(1))
+    server.post("/v1/disks/d:synced")
+    with connected(uri) as client:
+        client.pwrite(pattern(2), 0)
+        last = server.get("/v1/disks/d")["last_seq"]
+        os.kill(server.pids()["target"], signal.SIGKILL)
+    until(lambda: server.get("/v1/disks/d")["durable_seq"] >= last, "durable tail without a client")
 
 
 def test_one_server_per_state_directory(server: Server) -> None:

@@ -104,11 +104,11 @@ def _the_rest(
 ) -> Iterator[Finding]:
     """Everything but the segments, which say what there should be."""
     numbers = intervals(directory)
-    for done, found in enumerate(check_indexes(directory, numbers, boot_id), start=1):
+    for done, found in enumerate(check_indexes(directory, numbers, check.unsure, boot_id), start=1):
         progress("index", done, len(numbers))
         yield from found
     files = published(directory)
-    begun = check.totals.segments > 0 or bool(check.damaged)
+    begun = check.totals.segments > 0 or bool(check.unsure)
     if not begun and (files or (directory / "base.synced").exists()):
         path = directory / timeline.INTERVALS
         yield Finding(
@@ -120,7 +120,7 @@ def _the_rest(
         yield from check_base(state_dir, held, boot_id=boot_id, first_boot_id=_first_boot_id(directory))
     for done, number in enumerate(files, start=1):
         yield from check_base_point(state_dir, held, number, check.cuts)
-        if number not in check.cuts and not check.damaged:
+        if number not in check.cuts and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
             yield Finding(what, path, 0, 0, 0, 0, named=(f"bp:{number}",), hint="remove the file")

@@ -40,7 +40,7 @@ class Finding:
     """Something wrong, that shows from `from_seq` on.
 
     to_seq   last seq that shows it, with its time; None: it follows from what was written later
-    extents  the bytes of the disk that are wrong; None: nobody knows, so it shows for good
+    extents  the bytes of the disk that are wrong, or none of them; None: nobody knows, so it shows for good
     named    the points that are touched, where that is not to be computed from the seqs
     """
 
@@ -214,6 +214,8 @@ class Effects:
         found = harm.finding
         if found.to_seq is not None:
             return found.to_seq, found.to_time_ns
+        if found.extents == ():
+            return found.from_seq, found.from_time_ns
         if found.extents is not None and harm.healed is not None:
             return harm.healed[0] - 1, harm.healed[1]
         return max(self.last_seq, found.from_seq), max(self.last_time_ns, found.from_time_ns)

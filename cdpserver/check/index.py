@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -69,13 +69,18 @@ class Expected:
     times: dict[int, int] = field(default_factory=dict)
 
 
-def check_indexes(directory: Path, numbers: Sequence[int], boot_id: str) -> Iterator[list[Finding]]:
-    """The findings of each interval in turn. Runs a process; it ends with the iterator."""
+def check_indexes(
+    directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
+) -> Iterator[list[Finding]]:
+    """The findings of each interval in turn. Runs a process; it ends with the iterator.
+
+    Of the intervals `unsure` not every record is known, so only what the others say is held against their index.
+    """
     left = list(numbers)
     while left:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(theirs, directory, left, boot_id), daemon=True)
+        worker = context.Process(target=_work, args=(theirs, directory, left, unsure, boot_id), daemon=True)
         # Ctrl-C is for us; a worker that takes it would print a traceback.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -92,26 +97,29 @@ def check_indexes(directory: Path, numbers: Sequence[int], boot_id: str) -> Iter
                 left.pop(0)
         except EOFError:
             worker.join()
-            yield [_crashed(directory, left.pop(0), worker.exitcode)]
+            yield [_crashed(directory, left.pop(0), boot_id, worker.exitcode)]
         finally:
             worker.kill()
             worker.join()
             ours.close()
 
 
-def _work(results: Connection, directory: Path, numbers: Sequence[int], boot_id: str) -> None:
+def _work(
+    results: Connection, directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
+) -> None:
     try:
         for number in numbers:
-            results.send(check_interval(directory, number, boot_id))
+            results.send(check_interval(directory, number, boot_id, whole=number not in unsure))
     except Exception as error:  # noqa: BLE001 - the process's rim: raised again on the other side
         results.send(error)
 
 
-def _crashed(directory: Path, interval: int, status: int | None) -> Finding:
+def _crashed(directory: Path, interval: int, boot_id: str, status: int | None) -> Finding:
     path = interval_path(directory, interval)
+    index = find_index(path, boot_id) or path
     first_seq, first_time_ns = _start(path, segments(directory, interval))
     what = f"the index of interval {interval} is damaged: reading it ends the process (status {status})"
-    return Finding(what, path, first_seq, first_time_ns, hint=REBUILD)
+    return Finding(what, index, first_seq, first_time_ns, hint=REBUILD)
 
 
 def _start(path: Path, numbers: Sequence[int]) -> tuple[int, int]:
@@ -122,8 +130,8 @@ def _start(path: Path, numbers: Sequence[int]) -> tuple[int, int]:
     return 0, 0
 
 
-def check_interval(directory: Path, interval: int, boot_id: str) -> list[Finding]:
-    """What is wrong with the index of one interval."""
+def check_interval(directory: Path, interval: int, boot_id: str, *, whole: bool) -> list[Finding]:
+    """What is wrong with the index of one interval, whose records are all `whole` or not."""
     path = interval_path(directory, interval)
     file = _open(path, boot_id)
     if file is None:
@@ -131,7 +139,9 @@ def check_interval(directory: Path, interval: int, boot_id: str) -> list[Finding
     if isinstance(file, Finding):
         return [file]
     try:
-        return list(_IntervalCheck(path, interval, segments(directory, interval), file).findings())
+        return list(
+            _IntervalCheck(path, interval, segments(directory, interval), file, whole=whole).findings()
+        )
     except lmdb.Error as error:
         first_seq, first_time_ns = _start(path, segments(directory, interval))
         what = f"the index of interval {interval} cannot be read: {error}"
@@ -160,14 +170,16 @@ def _open(path: Path, boot_id: str) -> IndexFile | Finding | None:
 class _IntervalCheck:
     """One interval's index against its records."""
 
-    def __init__(self, path: Path, interval: int, numbers: Sequence[int], file: IndexFile) -> None:
+    def __init__(
+        self, path: Path, interval: int, numbers: Sequence[int], file: IndexFile, *, whole: bool
+    ) -> None:
         self._path = path
         self._interval = interval
         self._numbers = numbers
         self._file = file
         self._held = self._look()
         self._expected = Expected()
-        self._whole = True
+        self._whole = whole
         self._wrong: dict[str, list[tuple[int, int, int]]] = {}
 
     def _look(self) -> Held:

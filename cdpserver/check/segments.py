@@ -73,7 +73,7 @@ class SegmentCheck:
     progress: Callable[[int], None]
     totals: Totals = field(default_factory=Totals)
     cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
-    damaged: set[int] = field(default_factory=set)
+    unsure: set[int] = field(default_factory=set)
     _next_seq: int | None = 1
     _time_ns: int = 0
     _state: State | None = field(default_factory=State)
@@ -82,7 +82,10 @@ class SegmentCheck:
     _where: Path = field(default_factory=Path)
 
     def run(self) -> None:
-        """Verify everything; findings go to `effects`, damaged intervals to `damaged`, base points to `cuts`."""
+        """Verify everything; findings go to `effects`, base points to `cuts`.
+
+        Intervals of which not all is known go to `unsure`: nobody can say what should be in their index.
+        """
         places: list[tuple[int, int]] = []
         held = intervals(self.directory)
         for interval in held:
@@ -119,11 +122,13 @@ class SegmentCheck:
         time_ns: int | None = None,
         extents: Extents | None = None,
         after_seq: int | None = None,
+        known: bool = False,
     ) -> None:
-        """Note a finding at `seq`, else at the record that should come next."""
+        """Note a finding at `seq`, else at the record that should come next. With `known`, the headers are whole."""
         at = seq if seq is not None else (self._next_seq or self.effects.last_seq + 1)
         when = self._time_ns if time_ns is None else time_ns
-        self.damaged.add(self._interval)
+        if not known:
+            self.unsure.add(self._interval)
         self.effects.add(
             Finding(what, self._where, at, when, extents=extents, hint=LOST), after_seq=after_seq
         )
@@ -171,6 +176,7 @@ class SegmentCheck:
         if self._next_seq is not None and not self._next_seq + SEQ_JUMP - 1 <= first_seq != self._next_seq:
             if first_seq > self._next_seq:
                 self._say(f"records {self._next_seq} to {first_seq - 1} are missing before this segment")
+                self._state = None
             elif first_seq < self._next_seq:
                 self._say(f"the segment begins with record {first_seq}, where {self._next_seq} belongs")
         if self._state is not None and header.carry != self._state:
@@ -327,7 +333,8 @@ class SegmentCheck:
             data = some[some["kind"] == Kind.DATA]
             starts = data["offset"].tolist()
             ends = (data["offset"] + data["length"].astype(np.uint64) * np.uint64(SECTOR)).tolist()
-            if len(data) < len(some):
+            said_all = len(data) == len(some)
+            if not said_all:
                 self._state = None  # a control record: what it said is lost
             self._say(
                 f"{who} not match {'its digest' if seq == last else 'their digests'}{missing}",
@@ -335,6 +342,7 @@ class SegmentCheck:
                 time_ns=int(some["time"][0]),
                 extents=tuple(zip(starts, ends, strict=True)),
                 after_seq=last,
+                known=said_all,
             )
         self._where = reader.path
 

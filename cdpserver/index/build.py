@@ -75,6 +75,7 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
             payload_bytes=int(payload[low:high].sum()),
             session=state.session,
             grade=int(state.grade),
+            evidence=state.evidence,
         )
         for low, high in pairwise(edges)
     ]
@@ -90,6 +91,7 @@ def merge_rows(older: PointRow, newer: PointRow) -> PointRow:
         payload_bytes=older.payload_bytes + newer.payload_bytes,
         session=newer.session,
         grade=newer.grade,
+        evidence=newer.evidence,
     )
 
 

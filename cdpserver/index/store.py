@@ -23,7 +23,7 @@ from cdpserver.journal import control
 from cdpserver.limits import INDEX_MAP_BYTES, INDEX_READERS
 
 CLOSED_NAME = "index.mdb"
-POINT = struct.Struct("<QQQQQB")
+POINT = struct.Struct("<QQQQQBB")
 SEQ = struct.Struct("<Q")
 OPEN_ENVIRONMENTS = 512
 """Index environments kept open per process; each costs two or three file descriptors and address space."""
@@ -40,11 +40,18 @@ class PointRow:
     payload_bytes: int
     session: int
     grade: int
+    evidence: int
 
     def pack(self) -> bytes:
         """The row's value."""
         return POINT.pack(
-            self.last_seq, self.last_time_ns, self.records, self.payload_bytes, self.session, self.grade
+            self.last_seq,
+            self.last_time_ns,
+            self.records,
+            self.payload_bytes,
+            self.session,
+            self.grade,
+            self.evidence,
         )
 
     @classmethod
@@ -157,9 +164,15 @@ class Snapshot:
             yield PointRow.unpack(key, value)
             going = cursor.next()
 
-    def point_count(self) -> int:
-        """Number of rows."""
-        return int(self.txn.stat(self.file.points)["entries"])
+    def point_count(self) -> tuple[int, int, int]:
+        """(rows, first second, last second); zeros without any."""
+        cursor = self.txn.cursor(db=self.file.points)
+        if not cursor.first():
+            return 0, 0, 0
+        first = int.from_bytes(cursor.key(), "big")
+        cursor.last()
+        rows = int(self.txn.stat(self.file.points)["entries"])
+        return rows, first, int.from_bytes(cursor.key(), "big")
 
     def controls(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """(seq, time, message) of every control record, ascending."""

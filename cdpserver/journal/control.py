@@ -26,6 +26,9 @@ class Grade(IntEnum):
         return self.name.lower()
 
 
+SYNCED, WRITE_BLOCKING, FORK = 1, 2, 4
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """A timeline's state after some record.
@@ -54,11 +57,17 @@ class State:
         return Grade.CRASH if ordered else Grade.UNORDERED
 
     @property
-    def evidence(self) -> dict[str, Any]:
-        """Why a point has its grade, for people and programs."""
-        if self.fork:
-            return {"source": "fork"}
-        return {"session": self.session, "synced": self.synced, "write_blocking": self.write_blocking}
+    def evidence(self) -> int:
+        """What the grade rests on, as bits: SYNCED, WRITE_BLOCKING, FORK."""
+        return SYNCED * self.synced | WRITE_BLOCKING * self.write_blocking | FORK * self.fork
+
+
+def show_evidence(session: int, evidence: int) -> dict[str, Any]:
+    """Why a point has its grade, for people and programs."""
+    if evidence & FORK:
+        return {"source": "fork"}
+    synced, ordered = bool(evidence & SYNCED), bool(evidence & WRITE_BLOCKING)
+    return {"session": session, "synced": synced, "write_blocking": ordered}
 
 
 def pack(state: State) -> dict[str, Any]:

@@ -24,11 +24,38 @@ class Reads(Protocol):
         """
 
 
-class ComparedBlocks:
-    """Which 4 KiB blocks a resync has compared already: 16 blocks to a 16-bit word, 32 MiB for a TiB (as touched)."""
+SMALL = 64 << 10
+"""A mirror copies at least this much at a time (QEMU's granularity); what is smaller and scattered is a guest's write."""
+
+PATIENCE = 64
+"""Small, scattered writes that may differ in a row before only every 64th of them is compared."""
+
+
+class Resync:
+    """Which writes of a resync to compare: each block once, and guests' own small writes hardly ever.
+
+    Which blocks were compared takes a bit for each 4 KiB: 32 MiB for a TiB, as touched.
+    """
 
     def __init__(self, size: int) -> None:
         self._words = memoryview(mmap.mmap(-1, -(-size // (16 * BLOCK)) * 2)).cast("H")
+        self._next = 0
+        self._misses = 0
+
+    def wants(self, offset: int, length: int) -> bool:
+        """Should this write be compared? Not comparing costs journal space, never truth."""
+        sequential = offset == self._next
+        self._next = offset + length
+        if length < SMALL and not sequential and self._misses >= PATIENCE:
+            self._misses += 1
+            if self._misses % PATIENCE:
+                return False
+        return not self.holds(offset, length)
+
+    def compared(self, offset: int, length: int, *, found_same: bool) -> None:
+        """A write was compared."""
+        self._misses = 0 if found_same else self._misses + 1
+        self.add(offset, length)
 
     def holds(self, offset: int, length: int) -> bool:
         """Were all blocks of the extent compared?"""

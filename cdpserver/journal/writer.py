@@ -23,7 +23,7 @@ from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
-from cdpserver.journal.resync import ComparedBlocks, Reads
+from cdpserver.journal.resync import Reads, Resync
 from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter, log_path
 from cdpserver.limits import BLOCK, SECTOR
 
@@ -55,7 +55,7 @@ class JournalWriter:
         self._retired: list[SegmentWriter] = []
         self._fresh_dirs: list[Path] = []
         self._broken: str = ""
-        self._compared: ComparedBlocks | None = None
+        self._resync: Resync | None = None
         self._ends_interval = False
         self._segment = self._take_over()
         self._track_resync()
@@ -174,7 +174,7 @@ class JournalWriter:
             time.sleep(self.slow_s)
         if (offset | length) % BLOCK and not self._ends_disk(offset, length):
             self._write_around(payload, offset)
-        elif self._compared is not None and not self._compared.holds(offset, length):
+        elif self._resync is not None and self._resync.wants(offset, length):
             self._write_resync(payload, offset)
         else:
             digest = payload_digest(payload)
@@ -285,9 +285,9 @@ class JournalWriter:
     # -- resync ----------------------------------------------------------------------------------------------
 
     def _track_resync(self) -> None:
-        """A resync compares each block the first time it is written in a session."""
+        """Begin to compare, or stop, as the state says."""
         under_way = self.state.resync_ref >= 0 and not self.state.synced and not self.state.fork
-        self._compared = ComparedBlocks(self.size) if under_way else None
+        self._resync = Resync(self.size) if under_way else None
 
     def _write_resync(self, payload: memoryview, offset: int) -> None:
         assert self.reads is not None
@@ -309,8 +309,9 @@ class JournalWriter:
                 with self._lock:
                     self._reserve(0)
                     self._publish(Kind.SAME, (end - start) // SECTOR, offset + start, ref, NO_DIGEST)
-        if self._compared is not None:
-            self._compared.add(offset, length)
+        if self._resync is not None:
+            found_same = any(ref >= 0 for _, _, ref in runs)
+            self._resync.compared(offset, length, found_same=found_same)
 
     # -- control records -------------------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
 """A child that always fails costs no more than this, and is back soon after what ails it is gone."""
 
+READY_S = 30.0
+"""How long the children may take until they serve before it is said aloud; normally 0.3 s."""
+
 STEADY_S = 30.0
 """A child that ran this long had started well: its next death counts as the first."""
 
@@ -138,8 +141,12 @@ class Children:
     async def running(self) -> AsyncIterator[None]:
         """The children run as long as the context lasts; at its end they are killed and gone."""
         async with trio.open_nursery() as nursery:
-            for child in self.all:
-                nursery.start_soon(self._keep_running, child)
+            nursery.start_soon(self._keep_running, self.target)
+            # The target first cuts what an unclean boot left behind: nobody reads a tail that may have holes.
+            with trio.move_on_after(READY_S):
+                await wait_for_greeting(self._state.target_socket)
+            nursery.start_soon(self._keep_running, self.export)
+            nursery.start_soon(self._keep_running, self.indexer)
             try:
                 yield
             finally:

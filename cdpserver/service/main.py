@@ -3,7 +3,7 @@
     lock -> orphans -> clock -> catalog -> left-overs          sync, before anything listens
       sockets
         children (target, export, indexer)
-          scheduler, watch of the wall clock
+          scheduler, watches of the target and of the wall clock
             control API                                        ready
     stop: API, scheduler, target shuts its journals, children are killed
 
@@ -30,17 +30,14 @@ from cdpserver.config import Config, load_config, parse_listen
 from cdpserver.errors import CdpError, UsageError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
-from cdpserver.service import api, processes
+from cdpserver.service import api, processes, tails
 from cdpserver.service.basepoints import BasePoints
-from cdpserver.service.children import Children, bind_unix, wait_for_greeting
+from cdpserver.service.children import READY_S, Children, bind_unix, wait_for_greeting
 from cdpserver.service.control import TargetControl
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.state import StateDir, default_state_dir
-
-READY_S = 30.0
-"""How long the children may take until they serve before it is said aloud; normally 0.3 s."""
 
 SHUT_S = 20.0
 """How long the target may take to make its journals durable at a stop; then it is killed all the same, losing nothing."""
@@ -135,6 +132,7 @@ async def serve(core: Core, children: Children) -> None:
                     stopping = trio.Event()
                     nursery.start_soon(base_points.keep_cutting)
                     nursery.start_soon(watch_wall_clock, core)
+                    nursery.start_soon(tails.watch, core, children.target)
                     async with trio.open_nursery() as requests:
                         requests.start_soon(stop_at_signal, signals, stopping, core)
                         await requests.start(_serve_api, app, listener, stopping)

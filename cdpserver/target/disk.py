@@ -84,14 +84,18 @@ class TargetDisk:
         (self.directory / "base.raw").unlink()
 
     def _open_journal(self) -> None:
-        self.journal = JournalWriter(
-            self.directory,
-            uuid=self.timeline.uuid,
-            size=self.size,
-            clock_ns=self._clock_ns,
-            boot_id=self._boot_id,
-        )
-        self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
+        try:
+            self.journal = JournalWriter(
+                self.directory,
+                uuid=self.timeline.uuid,
+                size=self.size,
+                clock_ns=self._clock_ns,
+                boot_id=self._boot_id,
+            )
+            self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
+        except CorruptError as error:
+            self._emit("target.damaged", level="error", disk=self.timeline.full_name, reason=str(error))
+            raise
         self.journal.reads = self.reads
         if self.journal.recovered is not None:
             name = self.timeline.full_name
