@@ -177,6 +177,8 @@ def publish(state: StateDir, history: History, number: int, *, export: str) -> d
     building = final.with_name(f"{durable.TEMPORARY}{final.name}")
     try:
         building.unlink(missing_ok=True)
+        # The export looks for the backing of a fork's first base point by itself. Should the parent publish one between
+        # our look and its own, the file lacks what lies between, and comparing finds that.
         uri = f"nbd+unix:///{export}@delta:{number}?socket={state.export_socket}"
         qemu.convert_delta(uri, building, backing=under.path, format=under.format)
         qemu.check(building)

@@ -35,11 +35,14 @@ def check_length(prefix: bytes) -> int:
     return length
 
 
-def unpack(body: bytes) -> dict[str, Any]:
-    """The message in a body."""
-    message = msgpack.unpackb(body)
+def unpack(body: bytes, what: str = "a message") -> dict[str, Any]:
+    """The map in a body, be it a message or `what`; CorruptError for anything else."""
+    try:
+        message = msgpack.unpackb(body)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise CorruptError(f"{what} is not msgpack: {error}") from error
     if not isinstance(message, dict):
-        raise CorruptError("a message is not a map")
+        raise CorruptError(f"{what} is not a map")
     return message
 
 

@@ -95,9 +95,9 @@ def _failed(doing: str, stderr: bytes, status: int) -> CdpError:
 
 
 def info(path: Path, format: str | None = None) -> ImageInfo:
-    """Format and size of an image; without `format` it is probed. NotFoundError, RefusedError for what is no image."""
-    if not path.is_file() and not path.is_block_device():
-        raise NotFoundError(f"there is no image {path}", hint="name a disk image file by its path")
+    """Format and size of an image file; without `format` it is probed. NotFoundError, RefusedError if we cannot take it."""
+    if not path.is_file():
+        raise NotFoundError(f"there is no image file {path}", hint="name a disk image file by its path")
     chosen = ["-f", format] if format else []
     command = ["qemu-img", "info", *chosen, "--output=json", str(path.absolute())]
     said = _run(command, doing=f"reading {path.name}", seconds=INFO_SECONDS)

@@ -118,9 +118,11 @@ def _open(text: str) -> Export:
     try:
         if isinstance(export, DeltaExport):
             pair = delta_views(_state.path, history, export.number)
-            return Export(
-                Delta(pair.new, pair.old), pair.histories, text, absolute=True, lock=threading.Lock()
-            )
+            try:
+                delta = Delta(pair.new, pair.old)
+            finally:
+                pair.old.close()  # what changed is known: only the newer instant is read
+            return Export(delta, pair.histories, text, absolute=True, lock=threading.Lock())
         now_ns = Clock.load(_state.clock).now_ns()
         position = Points(history).resolve(export.when, now_ns=now_ns)
         absolute = isinstance(export.when, Seq)

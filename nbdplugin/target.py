@@ -12,6 +12,7 @@ import nbdkit
 
 from cdpserver import events
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError, RemovedError, UsageError
+from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import DiskExport, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.disk import Connection
@@ -25,6 +26,7 @@ MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
 
 _state_dir = ""
+_durable_lag_ns = COMMIT_LAG_NS
 _registry: Registry | None = None
 
 
@@ -35,11 +37,14 @@ def registry() -> Registry:
 
 
 def config(key: str, value: str) -> None:
-    """`state_dir=DIR` is all there is."""
-    global _state_dir
-    if key != "state_dir":
-        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR is the only one")
-    _state_dir = value
+    """`state_dir=DIR`, and `durable_lag_ns=N`: the durable lag past which writes slow down."""
+    global _state_dir, _durable_lag_ns
+    if key == "state_dir":
+        _state_dir = value
+    elif key == "durable_lag_ns":
+        _durable_lag_ns = int(value)
+    else:
+        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR and durable_lag_ns=N are known")
 
 
 def config_complete() -> None:
@@ -59,7 +64,7 @@ def after_fork() -> None:
     global _registry
     events.configure("target")
     outlive_parent()
-    _registry = Registry(StateDir.open(Path(_state_dir)))
+    _registry = Registry(StateDir.open(Path(_state_dir)), durable_lag_ns=_durable_lag_ns)
     _registry.start()
 
 

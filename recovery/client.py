@@ -146,6 +146,8 @@ class Client:
             connection.request(method, target, body=sent, headers=headers)
             reply = connection.getresponse()
             raw = reply.read(MAX_REPLY_BYTES + 1)
+            if reply.length and len(raw) <= MAX_REPLY_BYTES:
+                raise http.client.IncompleteRead(raw, reply.length)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         finally:

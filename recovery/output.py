@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from cdpserver.names import format_bytes, format_size, format_time
 
+MAX_TABLE_WIDTH = 8192
+"""Columns of a table at a terminal: a path may have 4096."""
+
 GRADE_COLOURS = {"app": "bold green", "crash": "green", "unordered": "yellow"}
 _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
@@ -180,5 +183,6 @@ def _rich_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
         table.add_row(*(Text(text, style=GRADE_COLOURS.get(text, "")) for text in row))
     console = Console(highlight=False)
     # Instants and URIs are there to be copied: where the terminal is too narrow it wraps, and nothing is cut off.
-    console.width = max(console.width, console.measure(table).maximum)
+    unbounded = console.options.update(max_width=MAX_TABLE_WIDTH)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
     console.print(table)

@@ -14,14 +14,14 @@ from typing import Any
 from cdpserver.errors import CorruptError, NotFoundError, UsageError
 from cdpserver.journal import control
 from cdpserver.journal.record import RECORD_SIZE, Kind, Record, decode, payload_digest
-from cdpserver.journal.segment import CLOSED, FIXED, OPEN, PAGE, SEALED, Header, decode_page
+from cdpserver.journal.segment import CLOSED, FIXED, OPEN, PAGE, ROLLED, SEALED, Header, decode_page
 from cdpserver.limits import MAX_CONTROL_BYTES
 from cdpserver.names import format_time
 
 READ_RECORDS = 4096
 """Records read at a time."""
 
-STATES = {OPEN: "open", CLOSED: "closed", SEALED: "sealed"}
+STATES = {OPEN: "open", CLOSED: "closed", SEALED: "sealed", ROLLED: "rolled"}
 PLACES = {Kind.SAME: "ref", Kind.DURABLE: "durable_seq"}
 """What the place of a record is called, where it is not a place in the data file."""
 

@@ -201,6 +201,22 @@ class World:
         for line in self.lines:
             line.open()
 
+    def clone(self, path: Path) -> "World":
+        """The same files in another place, and nothing open: what a dead host leaves, to be damaged."""
+        shutil.copytree(self.state.path, path / "s")
+        made = World(path)
+        made.boots, made.now_ns = self.boots, self.now_ns
+        models: dict[int, Model] = {}
+        for line in self.lines:
+            model = line.model
+            copied = Model(model.size, None, model.parent_seq, list(model.changes), list(model.instants))
+            if model.parent is not None:
+                copied.parent = models[id(model.parent)]
+            models[id(model)] = copied
+            copy = Line(made, line.timeline, copied, opened=False)
+            copy.marks, copy.cuts = dict(line.marks), list(line.cuts)
+        return made
+
     def close(self) -> None:
         """End of the test."""
         for line in self.lines:
@@ -213,7 +229,9 @@ class World:
 class Line:
     """A timeline, open for writing, and its model. Every write goes to both."""
 
-    def __init__(self, world: World, timeline: Timeline, model: Model) -> None:
+    disk: TargetDisk
+
+    def __init__(self, world: World, timeline: Timeline, model: Model, *, opened: bool = True) -> None:
         self.world = world
         self.timeline = timeline
         self.model = model
@@ -222,7 +240,8 @@ class Line:
         self.cuts: list[int] = []
         self.is_open = False
         world.lines.append(self)
-        self.open()
+        if opened:
+            self.open()
 
     def open(self) -> None:
         """The target takes the timeline over. A reader's instants begin with what is there."""
@@ -256,6 +275,13 @@ class Line:
         if number in self.connections:
             self.connections.pop(number).close()
             self._note()
+
+    def forget_after(self, seq: int) -> None:
+        """What came after `seq` is lost."""
+        self.model.changes = [change for change in self.model.changes if change.seq <= seq]
+        self.model.instants = [instant for instant in self.model.instants if instant <= seq]
+        self.marks = {name: mark for name, mark in self.marks.items() if mark <= seq}
+        self.cuts = [cut for cut in self.cuts if cut <= seq]
 
     def _note(self) -> None:
         if self.disk.journal is not None:

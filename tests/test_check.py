@@ -490,8 +490,11 @@ def test_a_damaged_index(
     assert disk.check().whole
 
 
-@pytest.mark.parametrize("how", ["garbage", "cut"])
-def test_an_index_file_that_lmdb_cannot_read(disk: Disk, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [("garbage", "cannot be opened: "), ("cut", "is damaged: reading it ends a process with SIGBUS")],
+)
+def test_an_index_file_that_lmdb_cannot_read(disk: Disk, how: str, what: str) -> None:
     path = interval_path(disk.directory, 1) / "index.mdb"
     path.chmod(0o600)
     if how == "garbage":
@@ -501,7 +504,7 @@ def test_an_index_file_that_lmdb_cannot_read(disk: Disk, how: str) -> None:
         os.truncate(path, 2 * PAGE)
     report = disk.check()
     assert [damage.finding.path.parent.name for damage in report.damage] == ["000001"]
-    assert report.damage[0].finding.what.startswith("the index of interval 1 ")
+    assert report.damage[0].finding.what.startswith(f"the index of interval 1 {what}")
 
 
 def test_an_index_is_held_against_what_is_whole(disk: Disk) -> None:

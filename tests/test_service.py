@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,11 @@ from typing import Any, Self, TypeVar
 import nbd
 import pytest
 
-from cdpserver import messages
+from cdpserver import basepoint, messages, qemu, timeline
+from cdpserver.errors import CorruptError
+from cdpserver.state import StateDir
+from cdpserver.view.delta import Delta
+from cdpserver.view.view import History
 
 pytestmark = pytest.mark.real
 
@@ -400,6 +405,32 @@ def test_what_a_killed_target_left_becomes_durable(server: Server) -> None:
     until(lambda: server.get("/v1/disks/d")["durable_seq"] >= last, "durable tail without a client")
 
 
+def test_a_child_that_never_starts_keeps_nobody_from_stopping(short_path: Path) -> None:
+    state_dir = short_path / "s"
+    command = [sys.executable, "-m", "cdpserver.service.main", "--state-dir", str(state_dir)]
+    # Without the directory of nbdkit on PATH the shell in front of it finds nothing to run.
+    service = subprocess.Popen(command, env={**os.environ, "PATH": ""}, stderr=subprocess.DEVNULL)
+
+    def deaths() -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            lines = (state_dir / "events.jsonl").read_text().splitlines()
+            return [event for event in map(json.loads, lines) if event["event"] == "service.child-died"]
+        return []
+
+    try:
+        until(lambda: len(deaths()) >= 4, "deaths")
+        service.terminate()
+        assert service.wait(DEADLINE_S) == 0
+    finally:
+        service.kill()
+        service.wait()
+    assert {(event["child"], event["status"]) for event in deaths()} == {("target", 127)}
+    pauses = [event["restart_in_s"] for event in deaths()]
+    assert pauses[:4] == sorted(pauses[:4])
+    assert pauses[0] == 0
+    assert pauses[3] > pauses[1]
+
+
 def test_one_server_per_state_directory(server: Server) -> None:
     second = subprocess.run(
         [sys.executable, "-m", "cdpserver.service.main", "--state-dir", server.state_dir],
@@ -549,6 +580,94 @@ def test_a_failed_base_point_leaves_no_file_and_is_written_later(server: Server)
     # The next cut publishes what was left before it.
     server.post("/v1/disks/d:cut")
     assert [point["number"] for point in server.get("/v1/disks/d:basepoints")] == [0, 1, 2]
+
+
+def test_reading_back_finds_what_differs(server: Server, short_path: Path) -> None:
+    uri = server.add()
+    write(uri, pattern(1, 1 << 20))
+    server.post("/v1/disks/d:synced")
+    with connected(uri) as client:
+        client.pwrite(pattern(2, 65536), 65536)
+        client.zero(262144, 131072)
+    published = Path(server.post("/v1/disks/d:cut")["path"])
+    state = StateDir.open(server.state_dir)
+    history = History(state.path, timeline.load(state.timeline("t1")))
+    views = basepoint.delta_views(state.path, history, 1)
+    delta = Delta(views.new, views.old)
+    assert delta.ranges == [(65536, 393216)]
+    for command in ("", "write -q -P 7 70000 1", "write -q -P 7 393215 1", "write -q -P 7 500000 1"):
+        # Only what changed is compared: the last of these lies in the backing file's part.
+        copy = published.with_name("copy.qcow2")
+        shutil.copy(published, copy)
+        if command:
+            copy.chmod(0o600)
+            subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, copy], check=True)
+        damaged = command and "500000" not in command
+        with qemu.serve(copy, short_path / "q") as served:
+            if damaged:
+                with pytest.raises(CorruptError, match="differs from the journal"):
+                    basepoint.compare(served, delta)
+            else:
+                basepoint.compare(served, delta)
+        copy.unlink()
+    views.close()
+    history.close()
+
+
+def test_images_of_every_kind_are_imported(server: Server, short_path: Path) -> None:
+    content = bytearray(SIZE)
+    content[4096:8192] = b"\7" * 4096
+    for format in ("raw", "qcow2", "vmdk", "vdi", "vhdx"):
+        image = short_path / f"template.{format}"
+        subprocess.run(["qemu-img", "create", "-q", "-f", format, image, str(SIZE)], check=True)
+        subprocess.run(["qemu-io", "-f", format, "-c", "write -q -P 7 4096 4096", image], check=True)
+        uri = server.add(format, base=str(image))
+        assert read(uri) == content
+    overlay = short_path / "overlay"
+    qemu.create_overlay(overlay, backing=short_path / "template.qcow2", format="qcow2", size=SIZE)
+    assert read(server.add("overlay", base=str(overlay))) == content
+    odd = short_path / "odd"
+    odd.write_bytes(b"no image, just text" * 100)
+    assert read(server.add("odd", base=str(odd)))[:2000] == odd.read_bytes().ljust(2000, b"\0")
+    outside = short_path / "outside.qcow2"
+    options = f"data_file={short_path / 'template.raw'},data_file_raw=on"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, outside, str(SIZE)], check=True)
+    lost = short_path / "lost.qcow2"
+    qemu.create_overlay(lost, backing=short_path / "template.vdi", format="vdi", size=SIZE)
+    (short_path / "template.vdi").unlink()
+    for image in (outside, lost):
+        with pytest.raises(ApiError):
+            server.add("x", base=str(image))
+    assert "x" not in [shown["name"] for shown in server.get("/v1/disks")]
+    assert len(list((server.state_dir / "bases").glob("*.raw"))) == 7
+    assert not list((server.state_dir / "bases").glob(".tmp-*"))
+
+
+def test_a_server_killed_while_a_base_point_is_written(short_path: Path) -> None:
+    with Server(short_path / "s") as server:
+        uri = server.add()
+        write(uri, pattern(1))
+        server.post("/v1/disks/d:synced")
+        write(uri, pattern(2, SIZE))
+        writing = server.state_dir / "run" / "basepoint-t1.pid"
+
+        def cut() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                server.post("/v1/disks/d:cut")
+
+        request = threading.Thread(target=cut)
+        request.start()
+        until(lambda: writing.exists() and writing.stat().st_size, "worker")
+        worker = int(writing.read_text().split()[0])
+        server.kill()
+        request.join()
+        with Server(short_path / "s") as second:
+            assert not is_running(worker)
+            timeline_path = server.state_dir / "timelines" / "t1"
+            until((timeline_path / "bp-1.qcow2").exists, "base point of the cut")
+            assert qemu_raw(timeline_path / "bp-1.qcow2", short_path) == pattern(2, SIZE)
+            assert not list(timeline_path.glob(".tmp-*"))
+            assert len(second.get("/v1/disks/d:basepoints")) == 2
 
 
 def test_tcp_beside_the_unix_sockets(short_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from cdpserver import timeline
 from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point, published
 from cdpserver.check.damage import Damage, Effects, Finding
-from cdpserver.check.index import check_indexes
+from cdpserver.check.isolated import check_indexes
 from cdpserver.check.segments import SegmentCheck, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments

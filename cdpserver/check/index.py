@@ -1,21 +1,17 @@
 """Holds an interval's index against its segments: every entry that should be there is, with the right value, and no other.
 
-The index is opened in a process of its own, because LMDB may crash on damaged pages rather than fail. Each expected entry is
-looked up; then the number of entries says whether there are others. Memory is bounded by a chunk of records.
-An index that is missing or behind is no damage: views read the header log instead.
+Each expected entry is looked up; then the number of entries says whether there are others. Memory is bounded by a chunk of
+records. An index that is missing or behind is no damage: views read the header log instead.
 
 Invariants: read transactions are short (they keep LMDB from reusing pages). That is sound because entries are never changed:
 what a transaction counted up to its `indexed` is in every later one.
 """
 
 import contextlib
-import multiprocessing
-import signal
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -69,60 +65,7 @@ class Expected:
     times: dict[int, int] = field(default_factory=dict)
 
 
-def check_indexes(
-    directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
-) -> Iterator[list[Finding]]:
-    """The findings of each interval in turn. Runs a process; it ends with the iterator.
-
-    Of the intervals `unsure` not every record is known, so only what the others say is held against their index.
-    """
-    left = list(numbers)
-    while left:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(theirs, directory, left, unsure, boot_id), daemon=True)
-        # Ctrl-C is for us; a worker that takes it would print a traceback.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            worker.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        try:
-            while left:
-                found = ours.recv()
-                if isinstance(found, Exception):
-                    raise found
-                yield found
-                left.pop(0)
-        except EOFError:
-            worker.join()
-            yield [_crashed(directory, left.pop(0), boot_id, worker.exitcode)]
-        finally:
-            worker.kill()
-            worker.join()
-            ours.close()
-
-
-def _work(
-    results: Connection, directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
-) -> None:
-    try:
-        for number in numbers:
-            results.send(check_interval(directory, number, boot_id, whole=number not in unsure))
-    except Exception as error:  # noqa: BLE001 - the process's rim: raised again on the other side
-        results.send(error)
-
-
-def _crashed(directory: Path, interval: int, boot_id: str, status: int | None) -> Finding:
-    path = interval_path(directory, interval)
-    index = find_index(path, boot_id) or path
-    first_seq, first_time_ns = _start(path, segments(directory, interval))
-    what = f"the index of interval {interval} is damaged: reading it ends the process (status {status})"
-    return Finding(what, index, first_seq, first_time_ns, hint=REBUILD)
-
-
-def _start(path: Path, numbers: Sequence[int]) -> tuple[int, int]:
+def start_of(path: Path, numbers: Sequence[int]) -> tuple[int, int]:
     """First seq and time of an interval, by the first header page that can be read."""
     for number in numbers:
         with contextlib.suppress(CorruptError), contextlib.closing(SegmentReader(path, number)) as reader:
@@ -143,7 +86,7 @@ def check_interval(directory: Path, interval: int, boot_id: str, *, whole: bool)
             _IntervalCheck(path, interval, segments(directory, interval), file, whole=whole).findings()
         )
     except lmdb.Error as error:
-        first_seq, first_time_ns = _start(path, segments(directory, interval))
+        first_seq, first_time_ns = start_of(path, segments(directory, interval))
         what = f"the index of interval {interval} cannot be read: {error}"
         return [Finding(what, file.path, first_seq, first_time_ns, hint=REBUILD)]
     finally:
@@ -163,7 +106,7 @@ def _open(path: Path, boot_id: str) -> IndexFile | Finding | None:
             if isinstance(error, lmdb.Error) and time.monotonic() > deadline:
                 numbers = segments(path.parent.parent, int(path.name))
                 what = f"the index of interval {int(path.name)} cannot be opened: {error}"
-                return Finding(what, found, *_start(path, numbers), hint=REBUILD)
+                return Finding(what, found, *start_of(path, numbers), hint=REBUILD)
         time.sleep(0.05)
 
 
@@ -216,7 +159,7 @@ class _IntervalCheck:
             yield from self._rows("control record", expected.controls, held.controls)
 
     def _finding(self, what: str, *, seq: int | None = None) -> Finding:
-        first_seq, first_time_ns = _start(self._path, self._numbers)
+        first_seq, first_time_ns = start_of(self._path, self._numbers)
         expected = self._expected
         at = first_seq if seq is None else seq
         return Finding(
@@ -324,7 +267,7 @@ class _IntervalCheck:
 
     def _reach(self) -> Iterator[Finding]:
         held, last = self._held.indexed, self._expected.last_seq
-        if held > last and (last or held >= _start(self._path, self._numbers)[0]):
+        if held > last and (last or held >= start_of(self._path, self._numbers)[0]):
             yield self._finding(f"reaches to record {held}, the interval to {last}")
         if self._numbers and self._file.path.name == CLOSED_NAME and held < self._end():
             yield self._finding(

@@ -5,7 +5,6 @@ that an unclean host boot may have lost, and that nobody has taken over yet, are
 """
 
 import contextlib
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from cdpserver.check.damage import Effects, Extents, Finding
+from cdpserver.check.records import runs, whole_records, wrong_fields
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, interval_path, intervals, segments
-from cdpserver.journal.record import (
-    BODY,
-    CHANGES,
-    DIGEST_SIZE,
-    DTYPE,
-    KNOWN_KINDS,
-    MAGIC,
-    RECORD_SIZE,
-    VERSION,
-    Kind,
-    payload_digest,
+from cdpserver.journal.record import BODY, DIGEST_SIZE, DTYPE, RECORD_SIZE, Kind, payload_digest
+from cdpserver.journal.segment import (
+    CLOSED,
+    OPEN,
+    PAGE,
+    ROLLED,
+    SEALED,
+    SegmentReader,
+    data_path,
+    log_path,
 )
-from cdpserver.journal.segment import CLOSED, OPEN, PAGE, SEALED, SegmentReader, data_path, log_path
-from cdpserver.limits import BLOCK, MAX_CONTROL_BYTES, SECTOR, SEQ_JUMP
+from cdpserver.limits import MAX_CONTROL_BYTES, SECTOR, SEQ_JUMP
 from cdpserver.timeline import Timeline
 
 CHUNK = 8192
@@ -161,9 +159,14 @@ class SegmentCheck:
 
     def _is_left_over(self, reader: SegmentReader) -> bool:
         """A segment after the place where an unclean host boot cut the journal: the writer puts it aside."""
-        if self._survey is None or reader.state != OPEN or reader.header.boot_id == self.boot_id:
-            return False
-        return (self._interval, reader.segment) not in dict(self._survey.valid)
+        kept = self._kept(reader)
+        return kept is not None and (self._interval, reader.segment) not in kept
+
+    def _kept(self, reader: SegmentReader) -> dict[tuple[int, int], int] | None:
+        """How many records survive, by segment, where the tail word is not to be trusted; else None."""
+        if self._survey is None or reader.header.boot_id == self.boot_id:
+            return None
+        return dict(self._survey.valid) if reader.state in (OPEN, ROLLED) else None
 
     def _header(self, reader: SegmentReader) -> None:
         header = reader.header
@@ -191,10 +194,11 @@ class SegmentCheck:
         """How many records there are to be verified; what should come after them is noted."""
         claimed, state = reader.claimed, reader.state
         held = max(0, self._where.stat().st_size - PAGE) // RECORD_SIZE
-        if state not in (OPEN, CLOSED, SEALED):
+        if state not in (OPEN, CLOSED, SEALED, ROLLED):
             self._say(f"the segment's state is {state}, which is none", extents=())
-        if state == OPEN and reader.header.boot_id != self.boot_id and self._survey is not None:
-            return self._unclean_count(reader, self._survey)
+        kept = self._kept(reader)
+        if kept is not None:
+            return self._unclean_count(reader, kept)
         self._next_seq = reader.first_seq + claimed
         if claimed > held:
             what = f"the tail word counts {claimed} records, the file holds {held}"
@@ -205,19 +209,19 @@ class SegmentCheck:
             self._lose()
         return min(claimed, held)
 
-    def _unclean_count(self, reader: SegmentReader, survey: recovery.Survey) -> int:
+    def _unclean_count(self, reader: SegmentReader, kept: dict[tuple[int, int], int]) -> int:
+        assert self._survey is not None
         place = (self._interval, reader.segment)
-        kept = dict(survey.valid)[place]
-        self._next_seq = reader.first_seq + kept
-        if survey.damaged and place == survey.valid[-1][0]:
+        self._next_seq = reader.first_seq + kept[place]
+        if self._survey.damaged and place == self._survey.valid[-1][0]:
             self._say(f"records from {self._next_seq} on were durable, and are damaged or missing")
             self._lose()
-        return kept
+        return kept[place]
 
     def _more_follow(self, reader: SegmentReader, claimed: int, held: int) -> bool:
         """A writer has at most one whole record that it has not counted yet; more means a damaged tail word."""
         end = min(held, claimed + 2)
-        if end - claimed < 2 or not _whole(reader, reader.raw(claimed, end), claimed).all():
+        if end - claimed < 2 or not whole_records(reader.raw(claimed, end), reader.header, claimed).all():
             return False
         return reader.claimed == claimed
 
@@ -225,11 +229,13 @@ class SegmentCheck:
 
     def _chunk(self, reader: SegmentReader, first: int, end: int) -> None:
         raw = reader.raw(first, end)
-        whole = _whole(reader, raw, first)
+        whole = whole_records(raw, reader.header, first)
         records = np.frombuffer(raw, DTYPE, count=len(whole))[whole]
         self._broken_headers(reader.first_seq + first, whole, records)
         self._times(records)
-        self._extents(records)
+        size = self.timeline.size if self.timeline is not None else None
+        for seq, time_ns, what in wrong_fields(records, disk_size=size):
+            self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
         bad = self._payloads(reader, raw, np.flatnonzero(whole).tolist())
         self._damaged_payloads(reader, np.frombuffer(raw, DTYPE)[bad])
         self.effects.feed(records)
@@ -240,7 +246,7 @@ class SegmentCheck:
     def _broken_headers(
         self, first_seq: int, whole: npt.NDArray[np.bool_], records: npt.NDArray[np.void]
     ) -> None:
-        for low, high in _runs(np.flatnonzero(~whole).tolist()):
+        for low, high in runs(np.flatnonzero(~whole).tolist()):
             who = (
                 f"record {first_seq + low}"
                 if low == high
@@ -259,23 +265,6 @@ class SegmentCheck:
             seq = int(records["seq"][number])
             self._say(f"the time of record {seq} is before that of the one before it", seq=seq, extents=())
         self._time_ns = int(times.max())
-
-    def _extents(self, records: npt.NDArray[np.void]) -> None:
-        kinds, seqs, places = records["kind"], records["seq"], records["place"]
-        change = (kinds >= CHANGES[0]) & (kinds <= CHANGES[-1])
-        size = np.uint64(self.timeline.size if self.timeline is not None else 1 << 62)
-        ends = records["offset"] + records["length"].astype(np.uint64) * np.uint64(SECTOR)
-        for wrong, what in (
-            (~np.isin(kinds, tuple(KNOWN_KINDS)), "is of no known kind"),
-            (change & (records["length"] == 0), "has an empty extent"),
-            (change & (records["offset"] % np.uint64(BLOCK) != 0), "has an extent that is not aligned"),
-            (change & (ends > size), "has an extent beyond the end of the disk"),
-            ((kinds == Kind.DATA) & (places % np.uint64(BLOCK) != 0), "has a payload that is not aligned"),
-            ((kinds == Kind.SAME) & (places >= seqs), "refers to a record that is not before it"),
-            ((kinds == Kind.DURABLE) & (places >= seqs), "says that a later record is durable"),
-        ):
-            for seq, time_ns in zip(seqs[wrong].tolist(), records["time"][wrong].tolist(), strict=True):
-                self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
 
     def _payloads(self, reader: SegmentReader, raw: bytes, numbers: list[int]) -> list[int]:
         """Numbers, within the chunk, of the records whose payload is not what their digest says."""
@@ -322,7 +311,7 @@ class SegmentCheck:
             return
         self._where = data_path(reader.directory, reader.segment)
         missing = "" if self._where.exists() else ": the data file is missing"
-        for low, high in _runs((bad["seq"] - np.uint64(reader.first_seq)).tolist()):
+        for low, high in runs((bad["seq"] - np.uint64(reader.first_seq)).tolist()):
             some = bad[(bad["seq"] >= low + reader.first_seq) & (bad["seq"] <= high + reader.first_seq)]
             seq, last = int(some["seq"][0]), int(some["seq"][-1])
             who = (
@@ -347,33 +336,7 @@ class SegmentCheck:
         self._where = reader.path
 
 
-def _whole(reader: SegmentReader, raw: bytes, first: int) -> npt.NDArray[np.bool_]:
-    """Which records of `raw`, that starts with number `first`, are whole and where they belong."""
-    records = np.frombuffer(raw, DTYPE, count=len(raw) // RECORD_SIZE)
-    seqs = np.arange(len(records), dtype=np.uint64) + np.uint64(reader.first_seq + first)
-    whole: npt.NDArray[np.bool_] = (
-        (records["magic"] == MAGIC) & (records["version"] == VERSION) & (records["seq"] == seqs)
-    )
-    checks, salt = records["crc"].tolist(), reader.header.salt
-    for number in np.flatnonzero(whole).tolist():
-        at = number * RECORD_SIZE
-        if zlib.crc32(raw[at : at + BODY.size], salt) != checks[number]:
-            whole[number] = False
-    return whole
-
-
 def _is_blank(path: Path) -> bool:
     """A segment that was made, but that the host did not get to write before it went down: zeros, if anything."""
     with open(path, "rb") as log:
         return not any(part.strip(b"\0") for part in iter(lambda: log.read(1 << 20), b""))
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Consecutive numbers as (first, last)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] + 1 == number:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return runs

@@ -70,7 +70,6 @@ class IndexFile:
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self.path = path
-        stat_before = path.stat() if path.exists() else None
         self.env = lmdb.open(
             str(path),
             subdir=False,
@@ -83,11 +82,11 @@ class IndexFile:
             mode=0o600,
             max_spare_txns=8,
         )
-        create = writable and stat_before is None
-        self.pieces = self.env.open_db(b"pieces", create=create)
-        self.points = self.env.open_db(b"points", create=create)
-        self.control = self.env.open_db(b"control", create=create)
-        self.meta = self.env.open_db(b"meta", create=create)
+        # A writer killed right after making the file left it without its databases.
+        self.pieces = self.env.open_db(b"pieces", create=writable)
+        self.points = self.env.open_db(b"points", create=writable)
+        self.control = self.env.open_db(b"control", create=writable)
+        self.meta = self.env.open_db(b"meta", create=writable)
         self.inode = path.stat().st_ino
         self.users = 0
 

@@ -4,12 +4,13 @@ What points mean is in the journal itself: where sessions begin, when they are s
 where a gap is. `fold` turns one state and one control record into the next state; nothing else decides a grade.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
 
 import msgpack
 
+from cdpserver import messages
 from cdpserver.errors import CorruptError
 
 
@@ -78,9 +79,13 @@ def pack(state: State) -> dict[str, Any]:
 def unpack(values: object) -> State:
     """The state from a header page's `carry`."""
     try:
-        return State(**values)  # type: ignore[arg-type]
+        state = State(**values)  # type: ignore[arg-type]
     except TypeError as error:
         raise CorruptError(f"a header page's carry cannot be read: {error}") from error
+    for field in fields(State):
+        if type(getattr(state, field.name)) is not field.type:
+            raise CorruptError(f"a header page's carry has a {field.name} that cannot be read")
+    return state
 
 
 def begin(mode: str, number: int = 0) -> dict[str, Any]:
@@ -118,14 +123,26 @@ def encode(message: dict[str, Any]) -> bytes:
     return bytes(msgpack.packb(message))
 
 
+FIELDS: dict[str, dict[str, type]] = {
+    "begin": {"mode": str, "session": int},
+    "session": {"session": int, "reason": str},
+    "synced": {"session": int, "write_blocking": bool},
+    "mark": {"name": str},
+    "cut": {"number": int},
+    "gap": {"from_seq": int, "from_time_ns": int, "reason": str},
+}
+"""What each type of message carries (docs/format.md)."""
+
+
 def decode(payload: bytes) -> dict[str, Any]:
-    """A control record's message; CorruptError unless it is a map with a type."""
-    try:
-        message = msgpack.unpackb(payload)
-    except Exception as error:
-        raise CorruptError(f"a control record's payload is not msgpack: {error}") from error
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+    """A control record's message; CorruptError unless it is a map with a type and, of a known type, its fields."""
+    message = messages.unpack(payload, "a control record's payload")
+    kind = message.get("type")
+    if not isinstance(kind, str):
         raise CorruptError("a control record's payload has no type")
+    for name, wanted in FIELDS.get(kind, {}).items():
+        if type(message.get(name)) is not wanted:
+            raise CorruptError(f"the control record {kind!r} has no {name} that can be read")
     return message
 
 

@@ -41,6 +41,8 @@ class FirstCopy:
         self.session = 0
         self.wrote = False
         self._load()
+        if self.path.exists():
+            self.path.chmod(0o600)  # a switch that was killed half-way had made it read-only
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, size)
 
@@ -116,15 +118,16 @@ class FirstCopy:
 
     def switch(self, *, uuid: bytes, now_ns: int) -> None:
         """End the first copy: the base becomes read-only and the journal opens. Milliseconds; nothing may write meanwhile."""
-        os.fchmod(self._fd, 0o400)
-        start_history(
-            self.directory,
-            uuid=uuid,
-            boot_id=self.boot_id,
-            now_ns=now_ns,
-            mode="first-copy",
-            session=self.session,
-        )
+        with durable.io_errors("begin the history in", self.directory):
+            os.fchmod(self._fd, 0o400)
+            start_history(
+                self.directory,
+                uuid=uuid,
+                boot_id=self.boot_id,
+                now_ns=now_ns,
+                mode="first-copy",
+                session=self.session,
+            )
 
     def close(self) -> None:
         """Close the file."""

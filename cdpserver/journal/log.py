@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
-from cdpserver.journal.record import Kind
+from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.journal.segment import SegmentReader
 
 CACHED_READERS = 64
@@ -69,6 +69,9 @@ class Journal:
 
     def refresh(self) -> None:
         """Notice intervals and segments made since the last look. Costs one directory listing, or two."""
+        last = self._intervals[-1] if self._intervals else 0
+        # What was the newest interval then may have grown before the next one began.
+        self._segments = {number: held for number, held in self._segments.items() if number < last}
         self._intervals = intervals(self.timeline)
         while self._intervals:
             newest = self._intervals[-1]
@@ -76,8 +79,6 @@ class Journal:
             if self._segments[newest]:
                 break
             self._intervals.pop()  # just made: its first segment is still to come
-        if len(self._intervals) > 1:
-            self._segments.pop(self._intervals[-2], None)
 
     @property
     def intervals(self) -> list[int]:
@@ -150,8 +151,13 @@ class Journal:
         count = reader.count
         if count:
             return Position(interval, reader.segment, reader.first_seq + count - 1, reader.time_of(count - 1))
-        header = reader.header
-        return Position(interval, reader.segment, header.first_seq - 1, header.first_time_ns)
+        before = self._before((interval, reader.segment))
+        while before is not None:
+            older = self.reader(*before)
+            if older.count:
+                return Position(*before, older.last_seq, older.time_of(older.count - 1))
+            before = self._before(before)
+        return Position(interval, reader.segment, reader.first_seq - 1, reader.header.first_time_ns)
 
     def first(self) -> Position:
         """The oldest record."""
@@ -179,8 +185,8 @@ class Journal:
         interval, segment = place
         reader = self.reader(interval, segment)
         number = min(seq - reader.first_seq, reader.count - 1)
-        if number < 0:
-            return Position(interval, segment, reader.first_seq - 1, reader.header.first_time_ns)
+        if number < 0:  # a segment without records
+            return self.at_seq(reader.first_seq - 1)
         return Position(interval, segment, reader.first_seq + number, reader.time_of(number))
 
     def at_time(self, time_ns: int) -> Position | None:
@@ -236,11 +242,15 @@ class Journal:
 
 
 def fold_controls(reader: SegmentReader, state: control.State, first: int, end: int) -> control.State:
-    """The state after records number [first, end) of a segment, from the state before them."""
+    """The state after records number [first, end) of a segment, from the state before them.
+
+    Only control records are checked; the others are looked at for their kind alone.
+    """
     if end <= first:
         return state
-    records = reader.records(first, end)
-    for record in records[records["kind"] == Kind.CONTROL]:
+    kinds = np.frombuffer(reader.raw(first, end), DTYPE)["kind"]
+    for number in np.flatnonzero(kinds == Kind.CONTROL).tolist():
+        record = reader.records(first + number, first + number + 1)[0]
         message = reader.control(record)
         state = control.fold(state, message, seq=int(record["seq"]), time_ns=int(record["time"]))
     return state

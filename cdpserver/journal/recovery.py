@@ -6,6 +6,7 @@ last durable record, whose payload does not have its digest. What follows is cut
 it is kept and reported, never cut.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def never_written(journal: Journal, place: tuple[int, int]) -> bool:
     path = log_path(interval_path(journal.timeline, place[0]), place[1])
     with open(path, "rb") as log:
         return not log.read(PAGE).strip(b"\0")
+
+
+def cut_short(reader: SegmentReader) -> bool:
+    """Do the files end before what the tail word says was written? No kill does that: somebody or something cut them."""
+    count = reader.count
+    if reader.claimed > count:
+        return True
+    records = np.frombuffer(reader.raw(0, count), DTYPE)
+    data, control = records[records["kind"] == Kind.DATA], records[records["kind"] == Kind.CONTROL]
+    ends = [
+        data["place"] + data["length"].astype(np.uint64) * np.uint64(SECTOR),
+        control["place"] + control["offset"],
+    ]
+    needed = max((int(end.max()) for end in ends if len(end)), default=0)
+    return os.fstat(reader.data_fd()).st_size < needed
 
 
 def _sealed_seq(journal: Journal) -> int:

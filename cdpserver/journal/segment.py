@@ -22,6 +22,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from cdpserver import messages
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
 from cdpserver.journal.record import BODY, CHECK, DTYPE, MAGIC, RECORD_SIZE, VERSION, salt
@@ -88,6 +89,17 @@ def encode_page(header: Header) -> bytes:
     return (fixed + values + check).ljust(PAGE, b"\0")
 
 
+PAGE_FIELDS: dict[str, type] = {
+    "timeline": bytes,
+    "interval": int,
+    "segment": int,
+    "first_seq": int,
+    "first_time_ns": int,
+    "boot_id": str,
+    "carry": dict,
+}
+
+
 def decode_page(page: bytes, name: str) -> Header:
     """The header in a page; CorruptError names the segment."""
     if len(page) < PAGE:
@@ -105,7 +117,11 @@ def decode_page(page: bytes, name: str) -> Header:
     values = page[FIXED.size : end]
     if CHECK.unpack_from(page, end)[0] != zlib.crc32(values, zlib.crc32(page[:16])):
         raise CorruptError(f"{name}: the header page fails its check")
-    fields: dict[str, Any] = msgpack.unpackb(values)
+    fields = messages.unpack(values, f"{name}: the header page's map")
+    for field, wanted in PAGE_FIELDS.items():
+        value = fields.get(field)
+        if type(value) is not wanted or (isinstance(value, int) and value < 0):
+            raise CorruptError(f"{name}: the header page has no {field} that can be read")
     return Header(
         timeline=fields["timeline"],
         interval=fields["interval"],

@@ -55,6 +55,7 @@ class JournalWriter:
         self._retired: list[SegmentWriter] = []
         self._fresh_dirs: list[Path] = []
         self._broken: str = ""
+        self._jump = (-1, 0)
         self._resync: Resync | None = None
         self._ends_interval = False
         self._segment = self._take_over()
@@ -131,6 +132,7 @@ class JournalWriter:
         segment = self._new_segment(place, first_seq, new_interval=self._ends_interval)
         self._ends_interval = False
         self._segment = segment
+        self._jump = (lost_after, segment.header.first_seq)
         self.last_seq = segment.header.first_seq - 1
         if not self.state.fork:
             reason = "unclean host boot"
@@ -170,12 +172,13 @@ class JournalWriter:
         Raises NoSpaceError (nothing written, the writer goes on) or BrokenError (poisoned).
         """
         length = len(payload)
+        resync = self._resync  # *synced*, said by another thread, ends it at any moment
         if self.slow_s:
             time.sleep(self.slow_s)
         if (offset | length) % BLOCK and not self._ends_disk(offset, length):
             self._write_around(payload, offset)
-        elif self._resync is not None and self._resync.wants(offset, length):
-            self._write_resync(payload, offset)
+        elif resync is not None and resync.wants(offset, length):
+            self._write_resync(resync, payload, offset)
         else:
             digest = payload_digest(payload)
             with self._lock:
@@ -278,6 +281,17 @@ class JournalWriter:
         return BrokenError(self._broken, hint="look at the store's disk; the service reopens the writer")
 
     @property
+    def interval(self) -> int:
+        """The interval that records go to now."""
+        return self._segment.header.interval
+
+    def records_after(self, seq: int) -> int:
+        """Records after `seq`; those that an unclean boot jumped over are none."""
+        with self._lock:
+            jumped = self._jump[1] - self._jump[0] - 1 if seq <= self._jump[0] else 0
+            return max(0, self.last_seq - seq - jumped)
+
+    @property
     def broken(self) -> str:
         """Why the writer is poisoned, or nothing."""
         return self._broken
@@ -289,12 +303,11 @@ class JournalWriter:
         under_way = self.state.resync_ref >= 0 and not self.state.synced and not self.state.fork
         self._resync = Resync(self.size) if under_way else None
 
-    def _write_resync(self, payload: memoryview, offset: int) -> None:
+    def _write_resync(self, resync: Resync, payload: memoryview, offset: int) -> None:
         assert self.reads is not None
         length = len(payload)
         ref = self.state.resync_ref
         if ref < 0:
-            # Said synced a moment ago: there is nothing left to compare with.
             with self._lock:
                 self._put_data(payload, offset, payload_digest(payload))
             return
@@ -309,9 +322,7 @@ class JournalWriter:
                 with self._lock:
                     self._reserve(0)
                     self._publish(Kind.SAME, (end - start) // SECTOR, offset + start, ref, NO_DIGEST)
-        if self._resync is not None:
-            found_same = any(ref >= 0 for _, _, ref in runs)
-            self._resync.compared(offset, length, found_same=found_same)
+        resync.compared(offset, length, found_same=any(ref >= 0 for _, _, ref in runs))
 
     # -- control records -------------------------------------------------------------------------------------
 

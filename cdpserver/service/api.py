@@ -38,8 +38,8 @@ STATUSES: tuple[tuple[type[CdpError], int], ...] = (
 GRACE_S = 5.0
 """How long requests under way may take to end when the service stops."""
 
-MAX_BODY = 64 << 10
-"""A request is a few names."""
+MAX_HEAD = 64 << 10
+"""A request line and its headers; a name or two."""
 
 
 class _Body(BaseModel):
@@ -213,7 +213,7 @@ class _Hypercorn(HypercornConfig):
         self._listener = listener
         self.errorlog = None
         self.graceful_timeout = GRACE_S
-        self.h11_max_incomplete_size = MAX_BODY
+        self.h11_max_incomplete_size = MAX_HEAD
 
     def create_sockets(self) -> Sockets:
         return Sockets([], [self._listener], [])

@@ -5,6 +5,7 @@ accepts. Crash-only: children are stopped with SIGKILL, since SIGTERM never ends
 into errors.
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -36,7 +37,7 @@ READY_S = 30.0
 STEADY_S = 30.0
 """A child that ran this long had started well: its next death counts as the first."""
 
-BACKLOG = 128
+BACKLOG = 1024
 """Clients that wait for a child to come back; QEMU holds one connection a disk."""
 
 GREETING = b"NBDMAGIC"
@@ -92,8 +93,8 @@ def plugin(name: str) -> str:
     return str(Path(found.submodule_search_locations[0]) / f"{name}.py")
 
 
-def _nbdkit(name: str, state: StateDir) -> list[str]:
-    return ["nbdkit", "-f", "-t", "1", "python", plugin(name), f"state_dir={state.path}"]
+def _nbdkit(name: str, state: StateDir, *parameters: str) -> list[str]:
+    return ["nbdkit", "-f", "-t", "1", "python", plugin(name), f"state_dir={state.path}", *parameters]
 
 
 class Children:
@@ -103,7 +104,9 @@ class Children:
         self._state = state
         self._log = log
         indexer = [sys.executable, "-m", "cdpserver.index.indexer", "--state-dir", str(state.path)]
-        self.target = Child("target", _nbdkit("target", state))
+        self.target = Child(
+            "target", _nbdkit("target", state, f"durable_lag_ns={config.durable_lag_limit_ns}")
+        )
         self.export = Child("export", _nbdkit("export", state))
         self.indexer = Child("indexer", indexer)
         self._listen = {
@@ -142,15 +145,18 @@ class Children:
         """The children run as long as the context lasts; at its end they are killed and gone."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_running, self.target)
-            # The target first cuts what an unclean boot left behind: nobody reads a tail that may have holes.
-            with trio.move_on_after(READY_S):
-                await wait_for_greeting(self._state.target_socket)
-            nursery.start_soon(self._keep_running, self.export)
-            nursery.start_soon(self._keep_running, self.indexer)
+            nursery.start_soon(self._start_readers, nursery)
             try:
                 yield
             finally:
                 nursery.cancel_scope.cancel()
+
+    async def _start_readers(self, nursery: trio.Nursery) -> None:
+        # The target first cuts what an unclean boot left behind: nobody reads a tail that may have holes.
+        with trio.move_on_after(READY_S):
+            await wait_for_greeting(self._state.target_socket)
+        nursery.start_soon(self._keep_running, self.export)
+        nursery.start_soon(self._keep_running, self.indexer)
 
     async def _keep_running(self, child: Child) -> None:
         failures = 0
@@ -186,7 +192,8 @@ async def wait_for_greeting(path: Path) -> None:
     """Return when an NBD server speaks on the socket. Callers set the deadline."""
     pause = 0.02
     while True:
-        with trio.move_on_after(1):
+        # A full backlog is an OSError: clients that wait for the server, too.
+        with trio.move_on_after(1), contextlib.suppress(OSError, trio.BrokenResourceError):
             async with await trio.open_unix_socket(str(path)) as stream:
                 if (await stream.receive_some(64)).startswith(GREETING):
                     await stream.send_all(GOODBYE)

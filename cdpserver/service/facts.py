@@ -14,7 +14,7 @@ from cdpserver.journal.segment import PAGE, SEALED
 from cdpserver.names import format_time
 from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
-from cdpserver.timeline import EmptyBase, PointBase, Timeline
+from cdpserver.timeline import PointBase, Timeline
 from cdpserver.view.view import History
 
 UNSEALED = 2
@@ -82,10 +82,10 @@ def base_name(core: Core, base: PointBase) -> str:
 def _state(found: Timeline, facts: dict[str, Any]) -> str:
     if isinstance(found.base, PointBase):
         return "fork"
+    if facts["mode"] == "first-copy":
+        return "first-copy" if facts["wrote"] else "empty"
     if facts["session"] == 0:
         return "empty"
-    if facts["mode"] == "first-copy":
-        return "first-copy"
     return "synced" if facts["synced"] else "unordered"
 
 
@@ -93,7 +93,7 @@ def _closed_status(history: History) -> dict[str, Any]:
     """As the target's status, for a disk that it has not opened: from files."""
     journal = history.journal
     if journal.empty:
-        return {"mode": "first-copy", "session": _first_copy_session(history)}
+        return {"mode": "first-copy", **_first_copy(history)}
     last = journal.last()
     state = journal.state_at(last.seq)
     durable_seq = recovery.survey(journal, history.boot_id).durable_seq
@@ -108,13 +108,12 @@ def _closed_status(history: History) -> dict[str, Any]:
     }
 
 
-def _first_copy_session(history: History) -> int:
-    if not isinstance(history.timeline.base, EmptyBase):
-        return 0
+def _first_copy(history: History) -> dict[str, Any]:
     try:
-        return int(durable.read_json(history.directory / "first-copy.json")["session"])
-    except (FileNotFoundError, KeyError):
-        return 0
+        noted = durable.read_json(history.directory / "first-copy.json")
+    except FileNotFoundError:
+        return {"session": 0, "wrote": False}
+    return {"session": noted.get("session", 0), "wrote": bool(noted.get("wrote"))}
 
 
 def journal_bytes(journal: Journal) -> int:

@@ -13,6 +13,7 @@ Lifetimes are nested as drawn. Children hold nothing that must survive, so killi
 import argparse
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import sys
@@ -41,6 +42,9 @@ from cdpserver.state import StateDir, default_state_dir
 
 SHUT_S = 20.0
 """How long the target may take to make its journals durable at a stop; then it is killed all the same, losing nothing."""
+
+PING_S = 2.0
+"""A target that is not there has nothing to close."""
 
 WALL_LOOK_S = 1.0
 WALL_JUMP_NS = 250_000_000
@@ -126,19 +130,21 @@ async def serve(core: Core, children: Children) -> None:
     listener = bind_unix(core.state.api_socket)
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async with children.running():
-                await children_answer(core)
-                async with trio.open_nursery() as nursery:
-                    stopping = trio.Event()
+            async with children.running(), trio.open_nursery() as nursery:
+                stopping = trio.Event()
+                with trio.CancelScope() as starting:
+                    nursery.start_soon(stop_at_signal, signals, stopping, starting, core)
+                    await children_answer(core)
+                if not stopping.is_set():
                     nursery.start_soon(base_points.keep_cutting)
                     nursery.start_soon(watch_wall_clock, core)
                     nursery.start_soon(tails.watch, core, children.target)
                     async with trio.open_nursery() as requests:
-                        requests.start_soon(stop_at_signal, signals, stopping, core)
                         await requests.start(_serve_api, app, listener, stopping)
                         core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
-                    nursery.cancel_scope.cancel()
-                await shut_target(core)
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await shut_target(core)
     finally:
         listener.close()
         core.state.api_socket.unlink(missing_ok=True)
@@ -154,11 +160,14 @@ async def _serve_api(
     await api.serve(app, listener, until=stopping, task_status=task_status)
 
 
-async def stop_at_signal(signals: AsyncIterator[int], stopping: trio.Event, core: Core) -> None:
-    """Set the event at the first SIGTERM or SIGINT."""
+async def stop_at_signal(
+    signals: AsyncIterator[int], stopping: trio.Event, starting: trio.CancelScope, core: Core
+) -> None:
+    """At the first SIGTERM or SIGINT: set the event, and don't wait for children that are still starting."""
     async for number in signals:
         core.log.emit("service.stopping", signal=signal.Signals(number).name)
         stopping.set()
+        starting.cancel()
         return
 
 
@@ -185,6 +194,8 @@ async def watch_wall_clock(core: Core) -> None:
 async def shut_target(core: Core) -> None:
     """Let the target make everything durable and close; killing it afterwards is clean."""
     try:
+        with trio.fail_after(PING_S):
+            await core.target.call("ping")
         with trio.fail_after(SHUT_S):
             count = await core.target.call("shut-all")
             core.log.emit("service.journals-closed", disks=count)
@@ -195,6 +206,9 @@ async def shut_target(core: Core) -> None:
 def run(chosen: argparse.Namespace) -> None:
     """The whole life of the service. Raises CdpError for what stands in its way at the start."""
     config = configuration(chosen)
+    # Segments, indexes and connections of many disks; the children inherit it.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     state = StateDir.create_or_open(default_state_dir(chosen.state_dir))
     events.configure("cdpserver")
     log = events.EventLog(state.events)

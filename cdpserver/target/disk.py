@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import durable
-from cdpserver.errors import BrokenError, CorruptError, RefusedError, RemovedError, UsageError
+from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
 from cdpserver.journal import firstcopy
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
@@ -47,6 +47,8 @@ class TargetDisk:
         self._emit = emit
         self._mode_lock = threading.Lock()
         self._session_lock = threading.Lock()
+        self._base_lock = threading.Lock()
+        self._base_durable = False
         self._connections: dict[int, Connection] = {}
         self._gone = False
         self.first_copy: FirstCopy | None = None
@@ -66,6 +68,7 @@ class TargetDisk:
             if self.first_copy.restarted:
                 self._emit("target.first-copy-restarted", level="warning", disk=self.timeline.full_name)
         else:
+            self._base_durable = True
             self._open_journal()
 
     def _restart_lost_first_copy(self) -> None:
@@ -80,7 +83,8 @@ class TargetDisk:
             firstcopy.sync_base(self.directory)
             return
         # Reverse of the order of making: what decides the mode goes first.
-        shutil.rmtree(interval_path(self.directory, 1))
+        for interval in reversed(journal.intervals):
+            shutil.rmtree(interval_path(self.directory, interval))
         (self.directory / "base.raw").unlink()
 
     def _open_journal(self) -> None:
@@ -106,7 +110,9 @@ class TargetDisk:
     @property
     def broken(self) -> str:
         """Why the writer is poisoned, or nothing."""
-        return self.journal.broken if self.journal is not None else ""
+        if self.journal is not None:
+            return self.journal.broken
+        return "" if self.first_copy is not None else "its history did not open"
 
     @property
     def clients(self) -> int:
@@ -115,11 +121,16 @@ class TargetDisk:
 
     def status(self) -> dict[str, Any]:
         """What the service wants to know, as plain values."""
+        with self._mode_lock:
+            return self._status()
+
+    def _status(self) -> dict[str, Any]:
         shared = {"clients": self.clients, "broken": self.broken}
-        if self.journal is None:
-            assert self.first_copy is not None
+        if self.first_copy is not None:
             wrote, session = self.first_copy.wrote, self.first_copy.session
             return {"mode": "first-copy", "wrote": wrote, "session": session, "synced": False, **shared}
+        if self.journal is None:
+            return {"mode": "journal", "session": 0, "synced": False, **shared}
         state = self.journal.state
         return {
             "mode": "journal",
@@ -129,7 +140,8 @@ class TargetDisk:
             "grade": state.grade.label,
             "fork": state.fork,
             "last_seq": self.journal.last_seq,
-            "durable_seq": self.journal.durable_seq,
+            # Without its base a history is worth nothing.
+            "durable_seq": self.journal.durable_seq if self._base_durable else 0,
             "lag_ns": self.journal.lag_ns(),
             **shared,
         }
@@ -150,7 +162,18 @@ class TargetDisk:
         with self._mode_lock:
             self._connections.pop(id(connection), None)
             if connection.wrote and not self._gone and not self.broken:
-                self.begin_session("connection lost")
+                try:
+                    self.begin_session("connection lost")
+                except CdpError as error:
+                    # No room to say it now: whoever writes next says it first.
+                    for other in self._connections.values():
+                        other.wrote = False
+                    self._emit(
+                        "target.session-late",
+                        level="warning",
+                        disk=self.timeline.full_name,
+                        reason=str(error),
+                    )
 
     def begin_session(self, reason: str) -> None:
         """Points are unordered from here on, until *synced*."""
@@ -186,17 +209,25 @@ class TargetDisk:
             finally:
                 for connection in held:
                     connection.lock.release()
-        firstcopy.sync_base(self.directory)
-        (self.directory / "first-copy.json").unlink(missing_ok=True)
+        self._sync_base()
         self._emit("target.history-begins", disk=self.timeline.full_name, reason=reason)
         return True
+
+    def _sync_base(self) -> None:
+        """The base that the history stands on is durable on return."""
+        if not self._base_durable:
+            with self._base_lock:
+                firstcopy.sync_base(self.directory)
+                (self.directory / "first-copy.json").unlink(missing_ok=True)
+                self._base_durable = True
 
     def synced(self, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
         """The first copy or a resync is complete. RefusedError for a session that is over."""
         if self.timeline.is_fork:
             raise UsageError(f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with")
-        if self.first_copy is not None:
-            current = self.first_copy.session
+        first_copy = self.first_copy
+        if first_copy is not None:
+            current = first_copy.session
             if session is not None and session != current:
                 raise RefusedError(
                     f"session {session} is over; the current one is {current}",
@@ -222,6 +253,7 @@ class TargetDisk:
                 f"{self.timeline.full_name} has no history yet, so no {wish}",
                 hint=f"let the first copy end, then: cdp disk synced {self.timeline.full_name}",
             )
+        self._sync_base()
         return self.journal
 
     def flush(self) -> None:
@@ -229,9 +261,14 @@ class TargetDisk:
 
         A FLUSH after writes ends the first copy: QEMU sends one when a mirror is ready.
         """
-        if self.first_copy is not None and self.first_copy.wrote:
+        first_copy = self.first_copy
+        if first_copy is not None and first_copy.wrote:
             self.open_history("flush")
+        self._commit()
+
+    def _commit(self) -> None:
         if self.journal is not None:
+            self._sync_base()
             self.journal.commit()
 
     def sync(self) -> None:
@@ -239,8 +276,8 @@ class TargetDisk:
         first_copy = self.first_copy
         if first_copy is not None:
             first_copy.sync()
-        elif self.journal is not None:
-            self.journal.commit()
+        else:
+            self._commit()
 
     def shut(self, *, removing: bool) -> None:
         """Close cleanly. When the disk is removed, requests of clients still connected are refused from here on.
@@ -302,8 +339,9 @@ class Connection:
             raise UsageError(f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes")
 
     def _first_write(self) -> None:
-        self.wrote = True
+        # In this order: a session that could not begin, for want of space, begins with the next write.
         self._disk.begin_session("first write")
+        self.wrote = True
 
     def write(self, payload: memoryview, offset: int) -> None:
         """On return the write survives a kill of any process."""

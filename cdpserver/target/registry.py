@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from cdpserver import limits, messages
@@ -30,14 +31,16 @@ COMMITTERS = 4
 class Registry:
     """The target process's disks."""
 
-    def __init__(self, state: StateDir) -> None:
+    def __init__(self, state: StateDir, *, durable_lag_ns: int = limits.COMMIT_LAG_NS) -> None:
         self.state = state
+        self._durable_lag_ns = durable_lag_ns
         self.clock = Clock.load(state.clock)
         self.boot_id = boot_id()
         self.catalog = Catalog.open(state, writable=False)
         self.log = EventLog(state.events)
         self._disks: dict[str, TargetDisk] = {}
         self._lock = threading.Lock()
+        self._closing = False
         self._committers = ThreadPoolExecutor(COMMITTERS, thread_name_prefix="commit")
 
     def start(self) -> None:
@@ -60,6 +63,8 @@ class Registry:
         if entry.state != "live":
             raise RemovedError(f"{name} is being removed")
         with self._lock:
+            if self._closing:
+                raise RemovedError("the service is stopping", hint="connect again when it is back")
             found = self._disks.get(entry.id)
             if found is not None and found.broken and found.clients == 0:
                 found.shut(removing=False)
@@ -105,15 +110,9 @@ class Registry:
         """Slow writes down a little while the store or the indexer cannot keep up."""
         journal = disk.journal
         assert journal is not None
-        header = journal._segment.header
-        path = find_index(interval_path(disk.directory, header.interval), self.boot_id)
-        indexed = 0
-        if path is not None and (file := open_index(path)) is not None:
-            indexed = file.indexed()
-            release(file)
-        behind = journal.last_seq - max(indexed, header.first_seq if header.segment == 1 else 0)
+        behind = journal.records_after(self._indexed(disk.directory, journal.interval))
         slow = 0.0
-        if lag_ns > limits.COMMIT_LAG_NS:
+        if lag_ns > self._durable_lag_ns:
             slow = limits.COMMIT_DELAY_S
         elif behind > limits.TAIL_RECORDS:
             slow = limits.TAIL_DELAY_S
@@ -121,6 +120,18 @@ class Registry:
             event = "target.slowed" if slow else "target.full-speed"
             self.log.emit(event, disk=disk.timeline.full_name, lag_ns=lag_ns, unindexed=behind)
         journal.slow_s = slow
+
+    def _indexed(self, directory: Path, newest: int) -> int:
+        """How far the index of the newest interval, or of the one before while that is new, has come."""
+        for interval in (newest, newest - 1):
+            path = find_index(interval_path(directory, interval), self.boot_id) if interval else None
+            file = open_index(path) if path is not None else None
+            if file is not None:
+                indexed = file.indexed()
+                release(file)
+                if indexed:
+                    return indexed
+        return 0
 
     # -- the service's requests ------------------------------------------------------------------------------
 
@@ -182,6 +193,7 @@ class Registry:
     def _shut_all(self, _: dict[str, Any]) -> int:
         """Close everything cleanly: the host may go down after this."""
         with self._lock:
+            self._closing = True
             disks, self._disks = list(self._disks.values()), {}
         for disk in disks:
             disk.shut(removing=False)

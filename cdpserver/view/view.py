@@ -93,26 +93,29 @@ class View:
             return
         newest = journal.at_seq(self.seq).interval
         self._older = [number for number in reversed(journal.intervals) if number <= newest]
-        upto = self.seq
         while self._older:
-            layer = self._next_layer()
-            layer.begin()
-            indexed = layer.indexed
-            layer.end()
-            first_seq = journal.first_reader(layer.interval).first_seq
-            if indexed < upto:
-                self._fold_tail(layer, max(indexed, first_seq - 1), upto)
-            if indexed >= first_seq:
+            if self._next_layer():
                 # The indexer goes in order: what is older than an indexed record is indexed.
                 return
-            upto = first_seq - 1
 
-    def _next_layer(self) -> Layer:
+    def _next_layer(self) -> bool:
+        """Open the next older interval, and fold what its index lacks. Was any of it indexed?
+
+        Also an old interval may lack its index: while it is rebuilt.
+        """
+        journal = self.history.journal
         interval = self._older.pop(0)
         directory = interval_path(self.history.directory, interval)
         layer = Layer(directory, interval, self.history.boot_id)
         self._layers.append(layer)
-        return layer
+        layer.begin()
+        indexed = layer.indexed
+        layer.end()
+        first_seq = journal.first_reader(interval).first_seq
+        upto = min(self.seq, journal.reader(interval, journal.segments(interval)[-1]).last_seq)
+        if indexed < upto:
+            self._fold_tail(layer, max(indexed, first_seq - 1), upto)
+        return indexed >= first_seq
 
     def _fold_tail(self, layer: Layer, after: int, upto: int) -> None:
         layer.tail = Tail(after)

@@ -1,0 +1,1 @@
+"""What the demo, the benchmarks and tests share: real processes around a server, and their end."""

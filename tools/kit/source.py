@@ -1,0 +1,176 @@
+"""Disks of QEMU with nobody's guest in front: qemu-storage-daemon, and a machine of qemu-system that never starts.
+
+    guest --NBD--> qemu-storage-daemon --raw--> source.raw
+                          \\--blockdev-mirror--> cdpserver's target
+"""
+
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from tools.kit.processes import FailedError, listens, start, stop, until
+from tools.kit.qmp import Qmp
+
+RECONNECT_S = 30
+"""How long QEMU holds the guest's writes while the target is away, before it goes on without it."""
+
+JOB = "cdp0"
+
+
+def nbd_server(uri: str) -> tuple[dict[str, Any], str]:
+    """The `server` and `export` of a `blockdev-add` for an `nbd+unix` URI."""
+    parts = urlsplit(uri)
+    socket = parse_qs(parts.query)["socket"][0]
+    return {"type": "unix", "path": socket}, unquote(parts.path.removeprefix("/"))
+
+
+class Source:
+    """A raw file as the disk of a qemu-storage-daemon, which serves it over NBD to whoever plays the guest."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self.image = directory / "source.raw"
+        with open(self.image, "xb") as image:
+            image.truncate(size)
+        socket, monitor, log = directory / "source.sock", directory / "qsd.qmp", directory / "qsd.log"
+        self.uri = f"nbd+unix:///disk?socket={socket}"
+        self.process = start(
+            [
+                "qemu-storage-daemon",
+                *("--blockdev", f"driver=file,node-name=file0,filename={self.image},discard=unmap"),
+                *("--blockdev", "driver=raw,node-name=disk0,file=file0,discard=unmap"),
+                *("--nbd-server", f"addr.type=unix,addr.path={socket},max-connections=0"),
+                *("--export", "type=nbd,id=guest,node-name=disk0,name=disk,writable=on"),
+                *("--chardev", f"socket,id=monitor,path={monitor},server=on,wait=off"),
+                *("--monitor", "chardev=monitor"),
+            ],
+            log,
+        )
+        try:
+            listens(self.process, monitor, log)
+            self.qmp = Qmp(monitor)
+        except BaseException:
+            stop(self.process)
+            raise
+
+    def mirror(self, uri: str) -> None:
+        """Mirror the disk to a target, write-blocking; returns when the job is READY."""
+        server, export = nbd_server(uri)
+        target = f"{JOB}-target"
+        self.qmp.call(
+            "blockdev-add",
+            driver="nbd",
+            node_name=target,
+            server=server,
+            export=export,
+            discard="unmap",
+            reconnect_delay=RECONNECT_S,
+        )
+        self.qmp.call(
+            "blockdev-mirror",
+            job_id=JOB,
+            device="disk0",
+            target=target,
+            sync="full",
+            copy_mode="write-blocking",
+            on_target_error="stop",
+            filter_node_name=f"{JOB}-top",
+        )
+        until(self.in_sync, "READY of the mirror", every_s=0.05)
+
+    def in_sync(self) -> bool:
+        """READY, without an error, and everything copied: all that QEMU 7.2 shows of being in sync."""
+        return in_sync(self.qmp)
+
+    def end_mirror(self) -> None:
+        """End the mirror cleanly: QEMU drains it and flushes the target."""
+        end_mirror(self.qmp)
+
+    def close(self) -> None:
+        """The daemon ends."""
+        self.qmp.close()
+        stop(self.process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def job(qmp: Qmp) -> dict[str, Any]:
+    """The mirror's job. FailedError when it is no more."""
+    jobs = [found for found in qmp.call("query-block-jobs") if found["device"] == JOB]
+    if not jobs:
+        raise FailedError("the mirror's job has ended")
+    return dict(jobs[0])
+
+
+def in_sync(qmp: Qmp) -> bool:
+    """READY, without an error, and everything copied."""
+    found = job(qmp)
+    return bool(found["ready"] and found["io-status"] == "ok" and found["offset"] == found["len"])
+
+
+def end_mirror(qmp: Qmp) -> None:
+    """Cancel a READY mirror, which is its clean end; FailedError if there was an error on the way."""
+    qmp.call("block-job-cancel", device=JOB)
+    ended = qmp.wait("BLOCK_JOB_COMPLETED", lambda data: data["device"] == JOB)
+    if "error" in ended:
+        raise FailedError(f"the mirror ended with an error: {ended['error']}")
+
+
+class Machine:
+    """A qemu-system-x86_64 whose processor never runs; its disk is written by HMP's `qemu-io`."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self.image = directory / "machine.raw"
+        with open(self.image, "xb") as image:
+            image.truncate(size)
+        monitor, log = directory / "machine.qmp", directory / "machine.log"
+        self.process = start(
+            [
+                *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "64", "-S"),
+                *("-nodefaults", "-no-user-config", "-display", "none"),
+                *("-drive", f"if=none,id=drive0,file={self.image},format=raw,discard=unmap"),
+                *("-device", "virtio-blk-pci,drive=drive0"),
+                *("-qmp", f"unix:{monitor},server=on,wait=off"),
+            ],
+            log,
+        )
+        try:
+            listens(self.process, monitor, log)
+            self.qmp = Qmp(monitor)
+        except BaseException:
+            stop(self.process)
+            raise
+
+    def io(self, command: str) -> None:
+        """A write as of the guest, through the whole block layer: `write -P 0x5a 0 1M`."""
+        said = self.qmp.call("human-monitor-command", command_line=f'qemu-io drive0 "{command}"')
+        if "rror" in said or "ailed" in said:
+            raise FailedError(f"qemu-io {command}: {said.strip()}")
+
+    def drive_mirror(self, uri: str) -> dict[str, Any]:
+        """`drive-mirror` with nothing but what it must be told; returns at READY with the arguments."""
+        arguments: dict[str, Any] = {
+            "job-id": JOB,
+            "device": "drive0",
+            "target": uri,
+            "format": "raw",
+            "mode": "existing",
+            "sync": "full",
+        }
+        self.qmp.call("drive-mirror", **arguments)
+        until(lambda: in_sync(self.qmp), "READY of drive-mirror", every_s=0.05)
+        return arguments
+
+    def close(self) -> None:
+        """The machine ends."""
+        self.qmp.close()
+        stop(self.process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
