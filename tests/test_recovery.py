@@ -112,7 +112,8 @@ def opened(case: Killed) -> int:
     assert [(e, f["level"], f["kept_seq"]) for e, f in world.events] == [
         ("target.unclean-boot", "warning", kept)
     ]
-    assert (world.events[0][1]["cut_records"] > 0) == (kept < case.records[-1].seq)
+    # What a cut file doesn't show any more cannot be counted.
+    assert kept < case.records[-1].seq or world.events[0][1]["cut_records"] == 0
     line.forget_after(kept)
     for seq in line.model.instants[-3:]:
         line.check(seq)

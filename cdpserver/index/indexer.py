@@ -18,7 +18,7 @@ import lmdb
 
 from cdpserver import events
 from cdpserver.clock import boot_id
-from cdpserver.errors import CdpError, CorruptError
+from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.index.build import catch_up, close_index
 from cdpserver.index.store import CLOSED_NAME, IndexFile, open_name
 from cdpserver.journal.log import Journal, interval_path
@@ -79,7 +79,8 @@ class TimelineIndexer:
             if journal.empty:
                 return 0
         journal.newest()
-        if not self._interval:
+        if not self._interval or self._replaced():
+            self._let_go()
             self._interval = self._first_open(journal)
         index = self._environment(self._interval)
         added = catch_up(journal, self._interval, index)
@@ -101,11 +102,16 @@ class TimelineIndexer:
                 return interval
         return journal.intervals[-1]
 
-    def _environment(self, interval: int) -> IndexFile:
-        path = interval_path(self.timeline, interval) / open_name(self._boot)
-        if self._open is not None and (not path.exists() or path.stat().st_ino != self._open.inode):
-            self._let_go()  # rebuilt or removed behind our back: begin again
+    def _replaced(self) -> bool:
+        """Was the open index rebuilt or removed behind our back? Then older ones may be missing too."""
         if self._open is None:
+            return False
+        path = self._open.path
+        return not path.exists() or path.stat().st_ino != self._open.inode
+
+    def _environment(self, interval: int) -> IndexFile:
+        if self._open is None:
+            path = interval_path(self.timeline, interval) / open_name(self._boot)
             self._open = IndexFile(path, writable=True)
             self._open.env.reader_check()
         return self._open
@@ -146,7 +152,7 @@ def rebuild(timeline: Path, boot: str) -> int:
     """
     with index_lock(timeline) as mine:
         if not mine:
-            raise CdpError(f"the index of {timeline.name} is being written", hint="try again in a moment")
+            raise RefusedError(f"the index of {timeline.name} is being written", hint="try again in a moment")
         for path in (timeline / "intervals").glob("*/*.mdb*"):
             path.unlink()
         indexer = TimelineIndexer(timeline, boot)
