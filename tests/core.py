@@ -44,16 +44,21 @@ def scratch() -> Iterator[Path]:
     memory = Path("/dev/shm")
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="cdp-", dir=parent, ignore_cleanup_errors=True) as path:
-        yield Path(path)
+        try:
+            yield Path(path)
+        except BaseException:
+            store._open.clear()  # who failed may not have closed what it read
+            raise
         forget_indexes()
 
 
-def forget_indexes() -> None:
+def forget_indexes(under: Path = Path("/")) -> None:
     """Close the index environments that this process keeps open; nobody may be reading."""
-    for file in store._open.values():
-        assert file.users == 0, f"{file.path} is still in use"
-        file.env.close()
-    store._open.clear()
+    for path, file in list(store._open.items()):
+        if path.is_relative_to(under):
+            assert file.users == 0, f"{path} is still in use"
+            file.env.close()
+            del store._open[path]
 
 
 # --- the indexer's process
@@ -196,7 +201,7 @@ class World:
         for line in self.lines:
             line.close(clean=clean)
             INDEXER.call("close", line.directory, self.boot)
-        forget_indexes()
+        forget_indexes(self.state.path)
         self.boots += 1
         for line in self.lines:
             line.open()
@@ -223,7 +228,7 @@ class World:
             INDEXER.call("close", line.directory, self.boot)
             if line.is_open:
                 line.close(clean=False)
-        forget_indexes()
+        forget_indexes(self.state.path)
 
 
 class Line:

@@ -6,6 +6,7 @@ as it was at any moment between; a name likewise. CDP_LONG=N makes N times as ma
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 
 from cdpserver import limits
-from cdpserver.index.store import open_name
+from cdpserver.index.store import CLOSED_NAME, open_name
 from cdpserver.journal import segment
-from cdpserver.journal.log import interval_path
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.points import find_cut
+from cdpserver.timeline import PointBase, Timeline
 from tests.core import INDEXER, Line, World, check_view, remove, scratch
 from tests.model import BLOCK, LogRecord, Model, read_log, replay
 
@@ -25,8 +28,6 @@ LONG = int(os.environ.get("CDP_LONG", "1"))
 SEEDS = [int(os.environ["CDP_SEED"])] if "CDP_SEED" in os.environ else range(40 * LONG)
 IMAGES = 8
 """Losses of power in one history."""
-
-Hook = Callable[[], None]
 
 
 @dataclass
@@ -111,6 +112,8 @@ class Storage:
         for name, inode in dice.choice(self.names[source]).items():
             if inode in self.files:
                 (target / name).write_bytes(self.files[inode].after_loss(dice))
+            elif name == CLOSED_NAME:
+                shutil.copy(source / name, target / name)  # synced before it got its name
             elif ".mdb" in name:
                 (target / name).write_bytes(dice.randbytes(dice.choice((0, 100, 20_000))))
             elif source / name in self.names:
@@ -118,7 +121,7 @@ class Storage:
 
 
 @contextmanager
-def watched(storage: Storage, before: Hook) -> Iterator[None]:
+def watched(storage: Storage, before: Callable[[], None]) -> Iterator[None]:
     """Every sync is seen by the simulator, and `before` it the power may be lost."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fsync", "fdatasync"):
@@ -128,7 +131,9 @@ def watched(storage: Storage, before: Hook) -> Iterator[None]:
         yield
 
 
-def _watch(real: Callable[..., Any], storage: Storage | None, before: Hook) -> Callable[..., Any]:
+def _watch(
+    real: Callable[..., Any], storage: Storage | None, before: Callable[[], None]
+) -> Callable[..., Any]:
     def call(*args: Any, **named: Any) -> Any:
         before()
         if storage is not None:
@@ -141,16 +146,23 @@ def _watch(real: Callable[..., Any], storage: Storage | None, before: Hook) -> C
 # --- histories
 
 
-@dataclass
-class Image:
-    """What a loss of power left, and what had been promised and given by then."""
+@dataclass(frozen=True)
+class Told:
+    """What clients know of each timeline: what was promised to be durable, which seqs were given, what happened."""
 
-    path: Path
     promised: dict[str, int]
     given: dict[str, int]
     records: dict[str, list[LogRecord]]
-    wrote: bool
-    models: "list[tuple[Line, Model]]"
+    models: list[tuple[Timeline, Model]]
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a loss of power left; `recovering`: it came while the loss before it was being recovered."""
+
+    path: Path
+    told: Told
+    recovering: bool
 
 
 class History:
@@ -161,36 +173,50 @@ class History:
         self.storage = Storage(world.state.path)
         self.promised = {line.timeline.id: 0 for line in world.lines}
         self.images: list[Image] = []
+        self.recovering: Told | None = None
+        self._losing = False
+
+    @contextmanager
+    def watching(self, chance: float) -> Iterator[None]:
+        """The power may be lost before any sync and any change of names."""
+        with watched(self.storage, lambda: self._perhaps(chance)):
+            yield
 
     def run(self, requests: int) -> list[Image]:
         """The images of losses of power at random moments."""
-        with watched(self.storage, lambda: self._perhaps(0.03)):
+        with self.watching(0.03):
             for _ in range(requests):
                 self._request()
                 self.storage.look()
                 self._perhaps(0.08)
         return self.images
 
+    def recover(self, told: Told) -> None:
+        """Open every timeline, which was left by another boot, and check it."""
+        self.recovering = told
+        with self.watching(0.1):
+            open_and_check(self.world, told, recovering=True)
+        # What was recovered is durable, but for a first copy.
+        for line in self.world.lines:
+            records = read_log(line.directory)
+            self.promised[line.timeline.id] = records[-1].seq if records else 0
+        self.recovering = None
+
     def _perhaps(self, chance: float) -> None:
-        if len(self.images) >= IMAGES or self.dice.random() >= chance:
+        if self._losing or len(self.images) >= IMAGES or self.dice.random() >= chance:
             return
+        self._losing = True
         path = self.target / f"{len(self.images)}"
         self.storage.lose_power(self.dice, path / "s")
+        self.images.append(Image(path, self.recovering or self._told(), self.recovering is not None))
+        self._losing = False
+
+    def _told(self) -> Told:
         lines = self.world.lines
-        ids = [line.timeline.id for line in lines]
-        self.images.append(
-            Image(
-                path,
-                dict(self.promised),
-                dict(zip(ids, [line.last_seq for line in lines], strict=True)),
-                {line.timeline.id: read_log(line.directory) for line in lines},
-                any(line.disk.first_copy is not None and line.disk.first_copy.wrote for line in lines),
-                [
-                    (line, Model(line.model.size, None, line.model.parent_seq, list(line.model.changes)))
-                    for line in lines
-                ],
-            )
-        )
+        records = {line.timeline.id: read_log(line.directory) for line in lines}
+        given = {id: known[-1].seq if known else 0 for id, known in records.items()}
+        models = [(line.timeline, copied(line.model)) for line in lines]
+        return Told(dict(self.promised), given, records, models)
 
     def _promise(self, line: Line) -> None:
         """A request that promises durability has returned."""
@@ -238,56 +264,73 @@ class History:
 # --- what must hold
 
 
-def reopened(world: World, image: Image) -> World:
-    """The image, opened by another boot, with every timeline checked."""
+def copied(model: Model) -> Model:
+    return Model(model.size, None, model.parent_seq, list(model.changes))
+
+
+def booted(world: World, image: Image) -> World:
+    """The host is up again with what is left; nothing is open yet."""
     after = World(image.path)
     after.boots, after.now_ns = world.boots + 1, world.now_ns
     models: dict[str, Model] = {}
-    for line, model in image.models:
-        if line.model.parent is not None:
-            parent = next(other for other in world.lines if other.model is line.model.parent)
-            model.parent = models[parent.timeline.id]
-        models[line.timeline.id] = model
-        copy = Line(after, line.timeline, model, opened=False)
-        copy.open()
-        if copy.disk.journal is None:
-            first_copy_again(copy, image)
-        else:
-            journal_again(copy, image, after)
+    for timeline, model in image.told.models:
+        models[timeline.id] = copied(model)
+        if isinstance(timeline.base, PointBase):
+            models[timeline.id].parent = models[timeline.base.timeline]
+        Line(after, timeline, models[timeline.id], opened=False)
     return after
 
 
-def first_copy_again(line: Line, image: Image) -> None:
+def open_and_check(world: World, told: Told, *, recovering: bool) -> None:
+    """Every timeline opens and holds what it must."""
+    for line in world.lines:
+        line.open()
+        if line.disk.journal is None:
+            first_copy_again(line, told, recovering=recovering)
+        else:
+            journal_again(line, told)
+
+
+def first_copy_again(line: Line, told: Told, *, recovering: bool) -> None:
     """The history hadn't begun, for all that anybody was told; nothing of what was copied is believed."""
-    assert image.promised[line.timeline.id] == 0
+    assert told.promised[line.timeline.id] == 0
     assert line.disk.first_copy is not None
-    assert line.disk.first_copy.restarted or not line.model.changes
+    assert line.disk.first_copy.restarted or not line.model.changes or recovering
     line.model.changes.clear()
     line.check_live(0, line.model.size)
-    assert not line.disk.first_copy.read_whole() if hasattr(line.disk.first_copy, "read_whole") else True
 
 
-def journal_again(line: Line, image: Image, world: World) -> None:
+def journal_again(line: Line, told: Told) -> None:
     """Everything promised is there, bit-exact; the rest is the start of what was written; no seq comes twice."""
     id = line.timeline.id
-    told = image.records[id]
+    known, given, promised = told.records[id], told.given[id], told.promised[id]
     records = read_log(line.directory)
-    kept = [r for r in records if r.seq <= image.given[id]]
-    assert kept == told[: len(kept)], f"what is left is no prefix: {kept[-1]}"
-    last = kept[-1].seq if kept else 0
-    assert last >= image.promised[id], f"seq {image.promised[id]} was promised, {last} is left"
+    kept = [r for r in records if r.seq <= given]
+    assert kept == known[: len(kept)], f"what is left is no prefix: {kept[-1]}"
+    last = kept[-1].seq
+    assert last >= promised, f"seq {promised} was promised, {last} is left"
     assert line.last_seq >= last + limits.SEQ_JUMP - 1
     assert line.writer.recovered is not None
     fresh = records[len(kept) :]
-    assert [r.message.get("type") for r in fresh] == ([] if line.timeline.is_fork else ["gap"])
-    assert all(r.seq > image.given[id] for r in fresh)
-    dice = random.Random(last)
-    line.model = replay(told, line.model, last)
-    for seq in sorted({last, image.promised[id], dice.choice(kept).seq, line.last_seq}):
-        if seq:
-            with line.view(seq) as view:
-                assert not any(open_name("") in str(layer.directory) for layer in view._layers)
-                check_view(view, line.model, seq)
+    # A second gap, if the power was lost just when the first one was on record.
+    assert all(r.message.get("type") == "gap" and r.seq > given for r in fresh)
+    assert bool(fresh) != line.timeline.is_fork
+    line.model = replay(known, line.model, last)
+    line.cuts = [r.seq for r in kept if r.message.get("type") == "cut"]
+    dice, old = random.Random(last), open_name(f"{line.world.boots - 1:08d}-boot")
+    for seq in sorted({last, promised or last, dice.choice(kept).seq, line.last_seq}):
+        with line.view(seq) as view:
+            assert all(layer._file is None or layer._file.path.name != old for layer in view._layers)
+            check_view(view, line.model, seq)
+
+
+def check_cuts(line: Line) -> None:
+    """Every base point's cut is found: it is the last record of its interval."""
+    journal = Journal(line.directory)
+    for number, seq in enumerate(line.cuts):
+        found = find_cut(journal, number)
+        assert found is not None and found.seq == seq
+    journal.close()
 
 
 def go_on(world: World, dice: random.Random) -> None:
@@ -302,6 +345,7 @@ def go_on(world: World, dice: random.Random) -> None:
         line.check(line.last_seq)
         for path in interval_path(line.directory, 1).parent.glob("*/open-*.mdb"):
             assert path.name == open_name(world.boot)
+        check_cuts(line)
 
 
 @pytest.fixture
@@ -318,25 +362,26 @@ def test_a_loss_of_power(seed: int) -> None:
     """And a second one, in what the first one left."""
     dice = random.Random(seed)
     with scratch() as path:
-        world = World(path / "first")
+        world = World(path / "host")
         line = world.add(16 * BLOCK + 512 * dice.randrange(8))
-        if dice.random() < 0.7:
+        if dice.random() < 0.6:
             line.synced()
             line.write(0, dice.randbytes(9 * BLOCK))
             if dice.random() < 0.5:
                 world.fork(line, line.last_seq)
         INDEXER.call("drain", line.directory, world.boot)
-        images = History(world, dice, path / "first-loss").run(60)
-        for number, image in enumerate(images):
-            after = reopened(world, image)
+        for number, image in enumerate(History(world, dice, path / "first").run(60)):
+            after = booted(world, image)
+            again = History(after, dice, path / f"second-{number}")
+            again.recover(image.told)
             go_on(after, dice)
-            if number % 3 == 0:
-                second = History(after, dice, path / f"second-loss-{number}")
-                second.promised = {each.timeline.id: each.writer.durable_seq for each in after.lines}
-                for again in second.run(25)[:3]:
-                    last = reopened(after, again)
-                    go_on(last, dice)
-                    last.close()
+            if number % 2 == 0:
+                again.run(20)
+            for second in dice.sample(again.images, min(3, len(again.images))):
+                last = booted(after, second)
+                open_and_check(last, second.told, recovering=second.recovering)
+                go_on(last, dice)
+                last.close()
             after.close()
             remove(image.path)
         world.close()

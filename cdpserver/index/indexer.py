@@ -92,15 +92,16 @@ class TimelineIndexer:
 
     def _first_open(self, journal: Journal) -> int:
         """The oldest interval without a finished index; left-overs of other boots go."""
+        found = 0
         for interval in journal.intervals:
             directory = interval_path(self.timeline, interval)
             closed = (directory / CLOSED_NAME).exists()
             for path in directory.glob("open-*.mdb*"):
                 if closed or not path.name.startswith(open_name(self._boot)):
                     path.unlink()
-            if not closed:
-                return interval
-        return journal.intervals[-1]
+            if not closed and not found:
+                found = interval
+        return found or journal.intervals[-1]
 
     def _replaced(self) -> bool:
         """Was the open index rebuilt or removed behind our back? Then older ones may be missing too."""

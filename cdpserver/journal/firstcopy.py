@@ -151,7 +151,7 @@ def sync_base(directory: Path) -> None:
 
 def base_lost(directory: Path) -> bool:
     """Did an unclean boot come between the switch and the base being durable?"""
-    return (directory / "base.raw").exists() and not (directory / "base.synced").exists()
+    return not (directory / "base.synced").exists()
 
 
 def _failed(error: OSError) -> CdpError:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from cdpserver import durable
 from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
-from cdpserver.journal import firstcopy
+from cdpserver.journal import firstcopy, recovery
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal, interval_path
@@ -26,7 +26,7 @@ from cdpserver.journal.record import Kind
 from cdpserver.journal.segment import OPEN, ROLLED
 from cdpserver.journal.writer import JournalWriter
 from cdpserver.target.reads import LiveReads
-from cdpserver.timeline import Timeline
+from cdpserver.timeline import EmptyBase, Timeline
 from cdpserver.view.view import History
 
 Emit: TypeAlias = Callable[..., None]
@@ -74,18 +74,21 @@ class TargetDisk:
     def _restart_lost_first_copy(self) -> None:
         """Power was lost after the switch but before the base was durable: the first copy starts again."""
         journal = Journal(self.directory)
-        if journal.empty or not firstcopy.base_lost(self.directory):
+        own_base = isinstance(self.timeline.base, EmptyBase)
+        if journal.empty or not own_base or not firstcopy.base_lost(self.directory):
             return
-        header = journal.first_reader(journal.intervals[0]).header
-        same_boot = header.boot_id == self._boot_id
+        began = journal.first_reader(journal.intervals[0]).header.boot_id
+        newest = journal.reader(*recovery.newest_sealed(journal)[0]).header.boot_id
         journal.close()
-        if same_boot:
+        if newest != began:
+            return  # it outlived a boot, so it was durable: not for us to throw away
+        if began == self._boot_id:
             firstcopy.sync_base(self.directory)
             return
         # Reverse of the order of making: what decides the mode goes first.
         for interval in reversed(journal.intervals):
             shutil.rmtree(interval_path(self.directory, interval))
-        (self.directory / "base.raw").unlink()
+        (self.directory / "base.raw").unlink(missing_ok=True)
 
     def _open_journal(self) -> None:
         try:

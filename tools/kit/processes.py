@@ -26,7 +26,9 @@ class FailedError(Exception):
     """Something that had to work did not; the text is for a person."""
 
 
-def until(look: Callable[[], Found | None], what: str, *, seconds: float = DEADLINE_S, every_s: float = 0.02) -> Found:
+def until(
+    look: Callable[[], Found | None], what: str, *, seconds: float = DEADLINE_S, every_s: float = 0.02
+) -> Found:
     """What `look` finds, once it finds something. FailedError names what did not come."""
     deadline = time.monotonic() + seconds
     while True:

@@ -1,7 +1,7 @@
 """Disks of QEMU with nobody's guest in front: qemu-storage-daemon, and a machine of qemu-system that never starts.
 
-    guest --NBD--> qemu-storage-daemon --raw--> source.raw
-                          \\--blockdev-mirror--> cdpserver's target
+guest --NBD--> qemu-storage-daemon --raw--> source.raw
+                      \\--blockdev-mirror--> cdpserver's target
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from tools.kit.qmp import Qmp
 RECONNECT_S = 30
 """How long QEMU holds the guest's writes while the target is away, before it goes on without it."""
 
-JOB = "cdp0"
+JOB, TARGET = "cdp0", "cdp0-target"
 
 
 def nbd_server(uri: str) -> tuple[dict[str, Any], str]:
@@ -55,11 +55,10 @@ class Source:
     def mirror(self, uri: str) -> None:
         """Mirror the disk to a target, write-blocking; returns when the job is READY."""
         server, export = nbd_server(uri)
-        target = f"{JOB}-target"
         self.qmp.call(
             "blockdev-add",
             driver="nbd",
-            node_name=target,
+            node_name=TARGET,
             server=server,
             export=export,
             discard="unmap",
@@ -69,7 +68,7 @@ class Source:
             "blockdev-mirror",
             job_id=JOB,
             device="disk0",
-            target=target,
+            target=TARGET,
             sync="full",
             copy_mode="write-blocking",
             on_target_error="stop",
@@ -82,8 +81,10 @@ class Source:
         return in_sync(self.qmp)
 
     def end_mirror(self) -> None:
-        """End the mirror cleanly: QEMU drains it and flushes the target."""
+        """End the mirror cleanly: QEMU drains it and flushes the target; then the connection is closed."""
         end_mirror(self.qmp)
+        # Left open, the daemon would at its own end wait for a server that went first.
+        self.qmp.call("blockdev-del", node_name=TARGET)
 
     def close(self) -> None:
         """The daemon ends."""

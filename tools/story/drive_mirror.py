@@ -1,4 +1,4 @@
-"""Literal `drive-mirror` in qemu-system, with nobody to say *synced*: there is a history all the same, and it says what it is worth."""
+"""Literal `drive-mirror` in qemu-system, with nobody to say *synced*: a history all the same, which says what it is worth."""
 
 from pathlib import Path
 
@@ -51,5 +51,8 @@ def tell(report: Report, server: Server, cdp: Cdp, directory: Path) -> None:
         latest = cdp("uri", f"{DISK}@latest")
         image = machine.image
         report.compare(
-            "drive-mirror's last state", f"{image.name}, its source", "qemu-img compare", lambda: same(image, latest)
+            "drive-mirror's last state",
+            f"{image.name}, its source",
+            "qemu-img compare",
+            lambda: same(image, latest),
         )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ class Protection:
 
     def work(self) -> None:
         """The guest works, and points appear."""
-        self._report.step("The guest works; a recovery point appears for each second in which something changed")
+        self._report.step(
+            "The guest works; a recovery point appears for each second in which something changed"
+        )
         self._workload.resume()
         self._workload.progress(seconds=self._seconds)
         self._cdp("point", "list", DISK, "--limit", "8")
@@ -203,7 +206,9 @@ class Protection:
     def kill_the_target(self) -> None:
         """SIGKILL for the process that QEMU writes to, under load: the mirror goes on."""
         report, workload = self._report, self._workload
-        report.step(f"kill -9 of the target under load (QEMU waits for it up to {RECONNECT_S} s: reconnect-delay)")
+        report.step(
+            f"kill -9 of the target under load (QEMU waits for it up to {RECONNECT_S} s: reconnect-delay)"
+        )
         workload.resume()
         workload.progress(seconds=self._seconds / 4)
         workload.longest_s = 0.0
@@ -212,7 +217,7 @@ class Protection:
             done = workload.done
             report.say(f"$ kill -9 {old}")
             os.kill(old, signal.SIGKILL)
-            new = until(lambda pid=old: self._other_target(pid), "new target")
+            new = until(partial(self._other_target, old), "new target")
             workload.progress(seconds=self._seconds / 4)
             report.say(f"the new target is {new}; the guest did {workload.done - done} pieces of work since")
         report.figure("Longest wait of the guest while the target was killed", f"{workload.longest_s:.2f} s")
@@ -236,7 +241,9 @@ class Protection:
         self._source.end_mirror()
         uri = self._cdp("uri", f"{DISK}@latest")
         image = self._source.image
-        report.compare("the last state", f"{image.name}, the source", "qemu-img compare", lambda: same(image, uri))
+        report.compare(
+            "the last state", f"{image.name}, the source", "qemu-img compare", lambda: same(image, uri)
+        )
         before, copy = self._server.uri(f"{DISK}@{BOOKMARK}"), self._before.copy
         mine = f"{copy.name}, copied then"
         report.compare("that point once more", mine, "qemu-img compare", lambda: same(copy, before))

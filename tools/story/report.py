@@ -1,8 +1,7 @@
 """What the demo says while it goes on, and the summary at its end."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -33,12 +32,16 @@ class Report:
     console: Console
     comparisons: list[Comparison] = field(default_factory=list)
     figures: list[tuple[str, str]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
     _steps: int = 0
 
     def step(self, title: str) -> None:
         """A new part of the story."""
         self._steps += 1
-        self.console.print(f"\n[bold]{self._steps}. {title}[/bold]")
+        elapsed = time.monotonic() - self.started
+        self.console.print(
+            f"\n[bold]{self._steps}. {title}[/bold]  [dim]{elapsed:.0f} s[/dim]", highlight=False
+        )
 
     def say(self, text: str) -> None:
         """A line of the story; what programs say goes through here, so it is no markup."""
@@ -66,7 +69,7 @@ class Report:
         """Everything was compared as it had to be."""
         return bool(self.comparisons) and all(comparison.good for comparison in self.comparisons)
 
-    def summary(self, failure: str, seconds: float) -> None:
+    def summary(self, failure: str) -> None:
         """The end, as a table for people."""
         table = Table(title="What was compared", title_justify="left", title_style="bold")
         for name in ("what", "against", "how", "result", "seconds"):
@@ -86,18 +89,14 @@ class Report:
         for name, value in self.figures:
             self.console.print(f"{name}: {value}", markup=False, highlight=False)
         good = sum(each.good for each in self.comparisons)
-        self.console.print(f"{good} of {len(self.comparisons)} comparisons are as they must be; {seconds:.0f} s", highlight=False)
+        self.console.print(
+            f"{good} of {len(self.comparisons)} comparisons are as they must be; "
+            f"{time.monotonic() - self.started:.0f} s",
+            highlight=False,
+        )
         if failure:
             self.console.print(f"FAILED: {failure}", style="bold red", markup=False)
         elif self.good:
             self.console.print("Every instant came back bit-exact.", style="bold green")
         else:
             self.console.print("FAILED: not everything was equal.", style="bold red")
-
-
-@contextmanager
-def timed(report: Report, name: str) -> Iterator[None]:
-    """Note how long the block took."""
-    started = time.monotonic()
-    yield
-    report.figure(name, f"{time.monotonic() - started:.2f} s")

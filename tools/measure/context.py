@@ -1,0 +1,54 @@
+"""What every bench gets: where, how large, how often, and whom to tell."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.kit.processes import run
+from tools.measure.servers import Ours
+
+MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much work each bench does."""
+
+    random_disk: int = GIB
+    random_io: int = 128 * MIB
+    sequential: int = 768 * MIB
+    read_disk: int = 256 * MIB
+    read_seconds: float = 2.0
+    records: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    openings: int = 5
+    zero_disk: int = TIB
+    remirror: int = 256 * MIB
+
+
+QUICK = Sizes(
+    random_disk=64 * MIB,
+    random_io=16 * MIB,
+    sequential=64 * MIB,
+    read_disk=16 * MIB,
+    read_seconds=0.5,
+    records=(500, 5_000),
+    openings=2,
+    zero_disk=16 * GIB,
+    remirror=32 * MIB,
+)
+"""Enough to see that everything works; the figures say little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One run of the benchmark."""
+
+    directory: Path
+    ours: Ours
+    rounds: int
+    sizes: Sizes
+    say: Callable[[str], None] = field(repr=False)
+
+    def settle(self) -> None:
+        """Nobody's dirty pages are written during somebody else's turn."""
+        run("sync", "--file-system", self.directory)

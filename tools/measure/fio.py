@@ -1,0 +1,114 @@
+"""fio's nbd engine against a server, with a pause after the first writes that belongs to no figure.
+
+    start, first writes | SIGSTOP ... SIGCONT | measured
+                             the session is declared in sync
+
+A session of ours begins with its connection's first write and is protected once *synced* is said for it; everything is
+measured in that state. fio starts its figures anew when its ramp time is over, which it is when the pause ends. The
+other servers get the same pause, so that all measure the same part of the same work.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.kit.processes import FailedError, start, until
+
+RAMP_S = 1.0
+
+LONGEST_S = 600.0
+"""Longest run of fio: a bench is bounded by size, so a slow server takes its time, but not for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One fio job. `io_bytes` of requests somewhere in the first `size` bytes of the disk; reads go on for `seconds`."""
+
+    kind: str
+    block: int
+    depth: int
+    size: int
+    io_bytes: int = 0
+    seconds: float = 0.0
+    again: bool = False
+    """May a block be written more than once?"""
+
+    def arguments(self, uri: str, output: Path) -> list[str]:
+        """fio's command line. It prints other things on stdout, so its figures go to a file."""
+        found = [
+            *(
+                "fio",
+                "--name=bench",
+                "--ioengine=nbd",
+                f"--uri={uri}",
+                f"--rw={self.kind}",
+                f"--bs={self.block}",
+            ),
+            *(f"--iodepth={self.depth}", f"--size={self.size}", "--thread", "--eta=never"),
+            *("--output-format=json", f"--output={output}"),
+        ]
+        if self.io_bytes:
+            found += [f"--io_size={self.io_bytes}", f"--ramp_time={RAMP_S}"]
+        if self.seconds:
+            found += ["--time_based", f"--runtime={self.seconds}", "--ramp_time=0.3", "--norandommap"]
+        if self.again:
+            found.append("--norandommap")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What fio measured."""
+
+    iops: float
+    mb_s: float
+    latency_us: float
+    """Median completion latency."""
+
+
+def read(uri: str, job: Job, directory: Path) -> Figures:
+    """A read job, for its time."""
+    output = directory / "fio.json"
+    process = start(job.arguments(uri, output), directory / "fio.log")
+    try:
+        return _figures(process.wait(LONGEST_S), output, "read")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def write(
+    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], None]
+) -> Figures:
+    """A write job with its pause: once `wrote` says that the first write has arrived, `declare` is called in it."""
+    output = directory / "fio.json"
+    process = start(job.arguments(uri, output), directory / "fio.log")
+    started = time.monotonic()
+    try:
+        until(lambda: wrote() or process.poll() is not None, "first write of fio", every_s=0.001)
+        process.send_signal(signal.SIGSTOP)
+        declare()
+        # Its own start took a moment before its ramp time began.
+        time.sleep(max(0.0, started + RAMP_S + 0.5 - time.monotonic()))
+        process.send_signal(signal.SIGCONT)
+        return _figures(process.wait(LONGEST_S), output, "write")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _figures(status: int, output: Path, direction: str) -> Figures:
+    text = output.read_text(errors="replace") if output.exists() else ""
+    if status or "{" not in text:
+        said = output.with_suffix(".log").read_text(errors="replace")[-1000:]
+        raise FailedError(f"fio ended with status {status}: {said}")
+    found: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+    side = found[direction]
+    if found["error"] or not side["total_ios"]:
+        raise FailedError(f"fio measured nothing (error {found['error']})")
+    percentiles = side["clat_ns"].get("percentile", {})
+    return Figures(side["iops"], side["bw_bytes"] / 1e6, percentiles.get("50.000000", 0) / 1000)

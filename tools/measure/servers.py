@@ -1,0 +1,148 @@
+"""The servers that are compared, each with a disk of its own that nothing was written to yet."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from cdpserver.clock import boot_id
+from cdpserver.index.store import find_index, open_index, release
+from cdpserver.journal.log import interval_path
+from tools.kit.processes import listens, run, start, stop, until
+from tools.kit.server import Server
+
+INDEX_S = 300.0
+"""How long the indexer may take for what a bench has written."""
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A disk to write to: where, whether anything has arrived, and what must be said then."""
+
+    uri: str
+    wrote: Callable[[], bool]
+    declare: Callable[[], None]
+
+
+class Ours:
+    """One `cdpserver` for the whole bench; a new disk for every round."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.client = server.client
+
+    @contextlib.contextmanager
+    def disk(self, size: int) -> Iterator[str]:
+        """A disk whose history is open; its name. Removed at the end."""
+        name = f"bench{next(_numbers)}"
+        self.client.add_disk(name, size=size, vm=None, base=None)
+        self.declare(name)
+        try:
+            yield name
+        finally:
+            until(lambda: self.client.disk(name)["clients"] == 0, "end of the clients")
+            self.client.remove_disk(name)
+
+    def uri(self, name: str) -> str:
+        """Where the disk is written."""
+        return str(self.client.disk(name)["uri"])
+
+    def session(self, name: str) -> int:
+        """The number of the disk's session; 0 before the first write."""
+        return int(self.client.disk(name)["session"])
+
+    def declare(self, name: str) -> None:
+        """The current session is in sync and write-blocking: from here on nothing is compared."""
+        self.client.synced(name, session=None, write_blocking=True)
+
+    @contextlib.contextmanager
+    def fresh(self, size: int) -> Iterator[Fresh]:
+        """A disk of ours for a write bench."""
+        with self.disk(size) as name:
+            yield Fresh(self.uri(name), lambda: self.session(name) > 0, lambda: self.declare(name))
+
+    def directory(self, name: str) -> Path:
+        """The files of the disk's timeline."""
+        return self.server.path / "timelines" / str(self.client.disk(name)["id"])
+
+    def wait_indexed(self, name: str) -> None:
+        """Return when the indexer has caught up with what is in the journal now."""
+        last = int(self.client.disk(name)["last_seq"])
+        directory = self.directory(name)
+        until(lambda: _indexed(directory) >= last, "index of all records", seconds=INDEX_S, every_s=0.05)
+
+    def index_bytes(self, name: str) -> int:
+        """What the disk's indexes take up on the store."""
+        files = (self.directory(name) / "intervals").glob("*/*.mdb")
+        return sum(os.stat(file).st_blocks * 512 for file in files)
+
+    def journal_bytes(self, name: str) -> int:
+        """Payload and headers of the disk's journal."""
+        return int(self.client.disk(name)["journal_bytes"])
+
+
+def _indexed(timeline: Path) -> int:
+    newest = max(int(path.name) for path in (timeline / "intervals").iterdir())
+    path = find_index(interval_path(timeline, newest), boot_id())
+    file = open_index(path) if path is not None else None
+    if file is None:
+        return 0
+    indexed = file.indexed()
+    release(file)
+    return indexed
+
+
+def _changed(path: Path) -> Callable[[], bool]:
+    before = os.stat(path).st_mtime_ns
+    return lambda: os.stat(path).st_mtime_ns != before
+
+
+def _nothing() -> None:
+    """The other servers know no sessions."""
+
+
+@contextlib.contextmanager
+def qemu_nbd(image: Path, socket: Path, *options: str) -> Iterator[str]:
+    """A QCOW2 image behind qemu-nbd; the URI."""
+    socket.unlink(missing_ok=True)
+    log = socket.with_suffix(".log")
+    process = start(["qemu-nbd", "-f", "qcow2", "-t", "-e", "4", "-k", socket, *options, image], log)
+    try:
+        listens(process, socket, log)
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        stop(process)
+        socket.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def overlay(backing: Path, directory: Path) -> Iterator[Fresh]:
+    """An empty QCOW2 overlay over a full backing file, behind qemu-nbd: what a snapshot of a disk is."""
+    image = directory / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing, image)
+    try:
+        with qemu_nbd(image, directory / "qemu-nbd.sock") as uri:
+            yield Fresh(uri, _changed(image), _nothing)
+    finally:
+        image.unlink()
+
+
+@contextlib.contextmanager
+def nbdkit_file(size: int, directory: Path) -> Iterator[Fresh]:
+    """A sparse raw file behind `nbdkit file`: what the machine gives without a journal."""
+    image, socket, log = directory / "file.raw", directory / "nbdkit.sock", directory / "nbdkit.log"
+    with open(image, "wb") as file:
+        file.truncate(size)
+    socket.unlink(missing_ok=True)
+    process = start(["nbdkit", "-f", "-t", "1", "-U", socket, "file", image], log)
+    try:
+        listens(process, socket, log)
+        yield Fresh(f"nbd+unix:///?socket={socket}", _changed(image), _nothing)
+    finally:
+        stop(process)
+        socket.unlink(missing_ok=True)
+        image.unlink()
