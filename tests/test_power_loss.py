@@ -374,7 +374,8 @@ def test_a_loss_of_power(seed: int) -> None:
             after = booted(world, image)
             again = History(after, dice, path / f"second-{number}")
             again.recover(image.told)
-            go_on(after, dice)
+            with again.watching(0.02):
+                go_on(after, dice)
             if number % 2 == 0:
                 again.run(20)
             for second in dice.sample(again.images, min(3, len(again.images))):

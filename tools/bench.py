@@ -4,6 +4,7 @@ The subjects take turns in every round, each on fresh space; figures are medians
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -49,11 +50,16 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
+def sizes(chosen: argparse.Namespace) -> Sizes:
+    """How much work is done."""
+    return QUICK if chosen.quick else Sizes()
+
+
 def measure(chosen: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> list[Measure]:
     """Run the benches that were chosen, one after the other, against one server."""
     found = []
     with Server(directory / "state") as server:
-        context = Context(directory, Ours(server), chosen.rounds, QUICK if chosen.quick else Sizes(), say)
+        context = Context(directory, Ours(server), chosen.rounds, sizes(chosen), say)
         for name in chosen.only or BENCHES:
             found += BENCHES[name](context)
     return found
@@ -63,7 +69,11 @@ def as_json(chosen: argparse.Namespace, facts: dict[str, Any], measures: list[Me
     """Everything for programs."""
     return {
         "machine": facts,
-        "options": {"rounds": chosen.rounds, "quick": chosen.quick, "only": chosen.only or list(BENCHES)},
+        "options": {
+            "rounds": chosen.rounds,
+            "only": chosen.only or list(BENCHES),
+            "sizes": dataclasses.asdict(sizes(chosen)),
+        },
         "measures": {found.name: found.as_dict() for found in measures},
     }
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cdpserver.errors import CdpError
 from cdpserver.names import format_size, parse_size
-from tools.kit.processes import FailedError, ended_by_signals, is_root, scratch
+from tools.kit.processes import FailedError, ended_by_signals, scratch, why_no_mount
 from tools.kit.qmp import QmpError
 from tools.kit.server import Cdp, Server
 from tools.story import drive_mirror
@@ -53,7 +53,8 @@ def tell(report: Report, chosen: argparse.Namespace, directory: Path) -> None:
     with Server(state) as server, ExitStack() as stack:
         cdp = Cdp(state, report.say)
         story = Protection(report, server, cdp, directory, seconds=chosen.seconds)
-        story.begin(stack, size=chosen.size, mount=is_root() and not chosen.no_mount, seed=chosen.seed)
+        no_mount = "--no-mount" if chosen.no_mount else why_no_mount()
+        story.begin(stack, size=chosen.size, no_mount=no_mount, seed=chosen.seed)
         story.work()
         story.keep_an_instant()
         story.lose()

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from cdpserver.errors import CorruptError
+
 Extent: TypeAlias = tuple[int, int, str | None, int]
 
 OPEN_FILES = 64
@@ -40,7 +42,10 @@ class Files:
         """The open file."""
         fd = self._fds.get(path)
         if fd is None:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CorruptError(f"{path} is missing", hint="cdp check says what it touches") from None
             if len(self._fds) >= OPEN_FILES:
                 os.close(self._fds.popitem(last=False)[1])
             self._fds[path] = fd

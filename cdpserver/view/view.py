@@ -10,6 +10,7 @@ Threads: none; every connection has a view of its own.
 
 import fcntl
 import os
+from bisect import bisect_right
 from pathlib import Path
 
 from cdpserver import timeline as timeline_file
@@ -24,8 +25,11 @@ from cdpserver.view.extent import Extent, Files, coalesce
 from cdpserver.view.layers import NOTHING, Layer, Piece
 from cdpserver.view.tail import Tail
 
-STATUS_WINDOW = 64 << 20
-"""Bytes resolved at a time when asked for block status."""
+STATUS_WINDOW = 4 << 20
+"""Bytes resolved at first when asked for block status; more at a time while there is nothing but one run."""
+
+STATUS_RUNS = 64
+"""Runs after which an answer is long enough: it costs milliseconds, however fragmented the disk is."""
 
 KEPT_REFS = 16
 """Views of older seqs kept for *same* records."""
@@ -84,6 +88,8 @@ class View:
         self._older: list[int] = []
         self._refs: dict[int, View] = {}
         self._base_view: View | None = None
+        self._status: list[tuple[int, int, bool]] = []
+        self._status_seq = -1
         self._open_layers()
 
     def _open_layers(self) -> None:
@@ -258,14 +264,30 @@ class View:
         return bytes(buffer)
 
     def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
-        """(start, end, zero) runs from `offset` on, covering at least the first run; with `one`, just that.
+        """(start, end, zero) runs from `offset` on: the first one, which may be cut short, or (not `one`) many.
 
-        Costs what the first run costs (`one`), or up to 64 MiB of the disk at a time.
+        QEMU asks for one run at a time, from the end of the last one on. What a look at a window finds is kept, so that a
+        fragmented disk is resolved once, not once a run.
         """
+        self.refresh()
+        if not one:
+            return self._runs(offset, end)
+        if self._status_seq != self.seq:
+            self._status, self._status_seq = [], self.seq
+        found = bisect_right(self._status, offset, key=_run_start) - 1
+        # The last run kept may go on behind its window, so it is looked at again.
+        if found < 0 or found >= len(self._status) - 1:
+            self._status = self._runs(offset, end)
+            found = 0
+        start, stop, zero = self._status[found]
+        return [(max(start, offset), min(stop, end), zero)]
+
+    def _runs(self, offset: int, end: int) -> list[tuple[int, int, bool]]:
+        """Runs from `offset` on, until there are some and a window is done, or `end`."""
         runs: list[tuple[int, int, bool]] = []
-        window = 1 << 20 if one else STATUS_WINDOW
+        window = STATUS_WINDOW
         at = offset
-        while at < end:
+        while at < end and len(runs) < STATUS_RUNS:
             stop = min(end, at + window)
             for start, high, path, _ in self.resolve(at, stop, holes=True):
                 zero = path is None
@@ -273,10 +295,8 @@ class View:
                     runs[-1] = (runs[-1][0], high, zero)
                 else:
                     runs.append((start, high, zero))
-            if one and len(runs) > 1:
-                return runs[:1]
             at = stop
-            window = min(window * 4, 1 << 40)
+            window *= 4
         return runs
 
     def _close_layers(self) -> None:
@@ -292,6 +312,10 @@ class View:
         """Give everything back but the history."""
         self._close_layers()
         self.files.close()
+
+
+def _run_start(run: tuple[int, int, bool]) -> int:
+    return run[0]
 
 
 def _piece_start(item: tuple[Layer | None, Piece]) -> int:

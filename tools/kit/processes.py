@@ -113,6 +113,9 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-def is_root() -> bool:
-    """May we mount?"""
-    return os.geteuid() == 0
+def why_no_mount() -> str:
+    """What keeps us from mounting a file system on an NBD export; empty when nothing does."""
+    if os.geteuid() != 0:
+        return "not root"
+    missing = [path for path in ("/dev/fuse", "/dev/loop-control") if not os.access(path, os.R_OK | os.W_OK)]
+    return f"no {' and no '.join(missing)} here" if missing else ""

@@ -14,8 +14,8 @@ MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 class Sizes:
     """How much work each bench does."""
 
-    random_disk: int = GIB
-    random_io: int = 128 * MIB
+    random_disk: int = 2 * GIB
+    random_io: int = 256 * MIB
     sequential: int = 768 * MIB
     read_disk: int = 256 * MIB
     read_seconds: float = 2.0

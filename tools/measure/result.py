@@ -31,7 +31,7 @@ class Measure:
     better: Literal["higher", "lower"]
     goals: tuple[Goal, ...] = ()
     samples: dict[str, list[float]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, subject: str, value: float) -> None:
         """A sample of one round."""
@@ -72,7 +72,10 @@ class Measure:
 
 def show(measures: list[Measure], console: Console) -> None:
     """The table for people."""
-    table = Table(title="Medians; a ratio is the first line of its group by this one, within a round", title_justify="left")
+    table = Table(
+        title="Medians; a ratio is the first line of its group by this one, within a round",
+        title_justify="left",
+    )
     for name in ("measure", "subject", "median", "ratio", "from .. to", "goal"):
         table.add_column(name, justify="right" if name in ("median", "ratio", "from .. to") else "left")
     for measure in measures:
@@ -88,7 +91,8 @@ def show(measures: list[Measure], console: Console) -> None:
                 "\n".join(_goal(measure, goal) for goal in goals),
             )
         for name, value in measure.notes.items():
-            table.add_row("", f"[dim]{name}: {value}[/dim]")
+            said = ", ".join(f"{key} {found}" for key, found in value.items())
+            table.add_row(f"[dim]{name}[/dim]", f"[dim]{said}[/dim]")
         table.add_section()
     console.print(table)
 

@@ -8,9 +8,9 @@ from itertools import count
 from pathlib import Path
 
 from cdpserver.clock import boot_id
-from cdpserver.index.store import find_index, open_index, release
+from cdpserver.index.store import CLOSED_NAME, find_index, open_index, release
 from cdpserver.journal.log import interval_path
-from tools.kit.processes import listens, run, start, stop, until
+from tools.kit.processes import FailedError, listens, run, start, stop, until
 from tools.kit.server import Server
 
 INDEX_S = 300.0
@@ -26,6 +26,8 @@ class Fresh:
     uri: str
     wrote: Callable[[], bool]
     declare: Callable[[], None]
+    verify: Callable[[int], None]
+    """Is what was measured what was meant, after this many bytes? FailedError."""
 
 
 class Ours:
@@ -63,7 +65,21 @@ class Ours:
     def fresh(self, size: int) -> Iterator[Fresh]:
         """A disk of ours for a write bench."""
         with self.disk(size) as name:
-            yield Fresh(self.uri(name), lambda: self.session(name) > 0, lambda: self.declare(name))
+            yield Fresh(
+                self.uri(name),
+                lambda: self.session(name) > 0,
+                lambda: self.declare(name),
+                lambda written: self._verify(name, written),
+            )
+
+    def _verify(self, name: str, written: int) -> None:
+        """Everything is in the journal, and one session from start to end was protected (its client has gone since)."""
+        disk = self.client.disk(name)
+        grades = {
+            row["grade"] for row in self.client.points(name, since=None, until=None, kind="rp", limit=None)
+        }
+        if disk["journal_bytes"] < written or "crash" not in grades:
+            raise FailedError(f"the disk was not protected while it was measured: {disk}, grades {grades}")
 
     def directory(self, name: str) -> Path:
         """The files of the disk's timeline."""
@@ -74,6 +90,15 @@ class Ours:
         last = int(self.client.disk(name)["last_seq"])
         directory = self.directory(name)
         until(lambda: _indexed(directory) >= last, "index of all records", seconds=INDEX_S, every_s=0.05)
+
+    def cut(self, name: str) -> Path:
+        """Cut a base point, and wait until the index of the interval before it is in its final form; the QCOW2 file."""
+        intervals = self.directory(name) / "intervals"
+        newest = max(path.name for path in intervals.iterdir())
+        path = Path(self.client.cut(name)["path"])
+        until((intervals / newest / CLOSED_NAME).exists, "closed index", seconds=INDEX_S)
+        self.wait_indexed(name)
+        return path
 
     def index_bytes(self, name: str) -> int:
         """What the disk's indexes take up on the store."""
@@ -101,7 +126,7 @@ def _changed(path: Path) -> Callable[[], bool]:
     return lambda: os.stat(path).st_mtime_ns != before
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """The other servers know no sessions."""
 
 
@@ -126,7 +151,7 @@ def overlay(backing: Path, directory: Path) -> Iterator[Fresh]:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing, image)
     try:
         with qemu_nbd(image, directory / "qemu-nbd.sock") as uri:
-            yield Fresh(uri, _changed(image), _nothing)
+            yield Fresh(uri, _changed(image), _nothing, _nothing)
     finally:
         image.unlink()
 
@@ -141,7 +166,7 @@ def nbdkit_file(size: int, directory: Path) -> Iterator[Fresh]:
     process = start(["nbdkit", "-f", "-t", "1", "-U", socket, "file", image], log)
     try:
         listens(process, socket, log)
-        yield Fresh(f"nbd+unix:///?socket={socket}", _changed(image), _nothing)
+        yield Fresh(f"nbd+unix:///?socket={socket}", _changed(image), _nothing, _nothing)
     finally:
         stop(process)
         socket.unlink(missing_ok=True)

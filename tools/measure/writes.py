@@ -63,6 +63,7 @@ def _rounds(context: Context, measure: Measure, job: fio.Job, figure: Callable[[
             with opened() as fresh:
                 context.settle()
                 figures = fio.write(fresh.uri, job, directory, wrote=fresh.wrote, declare=fresh.declare)
+                fresh.verify(job.io_bytes)
             measure.add(subject, figure(figures))
             latencies.setdefault(subject, []).append(figures.latency_us)
             context.say(

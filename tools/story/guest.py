@@ -59,7 +59,7 @@ class Guest(Protocol):
 class FileSystemGuest:
     """ext4 on the disk, mounted here."""
 
-    kind = "ext4 on the disk, mounted over nbdfuse and a loop device (root)"
+    kind = "ext4 on the disk, mounted over nbdfuse and a loop device"
     precious = "accounts/"
 
     def __init__(self, uri: str, directory: Path, seed: int) -> None:
@@ -142,7 +142,7 @@ def sums(directory: Path) -> dict[str, str]:
 class QemuIoGuest:
     """qemu-io, which writes patterns; the precious data is a region with a pattern of its own."""
 
-    kind = "qemu-io writes patterns over NBD (no root, so no mount)"
+    kind = "qemu-io, which writes patterns over NBD, since nothing is mounted"
     precious = "the first MiB"
 
     PATTERN = "0xcd"

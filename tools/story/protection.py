@@ -60,19 +60,19 @@ class Protection:
 
     # -- protection begins -----------------------------------------------------------------------------------
 
-    def begin(self, stack: ExitStack, *, size: int, mount: bool, seed: int) -> None:
+    def begin(self, stack: ExitStack, *, size: int, no_mount: str, seed: int) -> None:
         """A disk with data on it, its mirror, the word that it is in sync. What is started ends with the stack."""
         report = self._report
         report.step("A disk with data on it: qemu-storage-daemon serves a raw file")
         self._source = stack.enter_context(Source(self._directory, size))
         guest: Guest = (
-            FileSystemGuest(self._source.uri, self._directory, seed)
-            if mount
-            else QemuIoGuest(self._source.uri, size, seed)
+            QemuIoGuest(self._source.uri, size, seed)
+            if no_mount
+            else FileSystemGuest(self._source.uri, self._directory, seed)
         )
         stack.callback(guest.close)
         self._guest = guest
-        report.say(f"the guest: {guest.kind}")
+        report.say(f"the guest: {guest.kind}{f' ({no_mount})' if no_mount else ''}")
         guest.prepare()
         report.step("Protection: a disk in cdpserver, and QEMU mirrors into it")
         uri = self._cdp.json("disk", "add", "disk0", "--vm", "vm1", "--size", format_size(size))["uri"]
