@@ -30,7 +30,7 @@ from cdpserver.target.disk import Connection, TargetDisk
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline, create_timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.view import History, View
-from tests.model import Model, clip, read_log
+from tests.model import BLOCK, Model, clip, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 SECOND_NS = 1_000_000_000
@@ -397,6 +397,14 @@ def check_view(view: View, model: Model, seq: int) -> None:
             if held != expected:
                 first = next(i for i in range(length) if held[i] != expected[i])
                 raise AssertionError(f"seq {seq}: byte {at + first} is {held[first]}, not {expected[first]}")
+    dice = random.Random(seq)
+    for start, end in dice.choices(model.touched() or [(0, model.size)], k=6):
+        # Single blocks are looked up in another way than ranges.
+        offset = dice.randrange(start, end)
+        if dice.random() < 0.5:
+            offset = offset // BLOCK * BLOCK
+        length = min(dice.choice((1, 512, BLOCK, 3 * BLOCK, 70_000)), view.size - offset)
+        assert view.read(offset, length) == model.read(seq, offset, length)
     at = 0
     while at < view.size:
         runs = view.status(at, view.size, one=True)

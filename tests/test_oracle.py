@@ -364,7 +364,7 @@ def instant(records: list[LogRecord], time_ns: int) -> int | None:
 def test_histories_against_the_model() -> None:
     PATHS.clear()
     chosen = settings(
-        max_examples=40 * LONG,
+        max_examples=250 * LONG,
         stateful_step_count=50,
         deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if SHRINK else [])],

@@ -61,6 +61,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Killed]:
 
 def write(world: World) -> Killed:
     line = world.add(SIZE)
+    line.write(0, b"base" * 512)
     line.synced()
     for number in range(10):
         line.write(number * BLOCK, bytes([number + 1]) * BLOCK)
@@ -75,6 +76,7 @@ def write(world: World) -> Killed:
         line.write(LAST, bytes([64 + number]) * 1536)
     line.zero(0, 4 * BLOCK)
     line.write(LAST, b"last" * 384)
+    assert line.writer.state.grade.label == "crash"
     line.close(clean=False)
     records = read_log(line.directory)
     # The commit's own record follows the durable ones.

@@ -82,7 +82,7 @@ def read(uri: str, job: Job, directory: Path) -> Figures:
 
 
 def write(
-    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], None]
+    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], object]
 ) -> Figures:
     """A write job with its pause: once `wrote` says that the first write has arrived, `declare` is called in it."""
     output = directory / "fio.json"

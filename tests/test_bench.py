@@ -1,0 +1,145 @@
+"""The benchmark: a tiny run of everything, and its arithmetic. No figure is asserted for its speed."""
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tools import bench
+from tools.measure.context import GIB, MIB, QUICK
+from tools.measure.result import Goal, Measure, number, show
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MEASURES = {
+    "write-4k": 3,
+    "write-1m": 3,
+    "read-4k-16": 2,
+    "read-4k-1": 2,
+    "open": len(QUICK.records),
+    "open-nbd": len(QUICK.records),
+    "zero": 2,
+    "zero-index": 2,
+    "zero-journal": 2,
+    "remirror": 2,
+    "remirror-journal": 1,
+    "remirror-delta": 1,
+    "remirror-speed": 1,
+}
+"""How many subjects each measure has."""
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    """What one quick run says; it leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.bench", "--quick", "--json", "--directory", directory],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert list(Path(directory).iterdir()) == []
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.e2e
+def test_a_quick_run_measures_everything(quick: dict[str, Any]) -> None:
+    found = quick["measures"]
+    assert {name: len(measure["medians"]) for name, measure in found.items()} == MEASURES
+    for name, measure in found.items():
+        for subject, samples in measure["rounds"].items():
+            assert samples and all(sample > 0 for sample in samples), (name, subject, samples)
+            assert min(samples) <= measure["medians"][subject] <= max(samples)
+
+
+@pytest.mark.e2e
+def test_a_quick_run_says_what_it_ran_on(quick: dict[str, Any]) -> None:
+    machine = quick["machine"]
+    for key in ("date", "cpus", "kernel", "file_system", "python", "qemu", "nbdkit", "fio"):
+        assert machine[key], key
+    assert quick["options"]["sizes"]["records"] == list(QUICK.records)
+
+
+@pytest.mark.e2e
+def test_what_costs_no_time_but_space_is_as_the_format_says(quick: dict[str, Any]) -> None:
+    found = quick["measures"]
+    records = QUICK.zero_disk // GIB
+    # A record of 64 bytes for each request; control and durable records come on top.
+    assert 64 * records <= found["zero-journal"]["medians"]["in 1 GiB requests"] < 64 * records + 16_384
+    assert found["zero-index"]["medians"]["in 1 GiB requests"] < MIB
+    # Nothing of the disk's content is journalled a second time.
+    (journal,) = found["remirror-journal"]["medians"].values()
+    assert journal < QUICK.remirror // 100
+
+
+# --- the arithmetic
+
+
+def measured(**samples: list[float]) -> Measure:
+    return Measure("m", "a measure", "IOPS", "higher", (Goal("ours", "theirs", 1.5, "1.5x"),), samples)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The machine was three times slower in the second round, for both.
+    measure = measured(ours=[300.0, 100.0, 320.0], theirs=[150.0, 50.0, 200.0])
+    assert measure.median("ours") == 300.0
+    assert measure.ratio("ours", "theirs") == 2.0
+    assert measure.reached(measure.goals[0]) == (2.0, True)
+
+
+def test_a_goal_is_a_least_or_a_most() -> None:
+    measure = measured(ours=[100.0], theirs=[100.0])
+    assert measure.reached(measure.goals[0]) == (1.0, False)
+    seconds = Measure(
+        "s", "seconds", "s", "lower", (Goal("ours", "", 0.3, "under 0.3 s"),), {"ours": [0.1, 0.2, 0.9]}
+    )
+    assert seconds.reached(seconds.goals[0]) == (0.2, True)
+
+
+def test_figures_for_programs_hold_every_sample() -> None:
+    measure = measured(ours=[300.0, 100.0], theirs=[150.0, 50.0])
+    measure.notes["median latency, us"] = {"ours": 12}
+    found = json.loads(json.dumps(measure.as_dict()))
+    assert found["rounds"] == {"ours": [300.0, 100.0], "theirs": [150.0, 50.0]}
+    assert found["medians"] == {"ours": 200.0, "theirs": 100.0}
+    assert found["ratios"] == {"ours / theirs": 2.0}
+    assert found["goals"] == [{"text": "1.5x", "goal": 1.5, "value": 2.0, "reached": True}]
+    assert found["notes"] == {"median latency, us": {"ours": 12}}
+
+
+def test_the_table_shows_each_subject_with_its_goal() -> None:
+    measure = measured(ours=[43_586.0], theirs=[22_792.0])
+    measure.notes["median latency, us"] = {"ours": 330, "theirs": 594}
+    console = Console(width=130, record=True, file=io.StringIO())
+    show([measure], console)
+    text = console.export_text()
+    assert "43,586 IOPS" in text
+    assert "1.5x: 1.9" in text
+    assert "ours 330, theirs 594" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(43_585.9, "43,586"), (0.08654, "0.0865"), (2.5, "2.5"), (0.0, "0")]
+)
+def test_numbers_are_without_noise(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_options_of_the_command_line() -> None:
+    assert bench.options([]).rounds == 5
+    assert bench.options(["--quick"]).rounds == 1
+    assert bench.options(["--quick", "--rounds", "3", "--only", "open"]).only == ["open"]
+    with pytest.raises(SystemExit):
+        bench.options(["--only", "nothing"])
+    with pytest.raises(SystemExit):
+        bench.options(["--rounds", "-1"])
