@@ -121,9 +121,9 @@ def test_the_index_is_laid_out_as_documented() -> None:
     assert f"`{store.POINT.format}`" in text
     assert f"`kind << {pieces.KIND_BITS} | rest`" in text
     assert f"`segment << {pieces.SEGMENT_BITS} | place / {limits.BLOCK}`" in text
-    sizes = re.search(r"aligned pieces of (\d+) KiB, (\d+) KiB, (\d+) MiB and (\d+) GiB", text)
+    sizes = re.search(r"aligned pieces of (\d+) KiB, (\d+) KiB, (\d+) MiB, (\d+) MiB and (\d+) GiB", text)
     assert sizes is not None
-    units = (10, 10, 20, 30)
+    units = (10, 10, 20, 20, 30)
     spans = [int(size) << unit for size, unit in zip(sizes.groups(), units, strict=True)]
     assert spans == [limits.BLOCK << shift for shift in SHIFTS]
     grades = re.search(r"grade \((.*?)\)", text)

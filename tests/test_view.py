@@ -71,7 +71,7 @@ def test_an_extent_is_few_aligned_pieces(first: int, count: int) -> None:
         assert start % (1 << shift) == 0
         at = start + (1 << shift)
     assert at == first + count
-    assert len(found) <= 2 * (15 + 63 + 255) + (count >> SHIFTS[3])
+    assert len(found) <= 2 * (15 + 15 + 31 + 31) + (count >> SHIFTS[-1])
 
 
 def test_a_terabyte_is_a_thousand_pieces() -> None:
@@ -212,7 +212,7 @@ def test_the_index_and_the_tail_answer_like_a_list(world: World, monkeypatch: py
     snapshot = Snapshot(index)
     for seq in (1, 20, 90, line.last_seq):
         newest = {unit: (s, value) for unit, s, value in sorted(entries) if s <= seq}
-        for level in range(4):
+        for level in range(len(SHIFTS)):
             top = level << LEVEL_BITS
             here = sorted(
                 (unit - top, *found) for unit, found in newest.items() if unit >> LEVEL_BITS == level

@@ -1,7 +1,7 @@
 """Aligned pieces: how an extent is stored in the index, whatever its size.
 
-    level   0       1        2       3
-    span    4 KiB   64 KiB   4 MiB   1 GiB
+    level   0       1        2       3        4
+    span    4 KiB   64 KiB   1 MiB   32 MiB   1 GiB
 
 A record is split into its few greatest aligned pieces. A piece's unit is `level << 40 | block number in units of the
 level`; its value says where the content is: `kind << 61 | rest`.
@@ -9,8 +9,11 @@ level`; its value says where the content is: `kind << 61 | rest`.
 
 from cdpserver.journal.record import Kind
 
-SHIFTS = (0, 4, 10, 18)
-"""Blocks (4 KiB) in a piece of each level, as a power of two."""
+SHIFTS = (0, 4, 8, 13, 18)
+"""Blocks (4 KiB) in a piece of each level, as a power of two: QEMU copies 1 MiB and zeroes 32 MiB at a time."""
+
+DOWNWARDS = tuple(reversed(range(len(SHIFTS))))
+"""Levels from the greatest pieces to the smallest."""
 
 LEVEL_BITS = 40
 KIND_BITS = 61
@@ -23,7 +26,7 @@ def split(first: int, end: int) -> list[tuple[int, int]]:
     """Pieces of the blocks [first, end): (unit, first block of the piece)."""
     pieces = []
     while first < end:
-        for level in (3, 2, 1, 0):
+        for level in DOWNWARDS:
             span = 1 << SHIFTS[level]
             if first & (span - 1) == 0 and first + span <= end:
                 break

@@ -61,7 +61,8 @@ def _compare(
 ) -> list[tuple[int, int, bool]]:
     """Runs of payload[start:end) that equal the view's content, and that don't."""
     held = view.read(offset + start, end - start)
-    part = payload[start:end]
+    # bytes: CPython compares a memoryview element by element, twenty times slower.
+    part = bytes(payload[start:end])
     if held == part:
         return [(start, end, True)]
     if end - start <= BLOCK:

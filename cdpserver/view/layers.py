@@ -7,7 +7,7 @@ is found by laying the levels over each other from the greatest pieces to the sm
 from pathlib import Path
 from typing import TypeAlias
 
-from cdpserver.index.pieces import KIND_BITS, LEVEL_BITS, SHIFTS
+from cdpserver.index.pieces import DOWNWARDS, KIND_BITS, LEVEL_BITS, SHIFTS
 from cdpserver.index.store import IndexFile, Snapshot, find_index, open_index, release
 from cdpserver.journal.record import Kind
 from cdpserver.journal.segment import data_path
@@ -69,8 +69,7 @@ class Layer:
         tail, snapshot = self.tail, self._snapshot
         tail_levels = tail.levels if tail is not None else 0
         index_levels = snapshot.levels if snapshot is not None else 0
-        for level in range(4):
-            shift = SHIFTS[level]
+        for level, shift in enumerate(SHIFTS):
             unit = level << LEVEL_BITS | block >> shift
             found = None
             if tail_levels >> level & 1:
@@ -87,7 +86,7 @@ class Layer:
             found = self.newest(first, seq)
             return [(first, end, *found)] if found else [(first, end, NOTHING, 0)]
         over: list[Piece] = [(first, end, NOTHING, 0)]
-        for level in (3, 2, 1, 0):
+        for level in DOWNWARDS:
             shift = SHIFTS[level]
             pieces = self._level(level, first >> shift, (end - 1 >> shift) + 1, seq)
             if pieces:

@@ -151,41 +151,37 @@ class QemuIoGuest:
         self._uri = uri
         self._blocks = size // 4096
         self._random = random.Random(seed)
-        self._process = subprocess.Popen(
-            ["qemu-io", "-f", "raw", uri],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-        )
 
-    def _io(self, command: str) -> None:
-        """One write, which qemu-io answers with two lines. Not `flush`: it answers nothing, and two lines at once stall it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{command}\n")
-        self._process.stdin.flush()
-        said = self._process.stdout.readline()
-        if "wrote" not in said:
-            raise FailedError(f"qemu-io {command}: {said.strip() or 'ended'}")
-        self._process.stdout.readline()
+    def _io(self, *commands: str) -> None:
+        """Run commands in a qemu-io of their own: fed through a pipe, it stalls when a line comes early."""
+        arguments = [argument for command in commands for argument in ("-c", command)]
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", *arguments, self._uri],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=WORK_S,
+        )
+        if done.returncode or done.stdout.count("wrote ") != len(commands):
+            raise FailedError(f"qemu-io {'; '.join(commands)}: {(done.stderr or done.stdout).strip()}")
 
     def prepare(self) -> None:
         """The precious region, and some data."""
-        self._io(f"write -P {self.PATTERN} 0 1M")
-        self._io("write -P 0x11 8M 8M")
+        self._io(f"write -P {self.PATTERN} 0 1M", "write -P 0x11 8M 8M")
 
     def work(self) -> None:
-        """A write (a few of them FUA) or a zero somewhere after the first 4 MiB."""
+        """Some writes (a few of them FUA) and zeroes somewhere after the first 4 MiB."""
+        self._io(*(self._one() for _ in range(8)))
+
+    def _one(self) -> str:
         chance = self._random
         block = chance.randrange(1024, self._blocks - 16)
         length = chance.choice((4, 4, 4, 8, 64)) * 1024
         action = chance.random()
         if action < 0.05:
-            self._io(f"write -z {block * 4096} {length}")
-        else:
-            forced = "-f " if action < 0.1 else ""
-            self._io(f"write {forced}-P {chance.randrange(1, 256)} {block * 4096} {length}")
+            return f"write -z {block * 4096} {length}"
+        forced = "-f " if action < 0.1 else ""
+        return f"write {forced}-P {chance.randrange(1, 256)} {block * 4096} {length}"
 
     def sync(self) -> None:
         """Writes that were answered are in the image."""
@@ -209,10 +205,7 @@ class QemuIoGuest:
         return True
 
     def close(self) -> None:
-        """End of input ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """Nothing of it runs between two calls."""
 
 
 class Workload:
