@@ -20,9 +20,8 @@ REPLY_ACK, ERROR_BIT = 1, 1 << 31
 
 @pytest.fixture
 def server(short_path: Path) -> Iterator[Server]:
-    running = Server(short_path / "s")
-    yield running
-    running.kill()
+    with Server(short_path / "s") as running:
+        yield running
 
 
 def run(*command: str | Path) -> str:
@@ -202,11 +201,8 @@ def test_a_full_file_system(short_path: Path) -> None:
     store.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", store)
     try:
-        server = Server(store / "s")
-        try:
+        with Server(store / "s") as server:
             _fill_and_free(server, store)
-        finally:
-            server.kill()
     finally:
         run("umount", "-l", store)
 
