@@ -39,7 +39,6 @@ class Config:
     sockets only.
     """
 
-    rp_every_ns: int = SECOND_NS
     bp_every_ns: int = 20 * 60 * SECOND_NS
     listen: Address | None = None
     listen_export: Address | None = None
@@ -50,9 +49,12 @@ KEYS = ("listen", "listen_export", "bp_every", "durable_lag_limit")
 
 
 def parse_listen(text: str) -> Address:
-    """`127.0.0.1:10809` or `[::1]:10809` as (host, port). Addresses only: a name could change under a disk's
-    URI.
+    """`127.0.0.1:10809`, `[::1]:10809` or `localhost:10809` as (address, port).
+
+    No other names: what a name stands for could change under a disk's URI.
     """
+    if text.startswith("localhost:"):
+        text = text.replace("localhost", "127.0.0.1", 1)
     hint = "write ADDRESS:PORT, such as 127.0.0.1:10809, [::1]:10809 or 0.0.0.0:10809"
     match = _ADDRESS.fullmatch(text)
     if match is None:
