@@ -17,7 +17,9 @@ MAX_MESSAGE = 1 << 20
 """Longest message: a status of every disk fits many times over."""
 
 _ERRORS = {
-    value.kind: value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, CdpError)
+    value.kind: value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, CdpError)
 }
 
 
