@@ -107,6 +107,20 @@ class Model:
         return not any(self.read(seq, low, high - low).strip(b"\0") for low, high in ranges)
 
 
+def equals_but(held: bytes, expected: bytes, doubt: list[tuple[int, bytes]]) -> bool:
+    """Each sector is as expected, or as some of the refused requests left it."""
+    for start in range(0, len(expected), 512):
+        allowed = {expected[start : start + 512]}
+        for at, data in doubt:
+            low, high = max(at, start), min(at + len(data), start + 512)
+            if low < high:
+                part = data[low - at : high - at]
+                allowed |= {a[: low - start] + part + a[high - start :] for a in allowed}
+        if held[start : start + 512] not in allowed:
+            return False
+    return True
+
+
 def union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Disjoint and ascending."""
     merged: list[tuple[int, int]] = []

@@ -27,7 +27,7 @@ from cdpserver.journal.record import Kind, Record
 from cdpserver.journal.segment import Header
 from cdpserver.points import find_cut
 from tests.core import ROOT, Line, World, check_log, scratch
-from tests.model import BLOCK, SAME, read_log
+from tests.model import BLOCK, SAME, equals_but, read_log
 
 MIB = 1 << 20
 U64 = st.integers(0, (1 << 64) - 1)
@@ -480,20 +480,6 @@ def fail_once(line: Line, number: int, code: int, *, stuck: bool) -> bool:
         line.mark("afterwards")
     check_numbers(line)
     return fault.hit
-
-
-def equals_but(held: bytes, expected: bytes, doubt: list[tuple[int, bytes]]) -> bool:
-    """Each sector is as expected, or as some of the refused requests left it."""
-    for start in range(0, len(expected), 512):
-        allowed = {expected[start : start + 512]}
-        for at, data in doubt:
-            low, high = max(at, start), min(at + len(data), start + 512)
-            if low < high:
-                part = data[low - at : high - at]
-                allowed |= {a[: low - start] + part + a[high - start :] for a in allowed}
-        if held[start : start + 512] not in allowed:
-            return False
-    return True
 
 
 def check_numbers(line: Line) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cdpserver import durable
 from cdpserver.errors import CorruptError
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, fold_controls, interval_path
@@ -167,6 +168,7 @@ def cut_after(journal: Journal, found: Survey) -> int:
     The bytes go to `*.cut` files beside the segments first, so that an operator can look at them.
     """
     kept = dict(found.valid)
+    _forget_indexes(journal, found)
     cut = 0
     for place in journal.newest_places():
         if never_written(journal, place):
@@ -186,6 +188,16 @@ def cut_after(journal: Journal, found: Survey) -> int:
             cut += max(1, reader.count)
             log.rename(f"{log}.cut")
     return cut
+
+
+def _forget_indexes(journal: Journal, found: Survey) -> None:
+    """An interval may have been indexed for good before its records were durable: those that are cut must not be found."""
+    first, _ = found.valid[0][0] if found.valid else newest_sealed(journal)[0]
+    for directory in sorted((journal.timeline / "intervals").iterdir()):
+        if directory.name.isdigit() and int(directory.name) >= first:
+            for path in directory.glob("*.mdb*"):
+                path.unlink()
+            durable.fsync_dir(directory)
 
 
 def ends_with_cut(journal: Journal, place: tuple[int, int], count: int) -> bool:
