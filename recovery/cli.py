@@ -11,14 +11,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeAlias
+from collections.abc import Sequence
 
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery.output import printable
-
-Run: TypeAlias = Callable[[argparse.Namespace], int | None]
+from recovery.tree import Commands, lazy
 
 INTERNAL = 1
 INTERRUPTED = 130
@@ -27,37 +25,6 @@ PIPE_CLOSED = 141
 
 _TAKE_A_NEGATIVE = {"--since", "--until", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
-
-DESCRIPTION = "Continuous data protection: every write is kept, any instant opens at once."
-EPILOG = f"""\
-{names.WHEN_FORMS}
-
-example:
-  cdp disk add vda --vm web --size 64M
-  cdp point list web/vda --since -10m
-  qemu-img convert -O qcow2 "$(cdp uri web/vda@-90s)" saved.qcow2
-
-exit codes: 0 done, 2 wrong command, 3 refused now, 4 damage, 5 I/O failed, 6 cdpserver does not answer
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
-
-
-def _lazy(module: str, name: str) -> Run:
-    """A command whose module is loaded when it runs."""
-
-    def run(options: argparse.Namespace) -> int | None:
-        from importlib import import_module
-
-        command: Run = getattr(import_module(f"recovery.{module}"), name)
-        return command(options)
-
-    return run
 
 
 def _point(text: str) -> str:
@@ -83,67 +50,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-class _Commands:
-    """The tree of commands."""
-
-    def __init__(self) -> None:
-        # On a command as well as before it; what is not given on the command leaves the value from before it.
-        self._common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-        self._common.add_argument("--json", action="store_true", help="answer in JSON")
-        self._common.add_argument("--state-dir", help=argparse.SUPPRESS)
-        self.root = _Parser(
-            prog="cdp",
-            description=DESCRIPTION,
-            epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.root.add_argument("--version", action="store_true", help="say which version this is")
-        self.root.add_argument("--json", action="store_true", help="answer in JSON")
-        self.root.add_argument(
-            "--state-dir",
-            metavar="DIR",
-            help="the server's directory (else $CDP_STATE_DIR, then a sensible place)",
-        )
-        self._top = self.root.add_subparsers(metavar="COMMAND", title="commands")
-
-    def group(self, name: str, summary: str) -> "_Group":
-        """A noun."""
-        parser = self._top.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        return _Group(self, parser.add_subparsers(metavar="COMMAND", title="commands", required=True))
-
-    def leaf(
-        self, verb: str, run: Run, summary: str, example: str, *, among: "_Subparsers | None" = None
-    ) -> argparse.ArgumentParser:
-        """A command."""
-        parser: argparse.ArgumentParser = (among or self._top).add_parser(
-            verb,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}\n",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[self._common],
-            allow_abbrev=False,
-        )
-        parser.set_defaults(run=run)
-        return parser
-
-
-_Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
-class _Group:
-    def __init__(self, commands: _Commands, verbs: _Subparsers) -> None:
-        self._commands = commands
-        self._verbs = verbs
-
-    def leaf(self, verb: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
-        return self._commands.leaf(verb, run, summary, example, among=self._verbs)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Every command of `cdp`."""
-    commands = _Commands()
+    commands = Commands()
     _add_disk(commands)
     _add_points(commands)
     _add_fork(commands)
@@ -151,11 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     return commands.root
 
 
-def _add_disk(commands: _Commands) -> None:
+def _add_disk(commands: Commands) -> None:
     disk = commands.group("disk", "the disks that are protected")
     add = disk.leaf(
         "add",
-        _lazy("remote", "disk_add"),
+        lazy("remote", "disk_add"),
         "Protect a disk. The URI in the answer is what drive-mirror writes to.",
         "cdp disk add vda --vm web --size 64M",
     )
@@ -163,18 +72,18 @@ def _add_disk(commands: _Commands) -> None:
     add.add_argument("--size", required=True, type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
     add.add_argument("--vm", metavar="VM", type=names.check_name, help="the VM that it belongs to: VM/NAME")
     add.add_argument("--base", metavar="IMAGE", help="the image that its content started from")
-    disk.leaf("list", _lazy("remote", "disk_list"), "List the disks.", "cdp disk list --json")
-    show = disk.leaf("show", _lazy("remote", "disk_show"), "Show one disk.", "cdp disk show web/vda")
+    disk.leaf("list", lazy("remote", "disk_list"), "List the disks.", "cdp disk list --json")
+    show = disk.leaf("show", lazy("remote", "disk_show"), "Show one disk.", "cdp disk show web/vda")
     remove = disk.leaf(
         "remove",
-        _lazy("remote", "disk_remove"),
+        lazy("remote", "disk_remove"),
         "Remove a disk with its whole history.",
         "cdp disk remove web/vda --yes",
     )
     remove.add_argument("--yes", action="store_true", help="do not ask")
     synced = disk.leaf(
         "synced",
-        _lazy("remote", "disk_synced"),
+        lazy("remote", "disk_synced"),
         "Say that the first copy, or a resync, is complete: QEMU's job is READY.",
         "cdp disk synced web/vda --write-blocking",
     )
@@ -186,11 +95,11 @@ def _add_disk(commands: _Commands) -> None:
         command.add_argument("name", metavar="NAME", type=names.check_disk_name)
 
 
-def _add_points(commands: _Commands) -> None:
+def _add_points(commands: Commands) -> None:
     point = commands.group("point", "recovery points and bookmarks")
     listing = point.leaf(
         "list",
-        _lazy("remote", "point_list"),
+        lazy("remote", "point_list"),
         "List points, oldest first.",
         "cdp point list web/vda --since -10m --kind rp --limit 20",
     )
@@ -201,7 +110,7 @@ def _add_points(commands: _Commands) -> None:
     listing.add_argument("--limit", metavar="N", type=_count, help="only the newest N")
     mark = point.leaf(
         "mark",
-        _lazy("remote", "point_mark"),
+        lazy("remote", "point_mark"),
         "Give the newest instant a name.",
         "cdp point mark web/vda --name before-upgrade",
     )
@@ -209,34 +118,34 @@ def _add_points(commands: _Commands) -> None:
     mark.add_argument("--name", required=True, type=names.check_bookmark)
     bp = commands.group("bp", "base points: QCOW2 snapshots that need no server")
     cut = bp.leaf(
-        "cut", _lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"
+        "cut", lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"
     )
-    bp_list = bp.leaf("list", _lazy("remote", "bp_list"), "List the base points.", "cdp bp list web/vda")
+    bp_list = bp.leaf("list", lazy("remote", "bp_list"), "List the base points.", "cdp bp list web/vda")
     for command in (cut, bp_list):
         command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
     uri = commands.leaf(
         "uri",
-        _lazy("remote", "uri"),
+        lazy("remote", "uri"),
         "Print the NBD URI of a point: always of that same instant, however often it is opened.",
         "nbdinfo $(cdp uri web/vda@-90s)",
     )
     uri.add_argument("point", metavar="DISK@WHEN", type=_point)
 
 
-def _add_fork(commands: _Commands) -> None:
+def _add_fork(commands: Commands) -> None:
     fork = commands.group("fork", "writable disks on top of a point")
     add = fork.leaf(
         "add",
-        _lazy("remote", "fork_add"),
+        lazy("remote", "fork_add"),
         "Make a writable disk on top of a point; the point never changes.",
         "cdp fork add web/vda@-5m rescue",
     )
     add.add_argument("point", metavar="DISK@WHEN", type=_point)
     add.add_argument("name", metavar="NAME", type=names.check_disk_name)
-    fork.leaf("list", _lazy("remote", "fork_list"), "List the forks.", "cdp fork list")
+    fork.leaf("list", lazy("remote", "fork_list"), "List the forks.", "cdp fork list")
     remove = fork.leaf(
         "remove",
-        _lazy("remote", "fork_remove"),
+        lazy("remote", "fork_remove"),
         "Remove a fork with all that was written to it.",
         "cdp fork remove rescue",
     )
@@ -244,11 +153,11 @@ def _add_fork(commands: _Commands) -> None:
     remove.add_argument("--yes", action="store_true", help="do not ask")
 
 
-def _add_local(commands: _Commands) -> None:
+def _add_local(commands: Commands) -> None:
     segment = commands.group("segment", "the files of a journal")
     show = segment.leaf(
         "show",
-        _lazy("local", "segment_show"),
+        lazy("local", "segment_show"),
         "Print the records of a segment as text. Needs no server, only the file.",
         "cdp segment show intervals/000001/00000001.log --verify",
     )
@@ -257,13 +166,13 @@ def _add_local(commands: _Commands) -> None:
     index = commands.group("index", "the index of a disk's journal")
     rebuild = index.leaf(
         "rebuild",
-        _lazy("local", "index_rebuild"),
+        lazy("local", "index_rebuild"),
         "Make a disk's index anew from its segments. Needs no server, and disturbs none.",
         "cdp index rebuild web/vda",
     )
     check = commands.leaf(
         "check",
-        _lazy("local", "check"),
+        lazy("local", "check"),
         "Verify everything of a disk: segments, payload, index, base points. Needs no server, and disturbs none.",
         "cdp check web/vda --full",
     )
