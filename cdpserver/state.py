@@ -248,8 +248,9 @@ def _is_ours(state: StateDir) -> bool:
 
 def _claim(state: StateDir) -> None:
     """Make the empty directory ours."""
-    # A fresh file system has lost+found; a crash of ours before `format` leaves a temporary.
-    names = (name for name in os.listdir(state.path) if name != "lost+found")
+    # A fresh file system has lost+found; systemd makes our socket before it starts us; a crash of ours before `format`
+    # leaves a temporary.
+    names = (name for name in os.listdir(state.path) if name not in ("lost+found", state.api_socket.name))
     if any(not name.startswith(durable.TEMPORARY) for name in names):
         raise RefusedError(
             f"{state.path} is not empty and not a state directory of cdpserver",
