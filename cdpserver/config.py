@@ -1,18 +1,27 @@
-"""The service's configuration file (TOML) as a frozen value. Every key has a default; an unknown one is
-refused.
+"""The service's configuration (TOML) as a frozen value.
+
+One table, KEYS, says of every key what it takes, what it is by default, and why. Reading, the nearest key of
+a mistaken one, the ranges, `cdpserver --show-config` and docs/configuration.md all come from it. Whatever is
+not in it is refused: a key with a typing mistake would be a default that nobody meant.
+
+The command line goes before the file, the file before the defaults.
 """
 
+import argparse
 import difflib
-import ipaddress
-import re
+import textwrap
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from cdpserver.config_values import Address, AddressValue, DurationValue, Kind, NumberValue, parse_listen
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import COMMIT_LAG_NS
-from cdpserver.names import DURATION_FORMS, format_duration, parse_duration, show
+from cdpserver.names import show
+
+__all__ = ["KEYS", "Address", "Config", "Key", "Settings", "load_config", "parse_config", "parse_listen"]
 
 SECOND_NS = 1_000_000_000
 
@@ -26,51 +35,184 @@ MIN_LAG_NS = SECOND_NS
 """A group commit is promised once a second, so a limit below would slow every write."""
 
 MAX_LAG_NS = 3_600 * SECOND_NS
+
+MAX_WORKERS = 64
+"""Each is a process with an interpreter of its own, about 60 MiB; more than the cores only costs memory."""
+
+MIN_LINGER_NS = SECOND_NS
+"""A client that reconnects does so after a second at the soonest."""
+
+MAX_LINGER_NS = 3_600 * SECOND_NS
+
 MAX_CONFIG_BYTES = 1 << 20
-
-Address: TypeAlias = tuple[str, int]
-
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What the operator may choose. `listen` is for QEMU's writes, `listen_export` for points; None: Unix
-    sockets only.
-    """
+    """What the operator may choose; KEYS has what each means."""
 
-    bp_every_ns: int = 20 * 60 * SECOND_NS
     listen: Address | None = None
     listen_export: Address | None = None
+    workers: int = 1
+    socket_linger_ns: int = 60 * SECOND_NS
+    bp_every_ns: int = 20 * 60 * SECOND_NS
     durable_lag_limit_ns: int = COMMIT_LAG_NS
 
 
-KEYS = ("listen", "listen_export", "bp_every", "durable_lag_limit")
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: `attribute` of Config holds it; with `option` the command line may set it too.
 
-
-def parse_listen(text: str) -> Address:
-    """`127.0.0.1:10809`, `[::1]:10809` or `localhost:10809` as (address, port).
-
-    No other names: what a name stands for could change under a disk's URI.
+    `section` is the TOML table that it stands in; "" is the top. `absent` says what it means if there is no
+    value.
     """
-    if text.startswith("localhost:"):
-        text = text.replace("localhost", "127.0.0.1", 1)
-    hint = "write ADDRESS:PORT, such as 127.0.0.1:10809, [::1]:10809 or 0.0.0.0:10809"
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise UsageError(f"not an address to listen on: {show(text)}", hint=hint)
-    v6, v4, digits = match.groups()
-    try:
-        host = str(ipaddress.IPv6Address(v6) if v6 else ipaddress.IPv4Address(v4))
-    except ValueError:
-        raise UsageError(f"not an address to listen on: {show(text)}", hint=hint) from None
-    if not 0 < int(digits) < 65536:
-        raise UsageError(f"not a port: {digits}", hint="ports are 1 to 65535; NBD's own is 10809")
-    return host, int(digits)
+
+    name: str
+    attribute: str
+    kind: Kind
+    doc: str
+    option: bool = False
+    section: str = ""
+    absent: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """`SECTION.NAME`, or the name of a key at the top."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line."""
+        return f"--{self.full_name.replace('_', '-').replace('.', '-')}"
+
+    @property
+    def default(self) -> str:
+        """The default as TOML, or what its absence means."""
+        value = getattr(Config(), self.attribute)
+        return self.absent if value is None else self.kind.write(value)
+
+
+KEYS = (
+    Key(
+        "listen",
+        "listen",
+        AddressValue(),
+        "Where QEMU's writes are taken over TCP (NBD). There is no authentication: a loopback or a private network.",
+        option=True,
+        absent="Unix sockets only",
+    ),
+    Key(
+        "listen_export",
+        "listen_export",
+        AddressValue(),
+        "Where points are served over TCP (NBD), read-only. There is no authentication either.",
+        option=True,
+        absent="Unix sockets only",
+    ),
+    Key(
+        "workers",
+        "workers",
+        NumberValue(least=1, most=MAX_WORKERS),
+        "How many processes take writes; each disk is with one of them. More than cores is no use.",
+        option=True,
+    ),
+    Key(
+        "socket_linger",
+        "socket_linger_ns",
+        DurationValue(least=MIN_LINGER_NS, most=MAX_LINGER_NS),
+        "How long the sockets outlive a stop of the service, so that a mirror that reconnects finds them.",
+    ),
+    Key(
+        "bp_every",
+        "bp_every_ns",
+        DurationValue(least=MIN_BP_EVERY_NS, most=MAX_BP_EVERY_NS),
+        "How often a base point of each changed disk is cut.",
+    ),
+    Key(
+        "durable_lag_limit",
+        "durable_lag_limit_ns",
+        DurationValue(least=MIN_LAG_NS, most=MAX_LAG_NS),
+        "How far stable storage may be behind what was acknowledged; past it writes slow down.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The configuration in effect, and by a key's full name what set it; what is not named is a default."""
+
+    config: Config
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def collect(cls, path: Path | None, chosen: argparse.Namespace | None = None) -> "Settings":
+        """The file at `path`, if any, under what the command line (see `add_options`) chose."""
+        values = {} if path is None else _read_file(path)
+        sources = dict.fromkeys(values, str(path))
+        for key in _optional():
+            text = getattr(chosen, key.attribute, None)
+            if text is not None:
+                values[key.full_name] = key.kind.read_option(key.flag, text)
+                sources[key.full_name] = f"the option {key.flag}"
+        return cls(_config(values), sources)
+
+    def to_toml(self) -> str:
+        """A configuration file with every key, commented, that is read as this very configuration."""
+        lines = ["# The configuration in effect; docs/configuration.md has the whole story."]
+        for section, keys in _sections():
+            lines += ["", f"[{section}]"] if section else []
+            for key in keys:
+                lines += ["", *self._describe(key)]
+        return "\n".join(lines) + "\n"
+
+    def _describe(self, key: Key) -> Iterator[str]:
+        source = self.sources.get(key.full_name, "default")
+        text = f"{key.doc} It takes {key.kind.takes}; default: {key.default}."
+        yield from textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
+        # A path may hold anything, also a line break.
+        yield f"# Set by: {source if source.isprintable() else show(source)}."
+        value = getattr(self.config, key.attribute)
+        yield (
+            f"# {key.name} = {key.kind.example}" if value is None else f"{key.name} = {key.kind.write(value)}"
+        )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give the command line an option for each key that has one. Their texts are read by Settings.collect."""
+    for key in _optional():
+        metavar = "HOST:PORT" if isinstance(key.kind, AddressValue) else "N"
+        parser.add_argument(key.flag, dest=key.attribute, metavar=metavar, help=f"{key.doc} {key.kind.takes}")
 
 
 def load_config(path: Path) -> Config:
     """The configuration in file `path`; UsageError names the file, the key and what it takes."""
+    return Settings.collect(path).config
+
+
+def parse_config(text: str) -> Config:
+    """The configuration in the TOML document `text`."""
+    return _config(_read(text))
+
+
+def _optional() -> list[Key]:
+    return [key for key in KEYS if key.option]
+
+
+def _sections() -> list[tuple[str, list[Key]]]:
+    """The keys by section, those at the top first."""
+    names = dict.fromkeys(["", *(key.section for key in KEYS)])
+    return [(name, [key for key in KEYS if key.section == name]) for name in names]
+
+
+def _config(values: Mapping[str, Any]) -> Config:
+    """The values by the keys' full names, and defaults for the rest."""
+    config = Config(**{key.attribute: values[key.full_name] for key in KEYS if key.full_name in values})
+    if config.listen is not None and config.listen == config.listen_export:
+        raise UsageError("listen and listen_export are the same", hint="give them different ports")
+    return config
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -81,66 +223,53 @@ def load_config(path: Path) -> Config:
     if len(data) > MAX_CONFIG_BYTES:
         raise UsageError(f"{path} is too large for a configuration", hint="check --config")
     try:
-        return parse_config(data.decode())
+        return _read(data.decode())
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text", hint="write it in TOML") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", hint=error.hint) from None
 
 
-def parse_config(text: str) -> Config:
-    """The configuration in the TOML document `text`."""
+def _read(text: str) -> dict[str, Any]:
+    """The checked values of a TOML document, by the keys' full names."""
     try:
-        table = tomllib.loads(text)
+        document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not TOML: {show(str(error))}", hint="a line is: key = 'value'") from None
-    for key in table:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KEYS)}"
-            raise UsageError(f"unknown key {show(key)}", hint=hint)
-    config = Config(
-        listen=_address(table, "listen"),
-        listen_export=_address(table, "listen_export"),
-        bp_every_ns=_duration(
-            table, "bp_every", default=Config().bp_every_ns, least=MIN_BP_EVERY_NS, most=MAX_BP_EVERY_NS
-        ),
-        durable_lag_limit_ns=_duration(
-            table, "durable_lag_limit", default=COMMIT_LAG_NS, least=MIN_LAG_NS, most=MAX_LAG_NS
-        ),
-    )
-    if config.listen is not None and config.listen == config.listen_export:
-        raise UsageError("listen and listen_export are the same", hint="give them different ports")
-    return config
+    known = {key.full_name: key for key in KEYS}
+    values = {}
+    for name, value in _flat(document):
+        if name not in known:
+            raise _unknown(name, section=isinstance(value, dict))
+        values[name] = known[name].kind.read(name, value)
+    return values
 
 
-def _text(table: dict[str, Any], key: str, hint: str) -> str:
-    value = table[key]
-    if not isinstance(value, str):
-        raise UsageError(f"{key} is not a text in quotes: {show(str(value))}", hint=hint)
-    return value
+def _flat(document: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Full names and values: those of a known section one by one, an unknown section as a whole."""
+    sections = {key.section for key in KEYS} - {""}
+    for name, value in document.items():
+        if name in sections and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                yield f"{name}.{inner}", inner_value
+        else:
+            yield name, value
 
 
-def _address(table: dict[str, Any], key: str) -> Address | None:
-    if key not in table:
-        return None
-    try:
-        return parse_listen(_text(table, key, f"write {key} = '127.0.0.1:10809'"))
-    except UsageError as error:
-        raise UsageError(f"{key}: {error.message}", hint=error.hint) from None
+def _unknown(name: str, *, section: bool) -> UsageError:
+    """The error for a key or section that nobody reads, with the nearest that somebody does."""
+    sections = [f"[{section}]" for section, _ in _sections() if section]
+    if section or f"[{name}]" in sections:
+        return UsageError(f"unknown section {show(name)}", hint=_nearest(f"[{name}]", sections, "sections"))
+    names = [key.full_name for key in KEYS]
+    bare = name.rpartition(".")[2]
+    if bare != name and bare in names:
+        return UsageError(f"unknown key {show(name)}", hint=f"write {bare} above the first [section]")
+    return UsageError(f"unknown key {show(name)}", hint=_nearest(name, names, "keys"))
 
 
-def _duration(table: dict[str, Any], key: str, *, default: int, least: int, most: int) -> int:
-    if key not in table:
-        return default
-    text = _text(table, key, DURATION_FORMS)
-    try:
-        span_ns = parse_duration(text)
-    except UsageError as error:
-        raise UsageError(f"{key}: {error.message}", hint=error.hint) from None
-    if not least <= span_ns <= most:
-        raise UsageError(
-            f"{key} is out of range: {show(text)}",
-            hint=f"from {format_duration(least)} to {format_duration(most)}",
-        )
-    return span_ns
+def _nearest(name: str, known: Sequence[str], what: str) -> str:
+    if not known:
+        return f"there are no {what}; the known keys are {', '.join(key.full_name for key in KEYS)}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known {what} are {', '.join(known)}"

@@ -1,13 +1,21 @@
 """The configuration file: defaults, values, and one line for each mistake."""
 
+import argparse
+import dataclasses
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdpserver.config import KEYS, Config, load_config, parse_config, parse_listen
+from cdpserver import config as config_module
+from cdpserver.config import KEYS, Config, Key, Settings, add_options, load_config, parse_config, parse_listen
+from cdpserver.config_values import AddressValue, DurationValue, NumberValue
 from cdpserver.errors import NotFoundError, UsageError
+from cdpserver.service import main
+from tests.core import ROOT
 
 SECOND = 1_000_000_000
 
@@ -25,13 +33,17 @@ def test_every_key_is_read() -> None:
         listen_export = "[::1]:10809"
         bp_every = "1h"
         durable_lag_limit = "2s"
+        workers = 4
+        socket_linger = "90s"
     """
-    assert all(key in text for key in KEYS)
+    assert tomllib.loads(text).keys() == {key.full_name for key in KEYS}
     assert parse_config(text) == Config(
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
         bp_every_ns=3600 * SECOND,
         durable_lag_limit_ns=2 * SECOND,
+        workers=4,
+        socket_linger_ns=90 * SECOND,
     )
 
 
@@ -40,7 +52,7 @@ def test_every_key_is_read() -> None:
     [
         ("lisen = '127.0.0.1:1'", "did you mean listen?"),
         ("bp-every = '1h'", "did you mean bp_every?"),
-        ("colour = 'red'", "known are listen"),
+        ("colour = 'red'", "known keys are listen"),
         ('"a\\u0000b" = 1', "unknown key"),
         ("listen = 10809", "listen is not a text"),
         ("listen = ['127.0.0.1:1']", "listen is not a text"),
@@ -50,6 +62,18 @@ def test_every_key_is_read() -> None:
         ("bp_every = '0s'", "bp_every is out of range"),
         ("bp_every = '1000d'", "bp_every is out of range"),
         ("durable_lag_limit = '10ms'", "durable_lag_limit is out of range"),
+        ("socket_linger = '500ms'", "socket_linger is out of range"),
+        ("socket_linger = '61m'", "it takes a duration from 1s to 1h"),
+        ("workers = 0", "workers is out of range"),
+        ("workers = 65", "it takes a whole number from 1 to 64"),
+        ("workers = -1", "workers is out of range"),
+        ("workers = 1.5", "workers is not a whole number"),
+        ("workers = true", "workers is not a whole number"),
+        ("workers = '2'", "workers is not a whole number"),
+        ("workers = 0x" + "f" * 9000, "out of range: a huge number"),
+        ("wrokers = 2", "did you mean workers?"),
+        ("[workers]", "workers is not a whole number"),
+        ("[rolls]\nviewer = 'x'", "unknown section 'rolls'"),
         ("listen = 'here'", "listen: not an address"),
         ("listen = '[::1]:1'\nlisten_export = '[::1]:1'", "the same"),
         ("listen = ", "not TOML"),
@@ -136,3 +160,155 @@ def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
             load_config(path)
     with pytest.raises(UsageError, match="cannot read"):
         load_config(tmp_path)
+
+
+# --- sections, shown on a key of the test's own
+
+
+@pytest.fixture
+def limits_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`workers` moves to a section; the other keys stay at the top."""
+    moved = [dataclasses.replace(key, section="limits") if key.name == "workers" else key for key in KEYS]
+    monkeypatch.setattr(config_module, "KEYS", tuple(moved))
+
+
+@pytest.mark.usefixtures("limits_section")
+def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("bp_every = '1h'\n[limits]\nworkers = 7\n")
+    settings = Settings.collect(path)
+    assert settings.config == Config(bp_every_ns=3600 * SECOND, workers=7)
+    assert settings.sources == {"bp_every": str(path), "limits.workers": str(path)}
+    assert tomllib.loads(settings.to_toml())["limits"] == {"workers": 7}
+    assert parse_config(settings.to_toml()) == settings.config
+
+
+@pytest.mark.usefixtures("limits_section")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
+        ("[colours]\nred = 1", "unknown section 'colours' (known sections are [limits])"),
+        ("limits = 1", "unknown section 'limits'"),
+        ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),
+        ("[limits]\nbp_every = '1h'", "write bp_every above the first [section]"),
+        ("workers = 1", "did you mean limits.workers?"),
+        ("[limits]\nworkers = 99", "limits.workers is out of range"),
+    ],
+)
+def test_a_mistake_in_a_section(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_config(text)
+    assert message in str(caught.value)
+
+
+# --- the command line, --show-config, the document
+
+
+def chosen(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("listen = '127.0.0.1:1'\nlisten_export = '127.0.0.1:2'\nworkers = 2\n")
+    settings = Settings.collect(path, chosen("--listen", "[::1]:3", "--workers", "5"))
+    assert settings.config == Config(listen=("::1", 3), listen_export=("127.0.0.1", 2), workers=5)
+    assert settings.sources == {
+        "listen": "the option --listen",
+        "listen_export": str(path),
+        "workers": "the option --workers",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers is out of range"),
+        (["--workers=-3"], "--workers is out of range"),
+        (["--workers", "two"], "--workers is not a whole number: 'two'"),
+        (["--workers", "9" * 5000], "--workers is not a whole number"),
+        (["--workers", "٣"], "--workers is not a whole number"),
+        (["--listen", "here"], "--listen: not an address"),
+        (["--listen-export", "1.2.3.4:0"], "--listen-export: not a port"),
+        (["--listen", "1.2.3.4:5", "--listen-export", "1.2.3.4:5"], "the same"),
+    ],
+)
+def test_a_mistake_on_the_command_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings.collect(None, chosen(*arguments))
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable() and caught.value.hint
+
+
+ADDRESSES = st.none() | st.tuples(
+    st.ip_addresses().map(str).filter(lambda text: "%" not in text), st.integers(1, 65535)
+)
+
+
+def values_of(key: Key) -> st.SearchStrategy[object]:
+    match key.kind:
+        case AddressValue():
+            return ADDRESSES
+        case DurationValue(least=least, most=most) | NumberValue(least=least, most=most):
+            return st.integers(least, most)
+    raise AssertionError(f"say here what {key.full_name} can be")
+
+
+CONFIGS = st.builds(Config, **{key.attribute: values_of(key) for key in KEYS}).filter(
+    lambda config: config.listen is None or config.listen != config.listen_export
+)
+
+
+@given(CONFIGS, st.text(st.characters(categories=None)))
+def test_what_is_shown_is_read_as_the_same(config: Config, source: str) -> None:
+    text = Settings(config, {"workers": source}).to_toml()
+    assert parse_config(text) == config
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_show_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key with its story and what set it; nothing is made on disk."""
+    path = tmp_path / "c.toml"
+    path.write_text("bp_every = '5m'\n")
+    state = tmp_path / "state"
+    main.main(["--config", str(path), "--workers", "2", "--state-dir", str(state), "--show-config"])
+    shown = capsys.readouterr().out
+    assert parse_config(shown) == Config(bp_every_ns=300 * SECOND, workers=2)
+    assert f'# Set by: {path}.\nbp_every = "5m"\n' in shown
+    assert "# Set by: the option --workers.\nworkers = 2\n" in shown
+    assert '# Set by: default.\nsocket_linger = "1m"\n' in shown
+    flowing = shown.replace("\n# ", " ")
+    assert all(key.doc in flowing and key.kind.takes in flowing for key in KEYS)
+    assert not state.exists()
+
+
+def test_show_config_says_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("worker = 2\n")
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--config", str(path), "--show-config"])
+    assert caught.value.code == 2
+    assert "did you mean workers?" in capsys.readouterr().err
+
+
+def test_every_attribute_has_one_key() -> None:
+    assert sorted(key.attribute for key in KEYS) == sorted(field.name for field in dataclasses.fields(Config))
+    assert len({key.full_name for key in KEYS}) == len(KEYS)
+
+
+def test_the_document_has_every_key() -> None:
+    """docs/configuration.md, row by row."""
+    document = (ROOT / "docs" / "configuration.md").read_text()
+    rows = [
+        [cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")]
+        for line in re.findall(r"^\| `.*", document, re.MULTILINE)
+    ]
+    assert rows == [
+        [key.full_name, key.flag if key.option else "", key.kind.takes, key.default, key.doc] for key in KEYS
+    ]
+    example = re.search(r"```toml\n(.*?)```", document, re.DOTALL)
+    assert example is not None
+    parse_config(example[1])

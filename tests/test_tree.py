@@ -18,6 +18,7 @@ STAGES = (
     ("cdpserver.errors", "cdpserver.limits", "cdpserver.names", "cdpserver.durable", "cdpserver.messages"),
     (
         "cdpserver.config",
+        "cdpserver.config_values",
         "cdpserver.clock",
         "cdpserver.state",
         "cdpserver.catalog",

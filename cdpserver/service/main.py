@@ -11,7 +11,6 @@ Lifetimes are nested as drawn. Children hold nothing that must survive, so killi
 """
 
 import argparse
-import dataclasses
 import os
 import resource
 import signal
@@ -27,8 +26,8 @@ import cdpserver
 from cdpserver import durable, events
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock, fix_clock, wall_difference_ns
-from cdpserver.config import Config, load_config, parse_listen
-from cdpserver.errors import CdpError, UsageError
+from cdpserver.config import Settings, add_options
+from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
 from cdpserver.service import api, processes, tails
@@ -57,23 +56,13 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--state-dir", help="where everything is kept; default: $CDP_STATE_DIR, then a usual place"
     )
-    parser.add_argument("--listen", metavar="HOST:PORT", help="also take writes over TCP")
-    parser.add_argument("--listen-export", metavar="HOST:PORT", help="also serve points over TCP")
-    parser.add_argument("--config", type=Path, metavar="FILE.toml")
+    add_options(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="see docs/configuration.md")
+    parser.add_argument(
+        "--show-config", action="store_true", help="print the configuration in effect as TOML, and stop"
+    )
     parser.add_argument("--version", action="version", version=f"cdpserver {cdpserver.__version__}")
     return parser.parse_args(arguments)
-
-
-def configuration(chosen: argparse.Namespace) -> Config:
-    """The configuration file, overridden by the command line."""
-    config = load_config(chosen.config) if chosen.config is not None else Config()
-    if chosen.listen is not None:
-        config = dataclasses.replace(config, listen=parse_listen(chosen.listen))
-    if chosen.listen_export is not None:
-        config = dataclasses.replace(config, listen_export=parse_listen(chosen.listen_export))
-    if config.listen is not None and config.listen == config.listen_export:
-        raise UsageError("--listen and --listen-export are the same", hint="give them different ports")
-    return config
 
 
 # --- before anything listens
@@ -205,7 +194,7 @@ async def shut_target(core: Core) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """The whole life of the service. Raises CdpError for what stands in its way at the start."""
-    config = configuration(chosen)
+    config = Settings.collect(chosen.config, chosen).config
     # Segments, indexes and connections of many disks; the children inherit it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -227,7 +216,11 @@ def run(chosen: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes are those of cdpserver.errors."""
     try:
-        run(options(arguments))
+        chosen = options(arguments)
+        if chosen.show_config:
+            sys.stdout.write(Settings.collect(chosen.config, chosen).to_toml())
+        else:
+            run(chosen)
     except CdpError as error:
         sys.stderr.write(f"cdpserver: {error}\n")
         sys.exit(error.exit_code)

@@ -1,0 +1,152 @@
+"""What a configuration key can hold: an address, a duration, a number. Each kind is read from TOML and from
+the command line, written as TOML, and says in words what it takes.
+
+The only error is UsageError. It names the key and what would be right.
+"""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from cdpserver.errors import UsageError
+from cdpserver.names import DURATION_FORMS, format_duration, parse_duration, show
+
+Address: TypeAlias = tuple[str, int]
+
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})")
+
+
+class Kind(Protocol):
+    """One kind of value. `takes` is what the operator may write; `example` is such a value in TOML."""
+
+    @property
+    def takes(self) -> str: ...
+
+    @property
+    def example(self) -> str: ...
+
+    def read(self, key: str, value: object) -> Any:
+        """The value that TOML holds for `key`."""
+
+    def read_option(self, key: str, text: str) -> Any:
+        """The value of a command line option; `key` is how the operator knows it."""
+
+    def write(self, value: Any) -> str:
+        """`value` as TOML that `read` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddressValue:
+    """An address and a port to listen on."""
+
+    takes: ClassVar[str] = "an address and a port"
+    example: ClassVar[str] = '"127.0.0.1:10809"'
+
+    def read(self, key: str, value: object) -> Address:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> Address:
+        try:
+            return parse_listen(text)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error.message}", hint=error.hint) from None
+
+    def write(self, value: Address) -> str:
+        host, port = value
+        return f'"[{host}]:{port}"' if ":" in host else f'"{host}:{port}"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DurationValue:
+    """A duration in nanoseconds, from `least` to `most`."""
+
+    least: int
+    most: int
+    example: ClassVar[str] = '"20m"'
+
+    @property
+    def takes(self) -> str:
+        return f"a duration from {format_duration(self.least)} to {format_duration(self.most)}"
+
+    def read(self, key: str, value: object) -> int:
+        return self.read_option(key, _text(key, value, DURATION_FORMS))
+
+    def read_option(self, key: str, text: str) -> int:
+        try:
+            span_ns = parse_duration(text)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error.message}", hint=error.hint) from None
+        if not self.least <= span_ns <= self.most:
+            raise UsageError(f"{key} is out of range: {show(text)}", hint=f"it takes {self.takes}")
+        return span_ns
+
+    def write(self, value: int) -> str:
+        return f'"{format_duration(value)}"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberValue:
+    """A whole number from `least` to `most`."""
+
+    least: int
+    most: int
+
+    @property
+    def takes(self) -> str:
+        return f"a whole number from {self.least} to {self.most}"
+
+    @property
+    def example(self) -> str:
+        return str(self.least)
+
+    def read(self, key: str, value: object) -> int:
+        if type(value) is not int:  # bool is an int to isinstance
+            raise UsageError(
+                f"{key} is not a whole number: {_shown(value)}", hint=f"write {key} = {self.example}"
+            )
+        if not self.least <= value <= self.most:
+            raise UsageError(f"{key} is out of range: {_shown(value)}", hint=f"it takes {self.takes}")
+        return value
+
+    def read_option(self, key: str, text: str) -> int:
+        if not re.fullmatch("-?[0-9]{1,18}", text):
+            raise UsageError(f"{key} is not a whole number: {show(text)}", hint=f"it takes {self.takes}")
+        return self.read(key, int(text))
+
+    def write(self, value: int) -> str:
+        return str(value)
+
+
+def parse_listen(text: str) -> Address:
+    """`127.0.0.1:10809`, `[::1]:10809` or `localhost:10809` as (address, port).
+
+    No other names: what a name stands for could change under a disk's URI.
+    """
+    if text.startswith("localhost:"):
+        text = text.replace("localhost", "127.0.0.1", 1)
+    hint = "write ADDRESS:PORT, such as 127.0.0.1:10809, [::1]:10809 or 0.0.0.0:10809"
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise UsageError(f"not an address to listen on: {show(text)}", hint=hint)
+    v6, v4, digits = match.groups()
+    try:
+        host = str(ipaddress.IPv6Address(v6) if v6 else ipaddress.IPv4Address(v4))
+    except ValueError:
+        raise UsageError(f"not an address to listen on: {show(text)}", hint=hint) from None
+    if not 0 < int(digits) < 65536:
+        raise UsageError(f"not a port: {digits}", hint="ports are 1 to 65535; NBD's own is 10809")
+    return host, int(digits)
+
+
+def _text(key: str, value: object, hint: str) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{key} is not a text in quotes: {_shown(value)}", hint=hint)
+    return value
+
+
+def _shown(value: object) -> str:
+    try:
+        return show(str(value))
+    except ValueError:  # more digits than Python turns into text
+        return "a huge number"
