@@ -25,6 +25,9 @@ from cdpserver.limits import INDEX_MAP_BYTES, INDEX_READERS
 CLOSED_NAME = "index.mdb"
 POINT = struct.Struct("<QQQQQBB")
 SEQ = struct.Struct("<Q")
+NAMED = (b"mark/", b"cut/")
+"""How the keys begin under which control records are also filed; no seq is as great as these are as numbers."""
+
 OPEN_ENVIRONMENTS = 512
 """Index environments kept open per process; each costs two or three file descriptors and address space."""
 
@@ -68,7 +71,8 @@ def open_name(boot_id: str) -> str:
 class IndexFile:
     """An open environment. Use `open_index`."""
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
+    def __init__(self, path: Path, *, writable: bool, lock: bool = True) -> None:
+        """Without `lock` no reader is noted beside the file: only for one that nobody writes any more."""
         self.path = path
         self.env = lmdb.open(
             str(path),
@@ -77,6 +81,7 @@ class IndexFile:
             max_dbs=4,
             max_readers=INDEX_READERS,
             readonly=not writable,
+            lock=lock,
             sync=False,
             create=writable,
             mode=0o600,
@@ -177,7 +182,8 @@ class Snapshot:
         """(seq, time, message) of every control record, ascending."""
         cursor = self.txn.cursor(db=self.file.control)
         for key, value in cursor:
-            if len(key) == SEQ.size:
+            # `mark/now` has eight bytes too.
+            if len(key) == SEQ.size and not key.startswith(NAMED):
                 yield int.from_bytes(key, "big"), SEQ.unpack_from(value)[0], msgpack.unpackb(value[8:])
 
     def named(self, key: str) -> tuple[int, int, dict[str, Any]] | None:
