@@ -181,6 +181,13 @@ def _add_local(commands: Commands) -> None:
     )
     for command in (rebuild, check):
         command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    completion = commands.leaf(
+        "completion",
+        lazy("complete", "print_script"),
+        "Print what a shell reads to complete commands, disks and bookmarks of cdp and cdpserver.",
+        "source <(cdp completion bash)",
+    )
+    completion.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh, fish")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -193,7 +200,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(given)
     if not options.version and "run" not in options:
-        parser.error("name a command: disk, point, bp, uri, fork, segment, index or check")
+        parser.error("name a command: disk, point, bp, uri, fork, segment, index, check or completion")
     return options
 
 
@@ -209,6 +216,8 @@ def _run(arguments: Sequence[str]) -> int:
 
 def main() -> int:
     """Entry point of `cdp`; the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        return _complete()
     _open_missing_streams()
     # What a terminal or a file cannot encode is escaped rather than an error.
     for stream in (sys.stdout, sys.stderr):
@@ -234,6 +243,19 @@ def main() -> int:
         if os.environ.get("CDP_DEBUG"):
             raise
         return _fail(f"internal error: {error!r} (CDP_DEBUG=1 shows where; please report it)", INTERNAL)
+
+
+def _complete() -> int:
+    """Answer a shell that completes a line; it gets an exit code, and never a word on the terminal."""
+    from recovery.complete import complete
+
+    try:
+        complete(build_parser())
+    except Exception:
+        if os.environ.get("_ARC_DEBUG"):
+            raise
+        return INTERNAL
+    return INTERNAL
 
 
 def _open_missing_streams() -> None:

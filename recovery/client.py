@@ -2,7 +2,7 @@
 
 Standard library only: every `cdp` pays for what is imported here before it does anything.
 An error of the service comes back as the error that it was there: its class, its message, its hint, its exit code.
-No time limit: cutting a base point takes minutes, and the operator can always interrupt.
+No time limit for commands: cutting a base point takes minutes, and the operator can always interrupt.
 """
 
 import http.client
@@ -32,20 +32,24 @@ _ERRORS = {
 class _Connection(http.client.HTTPConnection):
     """HTTP to a Unix socket."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout_s: float | None) -> None:
         super().__init__("localhost")
         self._path = path
+        self._timeout_s = timeout_s
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self._timeout_s)
         self.sock.connect(self._path)
 
 
 class Client:
     """Asks the service of one state directory. A connection per call; nothing is kept open."""
 
-    def __init__(self, state: StateDir) -> None:
+    def __init__(self, state: StateDir, *, timeout_s: float | None = None) -> None:
+        """`timeout_s` is for the shell's completion, which rather has nothing than waits."""
         self._state = state
+        self._timeout_s = timeout_s
 
     # -- disks ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +145,7 @@ class Client:
         target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
         sent = None if body is None else json.dumps(body).encode()
         headers = {} if sent is None else {"Content-Type": "application/json"}
-        connection = _Connection(os.fspath(self._state.api_socket))
+        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
             connection.request(method, target, body=sent, headers=headers)
             reply = connection.getresponse()

@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 import trio
 from fastapi import FastAPI
@@ -26,7 +25,7 @@ import cdpserver
 from cdpserver import durable, events
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock, fix_clock, wall_difference_ns
-from cdpserver.config import Settings, add_options
+from cdpserver.config import Settings
 from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
@@ -37,6 +36,7 @@ from cdpserver.service.control import TargetControl
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
+from cdpserver.service.options import options
 from cdpserver.state import StateDir, default_state_dir
 
 SHUT_S = 20.0
@@ -48,21 +48,6 @@ PING_S = 2.0
 WALL_LOOK_S = 1.0
 WALL_JUMP_NS = 250_000_000
 """A clock that is slewed drifts by 0.5 ms a second at most; more than this was set by somebody."""
-
-
-def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="cdpserver", description=cdpserver.__doc__)
-    parser.add_argument(
-        "--state-dir", help="where everything is kept; default: $CDP_STATE_DIR, then a usual place"
-    )
-    add_options(parser)
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="see docs/configuration.md")
-    parser.add_argument(
-        "--show-config", action="store_true", help="print the configuration in effect as TOML, and stop"
-    )
-    parser.add_argument("--version", action="version", version=f"cdpserver {cdpserver.__version__}")
-    return parser.parse_args(arguments)
 
 
 # --- before anything listens

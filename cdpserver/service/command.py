@@ -1,0 +1,31 @@
+"""Entry point of `cdpserver`: help, the version, a typing error and the shell's completion don't wait for the server's
+libraries, which are loaded after them.
+"""
+
+import os
+import sys
+
+from cdpserver.service.options import build_parser, options
+
+
+def main() -> None:
+    """The program `cdpserver`."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    options(None)  # help, the version and what is wrong end here
+    from cdpserver.service.main import main as serve
+
+    serve()
+
+
+def _complete() -> None:
+    """Answer a shell that completes a line, and end."""
+    import argcomplete
+    from argcomplete.completers import DirectoriesCompleter, FilesCompleter, SuppressCompleter
+
+    parser = build_parser()
+    completers = {"state_dir": DirectoriesCompleter(), "config": FilesCompleter(["toml"])}
+    for action in parser._actions:
+        action.completer = completers.get(action.dest, SuppressCompleter())  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
+    sys.exit(1)
