@@ -170,6 +170,15 @@ def _add_local(commands: Commands) -> None:
         "Make a disk's index anew from its segments. Needs no server, and disturbs none.",
         "cdp index rebuild web/vda",
     )
+    index_show = index.leaf(
+        "show",
+        lazy("stored", "index_show"),
+        "Print the index of an interval as text. Needs no server, only the file.",
+        "cdp index show intervals/000001/index.mdb",
+    )
+    index_show.add_argument("path", metavar="PATH", help="an index: index.mdb or open-BOOT.mdb")
+    index_show.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    _add_stored(commands)
     check = commands.leaf(
         "check",
         lazy("local", "check"),
@@ -190,6 +199,33 @@ def _add_local(commands: Commands) -> None:
     completion.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh, fish")
 
 
+def _add_stored(commands: Commands) -> None:
+    timeline = commands.group("timeline", "the directory of a disk's history")
+    show = timeline.leaf(
+        "show",
+        lazy("stored", "timeline_show"),
+        "Print a timeline as text: base, first copy, intervals, segments, control records. Needs no server.",
+        "cdp timeline show web/vda",
+    )
+    show.add_argument(
+        "timeline", metavar="DISK", help="a disk, or the path of a timeline's directory: /... or ./..."
+    )
+    catalog = commands.group("catalog", "which timeline a disk's name means")
+    catalog.leaf(
+        "show",
+        lazy("stored", "catalog_show"),
+        "Print every entry of the catalog, and where its plain copy differs. Needs no server.",
+        "cdp catalog show",
+    )
+    clock = commands.group("clock", "the server's clock")
+    clock.leaf(
+        "show",
+        lazy("stored", "clock_show"),
+        "Print what the clock was fixed to. Needs no server.",
+        "cdp clock show",
+    )
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line; UsageError."""
     given = list(arguments)
@@ -200,7 +236,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(given)
     if not options.version and "run" not in options:
-        parser.error("name a command: disk, point, bp, uri, fork, segment, index, check or completion")
+        parser.error("name a command: cdp --help lists them")
     return options
 
 

@@ -21,7 +21,10 @@ _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
 def printable(text: object) -> str:
     """`text` with everything escaped that a terminal may take for more than a character."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def say(line: str) -> None:

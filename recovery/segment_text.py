@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cdpserver.errors import CorruptError, NotFoundError, UsageError
 from cdpserver.journal import control
-from cdpserver.journal.record import RECORD_SIZE, Kind, Record, decode, payload_digest
+from cdpserver.journal.record import DTYPE, RECORD_SIZE, Kind, Record, decode, payload_digest
 from cdpserver.journal.segment import CLOSED, FIXED, OPEN, PAGE, ROLLED, SEALED, Header, decode_page
 from cdpserver.limits import MAX_CONTROL_BYTES
 from cdpserver.names import format_time
@@ -121,6 +123,18 @@ class SegmentText:
         return max(0, os.fstat(self._log).st_size - PAGE) // RECORD_SIZE
 
     @property
+    def state(self) -> int:
+        """OPEN, CLOSED, SEALED or ROLLED; anything else is damage."""
+        state: int = self._state
+        return state
+
+    @property
+    def count(self) -> int:
+        """Records published, as far as the file holds them."""
+        tail: int = self._tail
+        return min(tail, self.held)
+
+    @property
     def damage(self) -> str:
         """What is wrong with the segment as a whole."""
         if self._state not in STATES:
@@ -148,13 +162,26 @@ class SegmentText:
             raise NotFoundError(
                 f"there is no data file {self.data_path}", hint="put it beside the log, or leave out --verify"
             )
-        count = min(self._tail, self.held)
+        for first, raw in self._raw():
+            for number in range(len(raw) // RECORD_SIZE):
+                yield self._numbered(raw, first, number, verify=verify)
+
+    def controls(self) -> Iterator[Shown]:
+        """The published control records; the others are looked at for their kind alone."""
+        for first, raw in self._raw():
+            for number in np.flatnonzero(np.frombuffer(raw, DTYPE)["kind"] == Kind.CONTROL).tolist():
+                yield self._numbered(raw, first, number, verify=False)
+
+    def _raw(self) -> Iterator[tuple[int, bytes]]:
+        """(number of its first record, bytes) of a part of the published records at a time."""
+        count = self.count
         for first in range(0, count, READ_RECORDS):
-            end = min(first + READ_RECORDS, count)
-            raw = os.pread(self._log, (end - first) * RECORD_SIZE, PAGE + first * RECORD_SIZE)
-            for number in range(end - first):
-                part = raw[number * RECORD_SIZE : (number + 1) * RECORD_SIZE]
-                yield self._shown(part, self.header.first_seq + first + number, verify=verify)
+            length = (min(first + READ_RECORDS, count) - first) * RECORD_SIZE
+            yield first, os.pread(self._log, length, PAGE + first * RECORD_SIZE)
+
+    def _numbered(self, raw: bytes, first: int, number: int, *, verify: bool) -> Shown:
+        part = raw[number * RECORD_SIZE : (number + 1) * RECORD_SIZE]
+        return self._shown(part, self.header.first_seq + first + number, verify=verify)
 
     def _shown(self, raw: bytes, seq: int, *, verify: bool) -> Shown:
         try:

@@ -579,7 +579,8 @@ def test_help_has_an_example_of_every_command() -> None:
     assert [" ".join(words) for words in commands] == [
         *("disk add", "disk list", "disk show", "disk remove", "disk synced"),
         *("point list", "point mark", "bp cut", "bp list", "uri", "fork add", "fork list", "fork remove"),
-        *("segment show", "index rebuild", "check", "completion"),
+        *("segment show", "index rebuild", "index show", "timeline show", "catalog show", "clock show"),
+        *("check", "completion"),
     ]
     for words in commands:
         done = cdp(*words, "--help")

@@ -23,6 +23,7 @@ from cdpserver.journal import control
 from cdpserver.limits import INDEX_MAP_BYTES, INDEX_READERS
 
 CLOSED_NAME = "index.mdb"
+OPEN_PREFIX = "open-"
 POINT = struct.Struct("<QQQQQBB")
 SEQ = struct.Struct("<Q")
 NAMED = (b"mark/", b"cut/")
@@ -65,7 +66,7 @@ class PointRow:
 
 def open_name(boot_id: str) -> str:
     """File name of an open interval's index."""
-    return f"open-{boot_id[:8]}.mdb"
+    return f"{OPEN_PREFIX}{boot_id[:8]}.mdb"
 
 
 class IndexFile:
