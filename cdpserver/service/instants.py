@@ -8,8 +8,20 @@ from cdpserver import names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.names import At
-from cdpserver.points import KINDS
+from cdpserver.points import KINDS, Point
 from cdpserver.service.core import Core
+
+SECOND_NS = 1_000_000_000
+
+
+def _check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"not a kind of point: {names.show(kind)}", hint=f"kinds are {', '.join(KINDS)}")
+
+
+def _key(point: Point) -> tuple[int, int]:
+    """What points are ordered by."""
+    return point.seq, KINDS.index(point.kind)
 
 
 class Instants:
@@ -23,12 +35,53 @@ class Instants:
         self, name: str, *, since: str | None, until: str | None, kind: str | None, limit: int | None
     ) -> list[dict[str, Any]]:
         """Points of a disk in [since, until], oldest first; with `limit` the newest of them."""
-        if kind is not None and kind not in KINDS:
-            raise UsageError(f"not a kind of point: {names.show(kind)}", hint=f"kinds are {', '.join(KINDS)}")
+        _check_kind(kind)
         if limit is not None and limit < 0:
             raise UsageError(f"not a number of points: {limit}", hint="ask for 1 or more")
         entry = self._core.entry(name)
         return await self._core.thread(self._points, entry, since, until, kind, limit)
+
+    async def points_after(
+        self,
+        name: str,
+        after: tuple[int, int, int] | None,
+        *,
+        since: str | None,
+        until: str | None,
+        kind: str | None,
+        count: int,
+    ) -> list[dict[str, Any]]:
+        """The first `count` points of a disk in [since, until] that follow (time_ns, seq, number of the kind)."""
+        _check_kind(kind)
+        return await self._core.thread(
+            self._points_after, self._core.entry(name), after, since, until, kind, count
+        )
+
+    def _points_after(
+        self,
+        entry: Entry,
+        after: tuple[int, int, int] | None,
+        since: str | None,
+        until: str | None,
+        kind: str | None,
+        count: int,
+    ) -> list[dict[str, Any]]:
+        now_ns = self._core.clock.now_ns()
+        end_ns = self._time(entry, until, now_ns) if until is not None else now_ns
+        start_ns = max(self._time(entry, since, now_ns) if since is not None else 0, after[0] if after else 0)
+        found: list[Point] = []
+        # A second has one recovery point: a window of as many seconds as points are wanted is never far too large.
+        width_ns = count * SECOND_NS
+        with self._core.points(entry) as points:
+            if points.journal.empty:
+                return []
+            start_ns = max(start_ns, points.journal.first().time_ns)
+            while len(found) < count and start_ns <= end_ns:
+                stop_ns = min(start_ns + width_ns, end_ns)
+                window = points.points(now_ns=now_ns, since_ns=start_ns, until_ns=stop_ns, kind=kind)
+                found += [point for point in window if after is None or _key(point) > after[1:]]
+                start_ns, width_ns = stop_ns + 1, 2 * width_ns
+        return [point.as_dict() for point in found[:count]]
 
     def _points(
         self, entry: Entry, since: str | None, until: str | None, kind: str | None, limit: int | None

@@ -114,7 +114,7 @@ async def serve(core: Core, children: Children) -> None:
                     nursery.start_soon(watch_wall_clock, core)
                     nursery.start_soon(tails.watch, core, children.target)
                     async with trio.open_nursery() as requests:
-                        await requests.start(_serve_api, app, listener, stopping)
+                        await requests.start(_serve_api, core, app, listener, stopping)
                         core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
@@ -126,12 +126,13 @@ async def serve(core: Core, children: Children) -> None:
 
 
 async def _serve_api(
+    core: Core,
     app: FastAPI,
     listener: socket.socket,
     stopping: trio.Event,
-    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await api.serve(app, listener, until=stopping, task_status=task_status)
+    await api.serve(app, listener, core.log, until=stopping, task_status=task_status)
 
 
 async def stop_at_signal(

@@ -1,0 +1,89 @@
+"""The control API: HTTP with JSON on `STATE_DIR/api.sock`. `cdp` is its client; `/v1/openapi.json` describes it.
+
+Names are stable: a disk is its name, a job `jobs/N`. A list comes whole, or in pages when `page_size` or `page_token` is given.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+import cdpserver
+from cdpserver.service.api import disks as disk_routes
+from cdpserver.service.api import models
+from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
+from cdpserver.service.api.server import serve
+from cdpserver.service.basepoints import BasePoints
+from cdpserver.service.children import Children
+from cdpserver.service.core import Core
+from cdpserver.service.disks import Disks
+from cdpserver.service.instants import Instants
+
+__all__ = ["build", "serve"]
+
+DESCRIPTION = __doc__ or ""
+
+
+def _operation_id(route: APIRoute) -> str:
+    """The name of the function: programs made from the description call their methods so, hence it never changes."""
+    return route.name
+
+
+def build(
+    core: Core, children: Children, disks: Disks, instants: Instants, base_points: BasePoints
+) -> FastAPI:
+    """The application. Routes with a verb come first: a name may hold a slash, so its pattern takes everything."""
+    app = FastAPI(
+        title="cdpserver",
+        version=cdpserver.__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        generate_unique_id_function=_operation_id,
+        responses=ERRORS,
+    )
+    answers = Answers(core)
+    add_error_handlers(app)
+    app.add_middleware(Rim, log=core.log)
+    app.include_router(disk_routes.verbs(answers, disks, instants, base_points))
+    app.include_router(disk_routes.disks(answers, disks))
+    app.include_router(disk_routes.forks(answers, disks))
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]
+
+    @app.get("/v1/status", tags=["service"], response_model=models.Status)
+    async def status() -> Response:
+        """The service and its processes."""
+        return await answers.one(
+            {
+                "version": cdpserver.__version__,
+                "state_dir": str(core.state.path),
+                "time_ns": core.clock.now_ns(),
+                "children": children.status(),
+                "disks": len(await core.thread(core.catalog.names)),
+            }
+        )
+
+    @app.get("/v1/uri", tags=["points"], response_model=models.PointUri)
+    async def point_uri(point: str) -> Response:
+        """Where DISK@WHEN is read: an absolute NBD URI, durable on return."""
+        return await answers.one(await instants.uri(point))
+
+    return app
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description of the routes, without the error object of its own that it believes to answer with."""
+    if app.openapi_schema is None:
+        made = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        for operations in made["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(unused, None)
+        app.openapi_schema = made
+    return app.openapi_schema

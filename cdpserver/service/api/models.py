@@ -1,0 +1,160 @@
+"""What requests hold and answers look like: the source of the OpenAPI description.
+
+Requests are strict. Answers may gain fields: a client passes over what it does not know.
+"""
+
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Item = TypeVar("Item")
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Natural: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""A number that an operator gives and that records have room for."""
+
+Text: TypeAlias = Annotated[str, Field(max_length=4096)]
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Answer(BaseModel):
+    """The body of an answer."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Error(Answer):
+    """What is wrong, and what to do next."""
+
+    error: str = Field(description="The class of the error.", examples=["not-found"])
+    message: str
+    hint: str = Field(description="The next step; may be empty.")
+    exit_code: int = Field(description="The exit code of `cdp`.")
+
+
+class Page(Answer, Generic[Item]):
+    """One page of a list. Without `next_page_token` it is the last one."""
+
+    items: list[Item]
+    next_page_token: str | None
+
+
+# --- requests
+
+
+class AddDisk(Body):
+    """POST /v1/disks"""
+
+    name: Text
+    size: Text | Natural = Field(description="Bytes, or a text such as 64M.")
+    vm: Text | None = None
+    base: Text | None = Field(None, description="The absolute path of an image on the server.")
+
+
+class Synced(Body):
+    """POST /v1/disks/NAME:synced"""
+
+    session: Natural | None = None
+    write_blocking: bool = False
+
+
+class Mark(Body):
+    """POST /v1/disks/NAME:mark"""
+
+    name: Text
+
+
+class AddFork(Body):
+    """POST /v1/forks"""
+
+    point: Text
+    name: Text
+
+
+# --- answers
+
+
+class Child(Answer):
+    """One process of the service."""
+
+    pid: int | None
+    starts: Count
+
+
+class Status(Answer):
+    """The service."""
+
+    version: str
+    state_dir: str
+    time_ns: Count
+    children: dict[str, Child]
+    disks: Count
+
+
+class Disk(Answer):
+    """A disk or a fork."""
+
+    name: str
+    vm: str | None
+    size: Count | None
+    state: str
+    uri: str
+    uri_unix: str | None = None
+    id: str
+    created: str
+    created_ns: Count
+    session: Count
+    synced: bool
+    write_blocking: bool
+    grade: str
+    lag_ns: int
+    durable_seq: Count
+    last_seq: Count
+    journal_bytes: Count
+    points: Count
+    clients: Count
+    broken: str
+    base: str | None = Field(None, description="What a fork stands on: DISK@seq:N.")
+
+
+class Removed(Answer):
+    """A disk or fork that is gone."""
+
+    removed: str
+
+
+class Point(Answer):
+    """A recovery point, base point or bookmark."""
+
+    kind: str
+    time: str
+    time_ns: Count
+    seq: Count
+    records: Count
+    bytes: Count
+    grade: str
+    evidence: Any
+    name: str | None
+    locked: bool
+
+
+class PointUri(Answer):
+    """Where a point is read."""
+
+    uri: str
+    uri_unix: str | None = None
+    seq: Count
+    time_ns: Count
+
+
+class BasePoint(Answer):
+    """A published base point."""
+
+    number: Count
+    path: str
+    time_ns: Count
+    seq: Count

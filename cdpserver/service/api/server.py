@@ -1,0 +1,117 @@
+"""HTTP on the API's socket: Hypercorn's connections, accepted by us.
+
+A client that does not read its answer is cut off: Hypercorn shields its sending from cancellation, so that one such
+client would keep the service from stopping.
+"""
+
+import functools
+import socket
+
+import trio
+from fastapi import FastAPI
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+from hypercorn.utils import wrap_app
+
+from cdpserver.events import EventLog
+
+GRACE_S = 5.0
+"""How long requests under way may take to end when the service stops."""
+
+SEND_S = 30.0
+"""How long a client may leave SEND_BYTES of its answer unread."""
+
+SEND_BYTES = 64 << 10
+
+MAX_HEAD = 64 << 10
+"""A request line and its headers; a name or two."""
+
+
+class _Stream:
+    """A connection whose sending ends: with the client's reading, at the latest."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self.socket = stream.socket
+
+    async def send_all(self, data: bytes) -> None:
+        with memoryview(data) as whole:
+            for at in range(0, len(whole), SEND_BYTES):
+                with trio.move_on_after(SEND_S) as scope:
+                    await self._stream.send_all(whole[at : at + SEND_BYTES])
+                if scope.cancelled_caught:
+                    raise trio.BrokenResourceError("the client does not read")
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class _Server:
+    """The connections of one application."""
+
+    def __init__(self, app: FastAPI, log: EventLog) -> None:
+        self._config = HypercornConfig()
+        self._config.errorlog = None
+        self._config.h11_max_incomplete_size = MAX_HEAD
+        self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type]
+        self._context = WorkerContext(None)
+        self._log = log
+        self._open: set[_Stream] = set()
+
+    async def run(self, listener: trio.SocketListener, until: trio.Event) -> None:
+        async with trio.open_nursery() as around:
+            around.start_soon(self._cut_off, until)
+            async with trio.open_nursery() as requests:
+                async with trio.open_nursery() as accepting:
+                    accepting.start_soon(
+                        functools.partial(
+                            trio.serve_listeners, self._connection, [listener], handler_nursery=requests
+                        )
+                    )
+                    await until.wait()
+                    accepting.cancel_scope.cancel()
+                await self._context.terminated.set()  # idle connections end
+                requests.cancel_scope.deadline = trio.current_time() + GRACE_S
+            around.cancel_scope.cancel()
+
+    async def _connection(self, accepted: trio.SocketStream) -> None:
+        stream = _Stream(accepted)
+        self._open.add(stream)
+        try:
+            state = ConnectionState(LifespanState({}))
+            await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001
+            # The process's rim: what goes wrong with one connection is no matter of the others.
+            self._log.emit("service.connection-failed", level="error", reason=repr(error)[:2000])
+        finally:
+            self._open.discard(stream)
+
+    async def _cut_off(self, until: trio.Event) -> None:
+        """Close what a cancelled request still sends on."""
+        await until.wait()
+        await trio.sleep(GRACE_S)
+        for stream in self._open:
+            stream.socket.close()
+
+
+async def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    log: EventLog,
+    *,
+    until: trio.Event,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer requests until the event; then no new ones are taken, and those under way have a few seconds."""
+    listener.setblocking(False)
+    server = _Server(app, log)
+    task_status.started()
+    await server.run(trio.SocketListener(trio.socket.from_stdlib_socket(listener)), until)
