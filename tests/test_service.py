@@ -44,7 +44,9 @@ def until(look: Callable[[], Found | None], what: str) -> Found:
         time.sleep(0.02)
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP to a Unix socket."""
+
     def __init__(self, path: Path) -> None:
         super().__init__("cdp", timeout=60)
         self._path = path
@@ -85,7 +87,7 @@ class Server:
         return False
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        connection = _UnixConnection(self.state_dir / "api.sock")
+        connection = UnixConnection(self.state_dir / "api.sock")
         try:
             headers = {"Content-Type": "application/json"}
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
