@@ -4,10 +4,30 @@ usage    the operator fixes the command
 refused  valid, but not now (or not any more)
 corrupt  stop, verify, use another copy
 broken   I/O failed; the writer stays failed until it is reopened
+
+Every error names the next step: its own hint, or the usual one of its class.
 """
 
 import errno
 from typing import ClassVar
+
+EXIT_CODES = {
+    0: "done",
+    1: "internal error",
+    2: "wrong command or nothing of that name",
+    3: "refused now",
+    4: "damage found",
+    5: "I/O failed",
+    6: "cdpserver does not answer",
+    130: "interrupted",
+    141: "nobody reads the answer",
+}
+"""What `cdp` and `cdpserver` end with; help, man pages and README show this table."""
+
+
+def exit_codes_line() -> str:
+    """The table as a line of help."""
+    return "exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 class CdpError(Exception):
@@ -16,11 +36,12 @@ class CdpError(Exception):
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
     errno: ClassVar[int] = errno.EIO
+    usual_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -54,6 +75,7 @@ class NoSpaceError(RefusedError):
 
     kind = "no-space"
     errno = errno.ENOSPC
+    usual_hint = "free space on the file system of the state directory, or remove disks: cdp disk list"
 
 
 class RemovedError(RefusedError):
@@ -61,6 +83,7 @@ class RemovedError(RefusedError):
 
     kind = "removed"
     errno = errno.ESHUTDOWN
+    usual_hint = "list what is there: cdp disk list"
 
 
 class CorruptError(CdpError):
@@ -68,6 +91,7 @@ class CorruptError(CdpError):
 
     kind = "corrupt"
     exit_code = 4
+    usual_hint = "cdp check DISK says what that touches"
 
 
 class BrokenError(CdpError):
@@ -75,6 +99,7 @@ class BrokenError(CdpError):
 
     kind = "broken"
     exit_code = 5
+    usual_hint = "look at the kernel log and at the server's: journalctl -k, journalctl -u cdpserver"
 
 
 class UnreachableError(CdpError):
@@ -82,3 +107,4 @@ class UnreachableError(CdpError):
 
     kind = "unreachable"
     exit_code = 6
+    usual_hint = "look whether it runs: systemctl status cdpserver"

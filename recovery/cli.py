@@ -1,7 +1,6 @@
 """`cdp`: the operator's command line. Noun, then verb; answers on stdout, talk on stderr.
 
-Exit codes: 0 done, 2 the command is wrong, 3 refused now, 4 damage, 5 an I/O operation failed, 6 the service does not
-answer, 1 anything else. An error is one line on stderr: `cdp: what is wrong (what to do next)`.
+Exit codes are those of cdpserver.errors. An error is one line on stderr: `cdp: what is wrong (what to do next)`.
 
 Start-up time is a goal: this module and what it imports at the top are loaded by every command, so they are of the
 standard library and small. argparse costs 5 ms; typer costs 130 ms, because it loads pydantic to convert an argument.

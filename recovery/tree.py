@@ -4,15 +4,17 @@ Loaded by every command, so it is of the standard library and small; what a comm
 """
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
 from cdpserver import names
-from cdpserver.errors import UsageError
+from cdpserver.errors import UsageError, exit_codes_line
 
 Run: TypeAlias = Callable[[argparse.Namespace], int | None]
 
 DESCRIPTION = "Continuous data protection: every write is kept, any instant opens at once."
+EXIT_CODES = textwrap.fill(exit_codes_line(), 78, subsequent_indent="  ")
 EPILOG = f"""\
 {names.WHEN_FORMS}
 
@@ -21,7 +23,7 @@ example:
   cdp point list web/vda --since -10m
   qemu-img convert -O qcow2 "$(cdp uri web/vda@-90s)" saved.qcow2
 
-exit codes: 0 done, 2 wrong command, 3 refused now, 4 damage, 5 I/O failed, 6 cdpserver does not answer
+{EXIT_CODES}
 """
 
 
@@ -70,8 +72,15 @@ class Commands:
 
     def group(self, name: str, summary: str) -> "Group":
         """A noun."""
-        parser = self._top.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        return Group(self, parser.add_subparsers(metavar="COMMAND", title="commands", required=True))
+        parser = self._top.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog="examples:",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        return Group(self, parser)
 
     def leaf(
         self, verb: str, run: Run, summary: str, example: str, *, among: "Subparsers | None" = None
@@ -96,10 +105,12 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 class Group:
     """A noun and its verbs."""
 
-    def __init__(self, commands: Commands, verbs: Subparsers) -> None:
+    def __init__(self, commands: Commands, parser: Parser) -> None:
         self._commands = commands
-        self._verbs = verbs
+        self._parser = parser
+        self._verbs = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
 
     def leaf(self, verb: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         """A verb of it."""
+        self._parser.epilog = f"{self._parser.epilog}\n  {example}"
         return self._commands.leaf(verb, run, summary, example, among=self._verbs)

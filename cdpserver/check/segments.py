@@ -304,7 +304,8 @@ class SegmentCheck:
                 self._state = control.fold(self._state, message, seq=seq, time_ns=time_ns)
         except (CorruptError, KeyError, TypeError, ValueError) as error:
             self._state = None
-            self._say(f"control record {seq} cannot be read: {error}", seq=seq, extents=())
+            why = error.message if isinstance(error, CorruptError) else error
+            self._say(f"control record {seq} cannot be read: {why}", seq=seq, extents=())
 
     def _damaged_payloads(self, reader: SegmentReader, bad: npt.NDArray[np.void]) -> None:
         if not len(bad):

@@ -1,16 +1,28 @@
 """The command line of `cdpserver`; light, so that help and the shell's completion are quick."""
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import cdpserver
 from cdpserver.config import add_options
+from cdpserver.errors import exit_codes_line
+
+EXAMPLES = """\
+examples:
+  cdpserver --state-dir /srv/cdp --listen 10.0.0.1:10809
+  cdpserver --config /etc/cdpserver/cdpserver.toml --show-config"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """What `cdpserver` takes."""
-    parser = argparse.ArgumentParser(prog="cdpserver", description=cdpserver.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="cdpserver",
+        description=cdpserver.__doc__,
+        epilog=f"{EXAMPLES}\n\n{textwrap.fill(exit_codes_line(), 78, subsequent_indent='  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--state-dir",
         metavar="DIR",

@@ -227,7 +227,10 @@ class TargetDisk:
     def synced(self, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
         """The first copy or a resync is complete. RefusedError for a session that is over."""
         if self.timeline.is_fork:
-            raise UsageError(f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with")
+            raise UsageError(
+                f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with",
+                hint="its points are crash-consistent from the start",
+            )
         first_copy = self.first_copy
         if first_copy is not None:
             current = first_copy.session
@@ -339,7 +342,10 @@ class Connection:
         if disk._gone:
             raise RemovedError(f"{disk.timeline.full_name} is closed")
         if offset < 0 or length < 0 or offset + length > disk.size:
-            raise UsageError(f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes")
+            raise UsageError(
+                f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes",
+                hint="stay below its size: cdp disk list",
+            )
 
     def _first_write(self) -> None:
         # In this order: a session that could not begin, for want of space, begins with the next write.
