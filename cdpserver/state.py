@@ -1,7 +1,8 @@
 """The state directory: its layout, its version, and the lock of its one service.
 
 Invariants: the `format` file is written first, so a directory that has one is ours, complete or not, and
-making it complete can be repeated. A directory with anything else in it is never touched.
+making it complete can be repeated. A directory with anything else in it is never touched. Readers open no other
+version than ours; the service opens older ones and brings them up to date.
 """
 
 import contextlib
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import TracebackType
 
 from cdpserver import durable
-from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import show
 
 FORMAT = "cdp-state"
-VERSION = 1
+VERSION = 2
+OLDEST_VERSION = 1
+"""What cdpserver/upgrade.py can still bring to VERSION."""
 
 SOCKET_PATH_LENGTH = 107
 """Bytes of a Unix socket's path without the final NUL (sun_path in unix(7))."""
@@ -121,7 +124,10 @@ class StateDir:
 
     @classmethod
     def create_or_open(cls, path: str | Path) -> "StateDir":
-        """The state directory at `path`, made (mode 0700) if there is none; for the service."""
+        """The state directory at `path`, made (mode 0700) if there is none; for the service.
+
+        It may be of an older version, or have lost its `format`: see cdpserver/upgrade.py.
+        """
         state = cls(_absolute(path))
         room = SOCKET_PATH_LENGTH - 1 - len(LONGEST_SOCKET)
         if (length := len(os.fsencode(state.path))) > room:
@@ -133,7 +139,7 @@ class StateDir:
             if not state.path.exists():
                 _make_parents(state.path.parent)
                 durable.make_dir(state.path, 0o700)
-            if not _is_ours(state):
+            if state.version() is None and not _lost_format(state):
                 _claim(state)
             for directory in (state.bases, state.timelines, state.nbd, state.run):
                 with contextlib.suppress(FileExistsError):
@@ -152,12 +158,54 @@ class StateDir:
                     f"there is no state directory at {state.path}",
                     hint="start cdpserver, or name another with --state-dir or CDP_STATE_DIR",
                 )
-            if not _is_ours(state):
+            version = state.version()
+            if version is None and _lost_format(state):
+                raise RefusedError(
+                    f"state directory {state.path} has lost its format file",
+                    hint="start cdpserver once: it writes it anew",
+                )
+            if version is None:
                 raise RefusedError(
                     f"{state.path} is not a state directory of cdpserver",
                     hint="name another with --state-dir or CDP_STATE_DIR",
                 )
+            if version < VERSION:
+                raise RefusedError(
+                    f"{state.path} has format version {version}, this program needs {VERSION}",
+                    hint="start cdpserver once to upgrade it",
+                )
         return state
+
+    def version(self) -> int | None:
+        """The format version. None without a `format`, or with a damaged one among files that are plainly ours.
+
+        RefusedError for a version that we cannot use.
+        """
+        if not self.path.is_dir():
+            raise UsageError(f"{self.path} is not a directory", hint="name a directory with --state-dir")
+        try:
+            found = durable.read_json(self.format)
+        except FileNotFoundError:
+            return None
+        except CorruptError:
+            if _lost_format(self):
+                return None
+            raise
+        version = found.get("version")
+        if found.get("format") != FORMAT or type(version) is not int or version < OLDEST_VERSION:
+            raise RefusedError(
+                f"{self.path} has a format that is not ours", hint="name another with --state-dir"
+            )
+        if version > VERSION:
+            raise RefusedError(
+                f"{self.path} has format version {version}, this cdpserver knows {VERSION}",
+                hint="upgrade cdpserver",
+            )
+        return version
+
+    def set_version(self, version: int) -> None:
+        """Say which version the files are of; durable on return."""
+        durable.write_json(self.format, {"format": FORMAT, "version": version})
 
     def lock(self) -> ServerLock:
         """Become the one service of this directory; RefusedError if another process is."""
@@ -225,25 +273,11 @@ def _make_parents(path: Path) -> None:
         durable.make_dir(path)
 
 
-def _is_ours(state: StateDir) -> bool:
-    """Whether `state` holds a format of ours; RefusedError if it is one that we cannot use."""
-    if not state.path.is_dir():
-        raise UsageError(f"{state.path} is not a directory", hint="name a directory with --state-dir")
-    try:
-        found = durable.read_json(state.format)
-    except FileNotFoundError:
-        return False
-    version = found.get("version")
-    if found.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise RefusedError(
-            f"{state.path} has a format that is not ours", hint="name another with --state-dir"
-        )
-    if version > VERSION:
-        raise RefusedError(
-            f"{state.path} has format version {version}, this cdpserver knows {VERSION}",
-            hint="upgrade cdpserver",
-        )
-    return True
+def _lost_format(state: StateDir) -> bool:
+    """Without its `format` a directory is ours all the same if it has a catalog or timelines."""
+    if state.catalog_copy.exists() or (state.catalog / "data.mdb").exists():
+        return True
+    return any(state.timelines.glob("t*/timeline.json"))
 
 
 def _claim(state: StateDir) -> None:
@@ -257,4 +291,4 @@ def _claim(state: StateDir) -> None:
             hint="name an empty or absent directory with --state-dir",
         )
     os.chmod(state.path, 0o700)
-    durable.write_json(state.format, {"format": FORMAT, "version": VERSION})
+    state.set_version(VERSION)

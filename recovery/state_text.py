@@ -6,6 +6,7 @@ from typing import Any
 
 from cdpserver import durable
 from cdpserver.catalog.content import Content, Entry, entry_value, read_copy
+from cdpserver.catalog.rows import TABLES, Row, Table
 from cdpserver.catalog.store import Store
 from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, CorruptError, NotFoundError
@@ -33,6 +34,10 @@ def catalog_items(state: StateDir) -> Iterator[Item]:
         return
     for name in sorted(shown.entries | (copy.entries if copy is not None else {})):
         yield _disk(state, name, shown.entries.get(name), copy)
+    for table in TABLES:
+        copied = copy.rows[table] if copy is not None else shown.rows[table]
+        for id in sorted(shown.rows[table] | copied):
+            yield _row(table, id, shown.rows[table].get(id), copied.get(id))
     named = {entry.id for entry in shown.entries.values()}
     for path in sorted(state.timelines.iterdir()):
         if path.name not in named:
@@ -87,6 +92,15 @@ def _disk(state: StateDir, name: str, entry: Entry | None, copy: Content | None)
     if not (state.timeline(entry.id) / FILE).exists() and entry.state == "live":
         return Item("disk", fields, "there is no such timeline")
     return Item("disk", fields)
+
+
+def _row(table: Table, id: str, row: Row | None, copied: Row | None) -> Item:
+    damage = "" if row == copied else "the copy differs"
+    if row is None or copied is None:
+        damage = "only the copy has it" if row is None else "the copy lacks it"
+    held = row or copied
+    assert held is not None
+    return Item("lock" if table == "locks" else "policy", {"id": id} | held.value(), damage)
 
 
 def _fields(entry: Entry) -> dict[str, Any]:

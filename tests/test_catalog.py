@@ -11,19 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cdpserver import durable
-from cdpserver.catalog import Catalog, Entry
+from cdpserver.catalog import Catalog, Entry, Row
+from cdpserver.catalog import rows as catalog_rows
 from cdpserver.catalog.content import Content, read_copy
 from cdpserver.catalog.recovery import ID_JUMP
+from cdpserver.catalog.rows import MAX_DEPTH, TABLES, Table, check_row, read_row
 from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import split_name
 from cdpserver.state import StateDir
 from cdpserver.timeline import EmptyBase, create_timeline
+
+LOCK = Row("k1", 1, {"disk": "t1", "seqs": [4, (1 << 64) - 1], "until": None, "hard": True, "reason": "été"})
+POLICY = Row("daily", 3, {"keep": {"days": 7}, "name": "", "least": -(1 << 63)})
 
 
 @pytest.fixture
@@ -147,25 +153,51 @@ def test_a_reader_in_another_process_sees_each_change(state: StateDir, catalog: 
 
 
 def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None:
-    assert json.loads(state.catalog_copy.read_text()) == {"format": 1, "next_id": 1, "disks": {}}
-    make_disk(state, catalog, "vda")
     assert json.loads(state.catalog_copy.read_text()) == {
-        "format": 1,
+        "format": 2,
+        "next_id": 1,
+        "disks": {},
+        "locks": {},
+        "policies": {},
+    }
+    make_disk(state, catalog, "vda")
+    catalog.put_row("locks", LOCK)
+    assert json.loads(state.catalog_copy.read_text()) == {
+        "format": 2,
         "next_id": 2,
         "disks": {"vda": {"id": "t1", "state": "live", "created_ns": 42}},
+        "locks": {"k1": {"schema": 1, "fields": dict(LOCK.fields)}},
+        "policies": {},
     }
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"{}", b'{"format": 1, "next_id": 99, "disks": {}}'])
-def test_opening_sets_the_copy_right(state: StateDir, damage: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (None, "was missing"),
+        (b"", "is of no use"),
+        (b"{}", "is of no use"),
+        (b'{"format": 3, "next_id": 99, "disks": {}}', "of a newer cdpserver"),
+        (b'{"format": 1, "next_id": 99, "disks": {}}', None),
+        (b'{"format": 2, "next_id": 99, "disks": {}, "locks": {}, "policies": {}}', None),
+    ],
+)
+def test_opening_sets_the_copy_right(state: StateDir, damage: bytes | None, said: str | None) -> None:
+    """An older copy is a crash's; one that is missing or damaged is something else's, and said."""
     with Catalog.open(state, writable=True) as catalog:
         make_disk(state, catalog, "vda")
+        catalog.put_row("locks", LOCK)
     right = state.catalog_copy.read_bytes()
     if damage is None:
         state.catalog_copy.unlink()
     else:
         state.catalog_copy.write_bytes(damage)
-    assert Catalog.recover(state) == []
+    sentences = Catalog.recover(state)
+    if said is None:
+        assert sentences == []
+    else:
+        [sentence] = sentences
+        assert said in sentence and "Nothing is lost" in sentence
     Catalog.open(state, writable=True).close()
     assert state.catalog_copy.read_bytes() == right
 
@@ -247,6 +279,8 @@ def disks(state: StateDir) -> dict[str, Entry]:
             make_disk(state, catalog, name)
         catalog.set_state("web/vdb", "removing")
         catalog.next_id()
+        catalog.put_row("locks", LOCK)
+        catalog.put_row("policies", POLICY)
         return catalog.names()
 
 
@@ -260,6 +294,8 @@ def test_a_lost_catalog_comes_back_from_its_copy(
     assert "3 disks" in said[-1]
     with Catalog.open(state, writable=True) as catalog:
         assert catalog.names() == disks
+        assert catalog.rows("locks") == {"k1": LOCK}
+        assert catalog.rows("policies") == {"daily": POLICY}
         assert catalog.next_id() == "t5"
     assert Catalog.recover(state) == []
 
@@ -294,6 +330,7 @@ def test_without_the_copy_the_timelines_tell(
         state.catalog_copy.write_bytes(copy)
     said = Catalog.recover(state)
     assert sum("was added from timeline" in sentence for sentence in said) == 3
+    assert sum("Locks and policies are lost" in sentence for sentence in said) == 1
     with Catalog.open(state, writable=True) as catalog:
         assert {name: entry.id for name, entry in catalog.names().items()} == {
             "vda": "t1",
@@ -370,6 +407,92 @@ def test_recovery_goes_on_after_a_failure(
     assert read(state) == disks
 
 
+# --- rows
+
+
+def test_rows(state: StateDir, catalog: Catalog) -> None:
+    catalog.put_row("locks", LOCK)
+    catalog.put_row("policies", POLICY)
+    changed = Row("k1", 2, {})
+    catalog.put_row("locks", changed)
+    with Catalog.open(state, writable=False) as reader:
+        assert reader.rows("locks") == {"k1": changed}
+        assert reader.row("policies", "daily") == POLICY
+        assert reader.row("locks", "daily") is None
+    assert catalog.delete_row("locks", "k1") == changed
+    assert catalog.rows("locks") == {}
+    with pytest.raises(NotFoundError):
+        catalog.delete_row("locks", "k1")
+
+
+NESTED: Any = None
+for _ in range(MAX_DEPTH + 1):
+    NESTED = [NESTED]
+
+BAD_ROWS = [
+    Row("", 1, {}),
+    Row("a/b", 1, {}),
+    Row("x" * 65, 1, {}),
+    Row("k\n", 1, {}),
+    Row("k", 0, {}),
+    Row("k", True, {}),
+    Row("k", 1, []),  # type: ignore[arg-type]
+    Row("k", 1, {"x": 0.5}),
+    Row("k", 1, {"x": b"bytes"}),
+    Row("k", 1, {"x": 1 << 64}),
+    Row("k", 1, {"x": -(1 << 63) - 1}),
+    Row("k", 1, {"x": "\ud800"}),
+    Row("k", 1, {"\ud800": 1}),
+    Row("k", 1, {1: 2}),  # type: ignore[dict-item]
+    Row("k", 1, {"x": (1, 2)}),
+    Row("k", 1, {"x": NESTED}),
+    Row("k", 1, {"x": "y" * 5000}),
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=repr)
+def test_what_cannot_be_kept_is_refused(state: StateDir, catalog: Catalog, row: Row) -> None:
+    catalog.put_row("locks", LOCK)
+    with pytest.raises(UsageError) as caught:
+        catalog.put_row("locks", row)
+    assert str(caught.value).isprintable() and caught.value.hint
+    assert catalog.rows("locks") == {"k1": LOCK} == read_copy(state.catalog_copy).rows["locks"]
+
+
+def test_a_full_table_takes_no_more(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdpserver.catalog.store.MAX_ROWS", 2)
+    for id in ("a", "b", "a"):
+        catalog.put_row("locks", Row(id, 1, {}))
+    with pytest.raises(RefusedError, match="2 locks already"):
+        catalog.put_row("locks", Row("c", 1, {}))
+    catalog.put_row("policies", Row("c", 1, {}))
+    assert catalog_rows.MAX_ROWS > 2
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(max_size=9), PLAIN, max_size=4))
+def test_a_row_is_the_same_after_both_ways(fields: dict[str, Any]) -> None:
+    row = Row("k", 1, fields)
+    packed = check_row(row)
+    assert read_row("k", msgpack.unpackb(packed), Path("x")) == row
+    assert read_row("k", json.loads(json.dumps(row.value())), Path("x")) == row
+
+
+@given(st.text(st.characters(categories=None), max_size=5), PLAIN)
+def test_any_value_is_a_row_or_corrupt(id: str, value: Any) -> None:
+    for candidate in (value, {"schema": 1, "fields": value}, {"schema": value, "fields": {}}):
+        try:
+            assert read_row(id, candidate, Path("x")).id == id
+        except CorruptError:
+            continue
+
+
 class CatalogMachine(RuleBasedStateMachine):
     """The catalog against a dict, over reopening and the loss of one of its two files."""
 
@@ -381,6 +504,7 @@ class CatalogMachine(RuleBasedStateMachine):
         self.state = StateDir.create_or_open(self.root / "s")
         self.catalog = Catalog.open(self.state, writable=True)
         self.model: dict[str, str] = {}
+        self.rows: dict[Table, dict[str, Row]] = {table: {} for table in TABLES}
         self.given: set[str] = set()
 
     def teardown(self) -> None:
@@ -409,6 +533,20 @@ class CatalogMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.model)))
         assert self.catalog.remove(name).id == self.model.pop(name)
 
+    @rule(table=st.sampled_from(TABLES), id=st.sampled_from(["k1", "k2"]), number=st.integers(1, 9))
+    def put_row(self, table: Table, id: str, number: int) -> None:
+        row = Row(id, number, {"n": number})
+        self.catalog.put_row(table, row)
+        self.rows[table][id] = row
+
+    @rule(table=st.sampled_from(TABLES), id=st.sampled_from(["k1", "k2"]))
+    def delete_row(self, table: Table, id: str) -> None:
+        if id in self.rows[table]:
+            assert self.catalog.delete_row(table, id) == self.rows[table].pop(id)
+        else:
+            with pytest.raises(NotFoundError):
+                self.catalog.delete_row(table, id)
+
     @rule(damage=st.sampled_from([None, *DAMAGES]), lose_copy=st.booleans())
     def reopen(self, damage: Any, lose_copy: bool) -> None:
         self.catalog.close()
@@ -416,13 +554,16 @@ class CatalogMachine(RuleBasedStateMachine):
             damage(self.state.catalog / "data.mdb")
         elif lose_copy:
             self.state.catalog_copy.unlink()
-        assert bool(Catalog.recover(self.state)) == (damage is not None)
+        assert bool(Catalog.recover(self.state)) == (damage is not None or lose_copy)
         self.catalog = Catalog.open(self.state, writable=True)
 
     @invariant()
     def agrees(self) -> None:
         assert {name: entry.id for name, entry in self.catalog.names().items()} == self.model
-        assert read_copy(self.state.catalog_copy).entries == self.catalog.names()
+        copy = read_copy(self.state.catalog_copy)
+        assert copy.entries == self.catalog.names()
+        for table in TABLES:
+            assert self.catalog.rows(table) == copy.rows[table] == self.rows[table]
 
 
 CatalogMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=12, deadline=None)

@@ -6,7 +6,9 @@ import struct
 from dataclasses import fields
 from pathlib import Path
 
-from cdpserver import limits
+from cdpserver import limits, state
+from cdpserver.catalog.content import Content
+from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
 from cdpserver.index import pieces, store
 from cdpserver.index.pieces import SHIFTS, record_pieces
 from cdpserver.journal import control, record, segment
@@ -182,3 +184,15 @@ def test_pieces_are_these_values() -> None:
         ("0x10000000001", "0x2000000300000006"),
     ]
     assert record_pieces(Kind.SAME, 0, 1, 3, 9) == [(0, 4 << 61 | 9)]
+
+
+def test_the_versions_are_the_documented_ones() -> None:
+    assert DOCUMENT.startswith(f"# On-disk format, version {state.VERSION}\n")
+    assert f'{{"format": "{state.FORMAT}", "version": {state.VERSION}}}' in section("State directory")
+    rows = table(section("Versions"))
+    assert [int(version) for version, _ in rows] == list(range(state.OLDEST_VERSION, state.VERSION + 1))
+    copy = re.search(r"`catalog.json`: `(\{.*\})`, a ROW being\n`(\{.*?\})`", section("State directory"))
+    assert copy is not None
+    assert re.findall(r'"(\w+)"', re.sub(r"\{NAME: \{.*?\}\}", "", copy[1])) == list(Content({}, 1).to_json())
+    assert re.findall(r'"(\w+)"', copy[2]) == list(Row("k", 1, {}).value())
+    assert f"at most {MAX_ROW_BYTES} bytes" in section("State directory")

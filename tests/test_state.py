@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError, UsageError
-from cdpserver.state import LONGEST_SOCKET, SOCKET_PATH_LENGTH, StateDir, check_timeline_id, default_state_dir
+from cdpserver.state import (
+    LONGEST_SOCKET,
+    SOCKET_PATH_LENGTH,
+    VERSION,
+    StateDir,
+    check_timeline_id,
+    default_state_dir,
+)
 
 
 def refused(error: CdpError) -> bool:
@@ -20,7 +27,7 @@ def refused(error: CdpError) -> bool:
 def test_an_absent_directory_is_made(short_path: Path) -> None:
     state = StateDir.create_or_open(short_path / "a" / "state")
     assert state.path.stat().st_mode & 0o777 == 0o700
-    assert json.loads(state.format.read_text()) == {"format": "cdp-state", "version": 1}
+    assert json.loads(state.format.read_text()) == {"format": "cdp-state", "version": VERSION}
     for directory in (state.bases, state.timelines, state.nbd, state.run):
         assert directory.is_dir()
 
@@ -104,7 +111,7 @@ def test_where_nothing_can_be_written_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": "cdp-state", "version": 2}', "version 2"),
+        ('{"format": "cdp-state", "version": 3}', "version 3"),
         ('{"format": "cdp-state", "version": 0}', "not ours"),
         ('{"format": "cdp-state", "version": true}', "not ours"),
         ('{"format": "cdp-state"}', "not ours"),

@@ -24,6 +24,7 @@ STAGES = (
         "cdpserver.catalog",
         "cdpserver.events",
         "cdpserver.timeline",
+        "cdpserver.upgrade",
     ),
     ("cdpserver.journal",),
     ("cdpserver.index",),

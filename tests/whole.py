@@ -1,9 +1,9 @@
 """A state directory that has some of everything, made by a real service; and every instant of it as digests.
 
-    web/root   a mirrored disk: first copy, two base points, a bookmark, an unfinished interval
-    image      a disk on a base image
-    trial      a fork of web/root at its bookmark, with a base point
-    copying    a disk whose first copy is under way
+web/root   a mirrored disk: first copy, two base points, a bookmark, an unfinished interval
+image      a disk on a base image
+trial      a fork of web/root at its bookmark, with a base point
+copying    a disk whose first copy is under way
 """
 
 import hashlib
@@ -69,7 +69,7 @@ def build(path: Path) -> StateDir:
 
 def _build_all(server: Server, image: Path) -> None:
     client = server.client
-    size = str(SIZE)
+    size = SIZE
     root = Writer(client.add_disk("root", size=size, vm="web", base=None)["uri"], 1)
     root.blocks(*range(16))
     client.synced("web/root", session=None, write_blocking=True)

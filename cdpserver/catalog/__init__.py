@@ -1,4 +1,5 @@
-"""The catalog: which timeline a disk's name means. LMDB in `catalog/`, and a plain copy in `catalog.json`.
+"""The catalog: which timeline a disk's name means, and the rows of locks and policies. LMDB in `catalog/`, and a
+plain copy in `catalog.json`.
 
 Invariants: the copy is replaced inside the transaction of each change, before it commits, so a change that
 fails is in neither, and after a crash the copy is at most one change ahead; opening for writing sets it
@@ -17,12 +18,13 @@ import lmdb
 from cdpserver import durable, timeline
 from cdpserver.catalog import recovery
 from cdpserver.catalog.content import Content, Entry, EntryState, check_free, read_copy
+from cdpserver.catalog.rows import Row, Table
 from cdpserver.catalog.store import Store, build
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, UsageError
 from cdpserver.names import check_disk_name, show
 from cdpserver.state import StateDir, check_timeline_id
 
-__all__ = ["Catalog", "Entry", "EntryState"]
+__all__ = ["Catalog", "Entry", "EntryState", "Row", "Table"]
 
 Result = TypeVar("Result")
 
@@ -97,6 +99,14 @@ class Catalog:
         """The entry of a timeline's id."""
         return next((entry for entry in self._content().entries.values() if entry.id == id), None)
 
+    def rows(self, table: Table) -> dict[str, Row]:
+        """All rows of a table by id, in order of the ids."""
+        return dict(sorted(self._content().rows[table].items()))
+
+    def row(self, table: Table, id: str) -> Row | None:
+        """The row of this id; None if there is none."""
+        return self._content().rows[table].get(id)
+
     def _content(self) -> Content:
         return read_copy(self._state.catalog_copy) if self._store is None else self._store.content()
 
@@ -149,6 +159,22 @@ class Catalog:
         def delete(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
             old = _existing(content, name)
             store.delete(txn, name)
+            return old
+
+        return self._change(delete)
+
+    def put_row(self, table: Table, row: Row) -> None:
+        """Add a row, or replace the one of its id. UsageError for what cannot be kept, RefusedError when full."""
+        self._change(lambda store, txn, _: store.put_row(txn, table, row))
+
+    def delete_row(self, table: Table, id: str) -> Row:
+        """Delete a row; what it was. NotFoundError."""
+
+        def delete(store: Store, txn: lmdb.Transaction, content: Content) -> Row:
+            old = content.rows[table].get(id)
+            if old is None:
+                raise NotFoundError(f"there is no {show(id)} in {table}", hint="list them first")
+            store.delete_row(txn, table, id)
             return old
 
         return self._change(delete)

@@ -1,16 +1,20 @@
 """What the catalog holds, its plain copy `catalog.json`, and which names exclude each other; no LMDB here."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cdpserver import durable
+from cdpserver.catalog.rows import TABLES, Rows, empty_rows, read_row
 from cdpserver.durable import corrupt_json, take_int, take_keys, take_str
 from cdpserver.errors import RefusedError, UsageError
 from cdpserver.names import check_disk_name, show
 from cdpserver.state import check_timeline_id
 
-FORMAT = 1
+FORMAT = 2
+"""That of the copy. Version 1 has no locks and policies; it is read because a catalog may be lost just before an
+upgrade."""
 
 EntryState: TypeAlias = Literal["live", "removing"]
 
@@ -31,11 +35,15 @@ class Content:
 
     entries: dict[str, Entry]
     next_id: int
+    rows: Rows = field(default_factory=empty_rows)
 
     def to_json(self) -> dict[str, Any]:
         """The object of catalog.json."""
         disks = {name: entry_value(entry) for name, entry in sorted(self.entries.items())}
-        return {"format": FORMAT, "next_id": self.next_id, "disks": disks}
+        tables: dict[str, Any] = {
+            table: {id: row.value() for id, row in sorted(self.rows[table].items())} for table in TABLES
+        }
+        return {"format": FORMAT, "next_id": self.next_id, "disks": disks, **tables}
 
 
 def entry_value(entry: Entry) -> dict[str, Any]:
@@ -62,14 +70,23 @@ def read_entry(name: str, value: Any, path: Path) -> Entry:
 def read_copy(path: Path) -> Content:
     """The plain copy. FileNotFoundError if there is none; CorruptError."""
     value = durable.read_json(path)
-    take_keys(value, {"format", "next_id", "disks"}, path)
-    disks = value["disks"]
-    if value["format"] != FORMAT or not isinstance(disks, dict):
-        raise corrupt_json(path, "not a catalog of this version")
-    return Content(
-        {name: read_entry(name, disk, path) for name, disk in disks.items()},
-        take_int(value, "next_id", path, least=1),
-    )
+    version = take_int(value, "format", path, least=1)
+    if version > FORMAT:
+        raise corrupt_json(path, f"its format is {version}, of a newer cdpserver")
+    tables = TABLES if version > 1 else ()
+    take_keys(value, {"format", "next_id", "disks", *tables}, path)
+    entries = {name: read_entry(name, disk, path) for name, disk in _objects(value, "disks", path)}
+    rows = empty_rows()
+    for table in tables:
+        rows[table] = {id: read_row(id, row, path) for id, row in _objects(value, table, path)}
+    return Content(entries, take_int(value, "next_id", path, least=1), rows)
+
+
+def _objects(value: dict[str, Any], key: str, path: Path) -> Iterable[tuple[str, Any]]:
+    found = value[key]
+    if not isinstance(found, dict):
+        raise corrupt_json(path, f"{key!r} is not an object")
+    return found.items()
 
 
 def check_free(entry: Entry, entries: dict[str, Entry]) -> None:

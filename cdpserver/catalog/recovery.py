@@ -8,10 +8,16 @@ from pathlib import Path
 
 from cdpserver import durable, timeline
 from cdpserver.catalog.content import Content, Entry, check_free, read_copy
+from cdpserver.catalog.rows import TABLES, empty_rows
 from cdpserver.catalog.store import DATA, build
 from cdpserver.errors import CdpError, CorruptError, RefusedError
 from cdpserver.limits import NAME_LENGTH
-from cdpserver.state import StateDir
+from cdpserver.state import VERSION, StateDir
+
+LOST = (
+    "Names come from the timelines' own files. Locks and policies are lost if there were any: "
+    "set them again before anything is pruned."
+)
 
 ID_JUMP = 1000
 """Ids skipped when the counter is lost: what was removed since can no longer be seen."""
@@ -29,8 +35,8 @@ def recover(state: StateDir) -> list[str]:
     """Make the catalog readable again if it is not; what was done, in sentences. See Catalog.recover."""
     if not state.catalog.exists() and is_new(state):
         return []
-    if _is_readable(state.catalog):
-        return []
+    if is_readable(state.catalog):
+        return _look_at_copy(state)
     said: list[str] = []
     if state.catalog.exists():
         aside = _free_name(state.catalog)
@@ -46,14 +52,25 @@ def recover(state: StateDir) -> list[str]:
     return said
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether a process of its own can read the whole catalog in directory `path`."""
+def is_readable(path: Path, version: int = VERSION) -> bool:
+    """Whether a process of its own can read the whole catalog in directory `path`, of format `version` or later."""
     if not (path / DATA).exists():
         return False
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "cdpserver.catalog.probe", str(path)]
+    command = [sys.executable, "-m", "cdpserver.catalog.probe", str(path), str(version)]
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+
+def _look_at_copy(state: StateDir) -> list[str]:
+    """What is wrong with the copy of a readable catalog. Opening the catalog for writing sets it right."""
+    try:
+        read_copy(state.catalog_copy)
+    except FileNotFoundError:
+        return ["The catalog's copy, catalog.json, was missing. Nothing is lost: it is written anew."]
+    except CorruptError as error:
+        return [f"The catalog's copy is of no use: {error.message}. Nothing is lost: it is written anew."]
+    return []
 
 
 def _free_name(path: Path) -> Path:
@@ -67,15 +84,17 @@ def _free_name(path: Path) -> Path:
 def _collect(state: StateDir, said: list[str]) -> Content:
     """The best knowledge of the catalog's content without the catalog."""
     entries: dict[str, Entry] = {}
+    rows = empty_rows()
     next_id, jump = 1, ID_JUMP
     try:
         copy = read_copy(state.catalog_copy)
-        entries, next_id, jump = dict(copy.entries), copy.next_id, 0
-        said.append(f"Its copy, catalog.json, names {len(entries)} disks.")
+        entries, next_id, jump, rows = dict(copy.entries), copy.next_id, 0, copy.rows
+        held = ", ".join(f"{len(rows[table])} {table}" for table in TABLES)
+        said.append(f"Its copy, catalog.json, has {len(entries)} disks, {held}.")
     except FileNotFoundError:
-        said.append("Its copy, catalog.json, is missing.")
+        said += ["Its copy, catalog.json, is missing.", LOST]
     except CorruptError as error:
-        said.append(f"Its copy is of no use: {error.message}.")
+        said += [f"Its copy is of no use: {error.message}.", LOST]
     directories = [match for name in os.listdir(state.timelines) if (match := _DIRECTORY.fullmatch(name))]
     numbers = {int(match[2]) for match in directories} | {int(entry.id[1:]) for entry in entries.values()}
     named = {entry.id for entry in entries.values()}
@@ -85,7 +104,7 @@ def _collect(state: StateDir, said: list[str]) -> Content:
     for entry in entries.values():
         if not state.timeline(entry.id).exists():
             said.append(f"Disk {entry.name} has no timeline directory {entry.id}.")
-    return Content(entries, max(next_id, *(number + 1 for number in numbers), 1) + jump)
+    return Content(entries, max(next_id, *(number + 1 for number in numbers), 1) + jump, rows)
 
 
 def _collect_timeline(state: StateDir, id: str, entries: dict[str, Entry], said: list[str]) -> None:

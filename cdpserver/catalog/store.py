@@ -1,7 +1,7 @@
 """The LMDB environment of the catalog: opened only if whole, built whole, read and changed.
 
-Two tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-
-endian.
+Tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-endian;
+`locks` and `policies` (since format version 2), id -> msgpack of schema, fields.
 
 Durability: a change is synced when its transaction ends; a new environment appears by rename.
 Threads: a write transaction begins and ends in one `with` block, so in one thread.
@@ -18,7 +18,8 @@ import msgpack
 
 from cdpserver import durable
 from cdpserver.catalog.content import Content, Entry, entry_value, read_entry
-from cdpserver.errors import BrokenError, CorruptError, NoSpaceError
+from cdpserver.catalog.rows import MAX_ROWS, TABLES, Row, Table, check_row, empty_rows, read_row
+from cdpserver.errors import BrokenError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.names import show
 
 CATALOG_MAP_BYTES = 64 << 20
@@ -28,7 +29,7 @@ CATALOG_READERS = 256
 """LMDB reader slots: one or two per process that looks up names."""
 
 CATALOG_TABLES = 8
-"""Named databases: disks and counters, and room for locks and policies."""
+"""Named databases: four, and room for more."""
 
 DATA = "data.mdb"
 DISKS = b"disks"
@@ -77,14 +78,30 @@ def build(path: Path, content: Content) -> None:
                 for entry in content.entries.values():
                     txn.put(entry.name.encode(), msgpack.packb(entry_value(entry)), db=disks)
                 txn.put(NEXT_ID, content.next_id.to_bytes(8, "little"), db=counters)
+                for table in TABLES:
+                    db = env.open_db(table.encode(), txn)
+                    for row in content.rows[table].values():
+                        txn.put(row.id.encode(), check_row(row), db=db)
     durable.publish(building, path)
+
+
+def add_row_tables(path: Path) -> None:
+    """Give an environment of format version 1 the tables that it lacks; durable on return, and no harm if done."""
+    with _lmdb_errors(path):
+        env = lmdb.open(str(path), map_size=CATALOG_MAP_BYTES, max_dbs=CATALOG_TABLES, create=False)
+        with contextlib.closing(env), env.begin(write=True) as txn:
+            for table in TABLES:
+                env.open_db(table.encode(), txn)
 
 
 class Store:
     """The open environment in directory `path`. A process opens it once, and not across a fork."""
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
-        """Open it; CorruptError if it is missing or visibly damaged, BrokenError if it may not be opened."""
+    def __init__(self, path: Path, *, writable: bool, with_rows: bool = True) -> None:
+        """Open it; CorruptError if it is missing or visibly damaged, BrokenError if it may not be opened.
+
+        Without `with_rows` it may be of format version 1, which has neither locks nor policies.
+        """
         self.path = path
         with _lmdb_errors(path):
             _check_length(path / DATA)
@@ -101,6 +118,8 @@ class Store:
                 _check_pages(self._env, path / DATA)
                 self._disks = self._env.open_db(DISKS, create=False)
                 self._counters = self._env.open_db(COUNTERS, create=False)
+                tables = TABLES if with_rows else ()
+                self._rows = {table: self._env.open_db(table.encode(), create=False) for table in tables}
                 if writable:
                     self._env.reader_check()
             except BaseException:
@@ -143,7 +162,12 @@ class Store:
         next_id = int.from_bytes(counter, "little") if counter is not None and len(counter) == 8 else 0
         if not 1 <= next_id < 1 << 59:
             raise damaged(self.path, "its counter of ids is lost")
-        return Content({entry.name: entry for entry in entries}, next_id)
+        tables = empty_rows()
+        for table, db in self._rows.items():
+            cursor = txn.cursor(db=db)
+            found = [self._decode_row(table, bytes(key), bytes(value)) for key, value in cursor]
+            tables[table] = {row.id: row for row in found}
+        return Content({entry.name: entry for entry in entries}, next_id, tables)
 
     def put(self, txn: lmdb.Transaction, entry: Entry) -> None:
         """Add or replace an entry."""
@@ -156,6 +180,25 @@ class Store:
     def put_next_id(self, txn: lmdb.Transaction, number: int) -> None:
         """Set the counter of ids."""
         txn.put(NEXT_ID, number.to_bytes(8, "little"), db=self._counters)
+
+    def put_row(self, txn: lmdb.Transaction, table: Table, row: Row) -> None:
+        """Add or replace a row. UsageError for one that cannot be kept, RefusedError if the table is full."""
+        packed, key, db = check_row(row), row.id.encode(), self._rows[table]
+        if txn.get(key, db=db) is None and txn.stat(db)["entries"] >= MAX_ROWS:
+            raise RefusedError(f"there are {MAX_ROWS} {table} already", hint="remove those no longer needed")
+        txn.put(key, packed, db=db)
+
+    def delete_row(self, txn: lmdb.Transaction, table: Table, id: str) -> None:
+        """Delete the row of an id that a row has had."""
+        txn.delete(id.encode(), db=self._rows[table])
+
+    def _decode_row(self, table: Table, key: bytes, value: bytes) -> Row:
+        try:
+            return read_row(key.decode(), msgpack.unpackb(value), self.path)
+        except (ValueError, msgpack.exceptions.UnpackException, CorruptError) as error:
+            raise damaged(
+                self.path, f"row {show(key.decode(errors='replace'))} of {table}: {error}"
+            ) from None
 
     def _decode(self, key: bytes, value: bytes) -> Entry:
         try:

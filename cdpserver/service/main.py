@@ -1,6 +1,6 @@
 """`cdpserver`: the service in the foreground.
 
-    lock -> orphans -> clock -> catalog -> left-overs          sync, before anything listens
+    lock -> orphans -> upgrade -> clock -> catalog -> left-overs          sync, before anything listens
       sockets
         children (target, export, indexer)
           scheduler, watches of the target and of the wall clock
@@ -38,6 +38,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.options import options
 from cdpserver.state import StateDir, default_state_dir
+from cdpserver.upgrade import check_current, upgrade
 
 SHUT_S = 20.0
 """How long the target may take to make its journals durable at a stop; then it is killed all the same, losing nothing."""
@@ -79,10 +80,17 @@ def sweep(state: StateDir) -> None:
             path.unlink()
 
 
-def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
-    """Make the directory ready: no orphan runs, the clock is fixed, the catalog is whole."""
+def bring_up_to_date(state: StateDir, log: events.EventLog, *, allowed: bool) -> None:
+    """Upgrade the directory's format, before anything reads it. An orphan of an older server would read it too."""
+    if not allowed:
+        check_current(state)
     for name in processes.kill_orphans(state.run):
         log.emit("service.orphan-killed", level="warning", child=name)
+    upgrade(state, log)
+
+
+def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
+    """Make the directory ready: the clock is fixed, the catalog is whole."""
     sweep(state)
     clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
     if fresh:
@@ -191,6 +199,9 @@ def run(chosen: argparse.Namespace) -> None:
         log.emit(
             "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
         )
+        bring_up_to_date(state, log, allowed=not chosen.no_upgrade)
+        if chosen.upgrade_only:
+            return
         clock, catalog = prepare(state, log)
         with catalog:
             children = Children(state, config, log)

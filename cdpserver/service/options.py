@@ -33,6 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show-config", action="store_true", help="print the configuration in effect as TOML, and stop"
     )
+    upgrading = parser.add_mutually_exclusive_group()
+    upgrading.add_argument(
+        "--upgrade-only",
+        action="store_true",
+        help="bring the state directory to this version's format, and stop",
+    )
+    upgrading.add_argument(
+        "--no-upgrade", action="store_true", help="refuse a state directory of an older format"
+    )
     parser.add_argument("--version", action="version", version=f"cdpserver {cdpserver.__version__}")
     return parser
 

@@ -1,0 +1,20 @@
+"""What becomes of the catalog when the state directory goes from one format version to the next."""
+
+import contextlib
+
+from cdpserver import durable
+from cdpserver.catalog.recovery import is_readable
+from cdpserver.catalog.store import Store, add_row_tables
+from cdpserver.state import StateDir
+
+
+def add_locks_and_policies(state: StateDir) -> None:
+    """1 -> 2: empty tables for locks and policies, in the catalog and in its copy. May be repeated.
+
+    A catalog that is missing or damaged is left alone: recovering it makes it with every table.
+    """
+    if not is_readable(state.catalog, version=1):
+        return
+    add_row_tables(state.catalog)
+    with contextlib.closing(Store(state.catalog, writable=True)) as store:
+        durable.write_json(state.catalog_copy, store.content().to_json())
