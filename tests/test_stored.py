@@ -19,7 +19,7 @@ import lmdb
 import pytest
 
 from cdpserver import durable
-from cdpserver.catalog import Catalog
+from cdpserver.catalog import Catalog, Row
 from cdpserver.index.store import SEQ, IndexFile
 from cdpserver.state import StateDir
 from recovery.index_text import BATCH, items
@@ -86,6 +86,8 @@ def fill(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     Catalog.recover(world.state)
     with Catalog.open(world.state, writable=True) as catalog:
         catalog.set_state("d4", "removing")
+        catalog.put_row("locks", Row("k1", 1, {"disk": "t1", "seqs": [3, 9], "until": None}))
+        catalog.put_row("policies", Row("daily", 2, {"keep": {"days": 7}}))
     durable.write_json(world.state.clock, {"boot_id": BOOT, "offset_ns": -5, "floor_ns": START_NS})
     (disk.directory / "bp-0.qcow2").touch()
 
@@ -254,6 +256,8 @@ def test_a_catalog_whose_copy_differs(copied: Stored) -> None:
     disks = copy["disks"]
     disks["gone"] = disks.pop("d3")
     disks["d1"]["created_ns"] = 5
+    copy["locks"] = {"k2": {"schema": 1, "fields": {}}}
+    copy["policies"]["daily"]["schema"] = 3
     durable.write_json(copied.state.catalog_copy, copy | {"next_id": 77})
     (copied.state.timelines / "t9").mkdir()
     durable.remove_tree(copied.state.timeline("t2"))
@@ -266,6 +270,14 @@ def test_a_catalog_whose_copy_differs(copied: Stored) -> None:
         "there is no such timeline",
         "the copy lacks it",
         "only the copy has it",
+        "the copy lacks it",
+        "only the copy has it",
+        "the copy differs",
+    ]
+    assert [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("lock", "policy"))] == [
+        ["lock", "id=k1"],
+        ["lock", "id=k2"],
+        ["policy", "id=daily"],
     ]
     assert "unnamed timeline=t9 whole=false" in done.stdout
 
