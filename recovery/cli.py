@@ -22,6 +22,10 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 """As a shell reports a program that SIGINT or SIGPIPE ended."""
 
+LEAST_PAUSE_S = 0.1
+DEFAULT_PAUSE_S = 2.0
+"""Between two looks of `--watch`."""
+
 _TAKE_A_NEGATIVE = {"--since", "--until", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
 
@@ -52,11 +56,35 @@ def _count(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Every command of `cdp`."""
     commands = Commands()
+    _add_seeing(commands)
     _add_disk(commands)
     _add_points(commands)
     _add_fork(commands)
     _add_local(commands)
     return commands.root
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) or float(text) < LEAST_PAUSE_S:
+        raise UsageError(f"not a pause: {names.show(text)}", hint=f"write seconds from {LEAST_PAUSE_S}")
+    return float(text)
+
+
+def _add_seeing(commands: Commands) -> None:
+    status = commands.leaf(
+        "status",
+        lazy("status", "status"),
+        "Show the service, the store and every disk on one screen, warnings first.",
+        "cdp status --watch",
+    )
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        const=DEFAULT_PAUSE_S,
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"again and again, after a pause (else {DEFAULT_PAUSE_S:g} s); Ctrl-C ends it",
+    )
 
 
 def _add_disk(commands: Commands) -> None:

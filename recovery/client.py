@@ -57,6 +57,10 @@ class Client:
         """What the service says of itself."""
         return self._object("GET", "status")
 
+    def overview(self) -> Object:
+        """The service and every disk at a glance."""
+        return self._object("GET", "overview")
+
     def add_disk(self, name: str, *, size: int, vm: str | None, base: str | None) -> Object:
         """Protect a disk of `size` bytes; `base` is the absolute path of an image."""
         body = {"name": name, "size": size, "vm": vm, "base": base}

@@ -108,6 +108,7 @@ def test_the_description_names_every_operation_once(server: Server) -> None:
     # Programs are made from these names: they stay.
     assert set(operations) >= {
         "status",
+        "show_overview",
         "point_uri",
         "list_disks",
         "add_disk",

@@ -35,14 +35,14 @@ def describe(core: Core, entry: Entry, open_disks: dict[str, Any]) -> dict[str, 
     try:
         history = History(core.state.path, found, core.clock.boot_id)
         try:
-            facts |= open_disks.get(found.full_name) or _closed_status(history)
+            facts |= open_disks.get(found.full_name) or closed_status(history)
             facts["journal_bytes"] = journal_bytes(history.journal)
             facts["points"] = Points(history).count(now_ns=core.clock.now_ns())
         finally:
             history.close()
     except CdpError as error:
         return facts | {"state": "damaged", "error": error.message}
-    return facts | {"state": _state(found, facts)}
+    return facts | {"state": state_of(found, facts)}
 
 
 def _head(core: Core, entry: Entry, found: Timeline | None) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def base_name(core: Core, base: PointBase) -> str:
     return f"{parent.name if parent is not None else base.timeline}@seq:{base.seq}"
 
 
-def _state(found: Timeline, facts: dict[str, Any]) -> str:
+def state_of(found: Timeline, facts: dict[str, Any]) -> str:
+    """The word for what a disk is doing, by what the target or its files say of it."""
     if isinstance(found.base, PointBase):
         return "fork"
     if facts["mode"] == "first-copy":
@@ -89,7 +90,7 @@ def _state(found: Timeline, facts: dict[str, Any]) -> str:
     return "synced" if facts["synced"] else "unordered"
 
 
-def _closed_status(history: History) -> dict[str, Any]:
+def closed_status(history: History) -> dict[str, Any]:
     """As the target's status, for a disk that it has not opened: from files."""
     journal = history.journal
     if journal.empty:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 import cdpserver
 from cdpserver.service.api import disks as disk_routes
-from cdpserver.service.api import models
+from cdpserver.service.api import models, seeing
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.server import serve
 from cdpserver.service.basepoints import BasePoints
@@ -20,6 +20,7 @@ from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
+from cdpserver.service.overview import Overview
 
 __all__ = ["build", "serve"]
 
@@ -51,6 +52,7 @@ def build(
     app.include_router(disk_routes.verbs(answers, disks, instants, base_points))
     app.include_router(disk_routes.disks(answers, disks))
     app.include_router(disk_routes.forks(answers, disks))
+    app.include_router(seeing.routes(answers, Overview(core, children)))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
 
     @app.get("/v1/status", tags=["service"], response_model=models.Status)

@@ -95,6 +95,65 @@ class Status(Answer):
     disks: Count
 
 
+class Store(Answer):
+    """The file system that holds everything."""
+
+    size_bytes: Count
+    free_bytes: Count = Field(description="What the service may still use.")
+
+
+class EventCount(Answer):
+    """Events since the service started."""
+
+    process: str
+    level: str
+    count: Count
+
+
+class LastBasePoint(Answer):
+    """The newest base point that is published."""
+
+    number: Count
+    time_ns: Count | None
+
+
+class SeenDisk(Answer):
+    """A disk or a fork at a glance."""
+
+    name: str
+    id: str
+    state: str
+    size: Count | None
+    clients: Count
+    broken: str
+    lag_ns: Count = Field(description="Age of the newest instant whose content is complete; 0 in sync.")
+    durable_lag_ns: Count = Field(description="Age of the oldest acknowledged write that is not durable.")
+    tail_records: Count = Field(description="Records that the index lacks.")
+    index_lag_ns: Count = Field(description="Age of the oldest of them.")
+    last_base_point: LastBasePoint | None
+    counts: dict[str, Count] | None = Field(
+        description="What the target did for the disk since it opened it; none while it has not."
+    )
+
+
+class Overview(Answer):
+    """The service at a glance."""
+
+    version: str
+    state_dir: str
+    pid: Count
+    time_ns: Count
+    started_ns: Count
+    children: dict[str, Child]
+    targets: dict[str, bool] = Field(description="Whether each answered in time.")
+    store: Store
+    events: list[EventCount]
+    last_error: dict[str, Any] | None
+    disks: list[SeenDisk]
+    warnings: list[str] = Field(description="Worst first, each with its next step.")
+    look_s: Annotated[float, Field(ge=0, description="How long it took to find out.")]
+
+
 class Disk(Answer):
     """A disk or a fork."""
 

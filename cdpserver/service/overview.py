@@ -1,0 +1,212 @@
+"""Everything that an operator wants to see at once: the source of `cdp status` and of the metrics.
+
+One look is one `status` question to the target, with a deadline, and a pass over the disks' files in a thread. A target that
+hangs costs its own figures, not the others.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+import cdpserver
+from cdpserver import timeline
+from cdpserver.catalog import Entry
+from cdpserver.errors import CdpError
+from cdpserver.limits import TAIL_RECORDS
+from cdpserver.names import format_bytes
+from cdpserver.service import behind, facts
+from cdpserver.service.children import Children
+from cdpserver.service.core import Core
+from cdpserver.service.event_counts import EventCounts
+from cdpserver.view.view import History
+
+TARGET_S = 2.0
+"""How long the target may take to answer: it takes milliseconds, and Prometheus gives up after ten seconds."""
+
+LITTLE_FREE = 0.1
+"""Share of the store below which free space is a warning."""
+
+NO_RECORDS: dict[str, Any] = {
+    "durable_lag_ns": 0,
+    "tail_records": 0,
+    "index_lag_ns": 0,
+    "last_base_point": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look knows before it goes through the disks."""
+
+    now_ns: int
+    said: dict[str, Any]
+
+
+class Overview:
+    """Looks at the service. One look at a time; who asks meanwhile waits for its own."""
+
+    def __init__(self, core: Core, children: Children) -> None:
+        self._core = core
+        self._children = children
+        self._started_ns = core.clock.now_ns()
+        self._events = EventCounts(core.state.events)
+        self._one = trio.Lock()
+        self._cut_times: dict[tuple[str, int], int | None] = {}
+
+    async def look(self) -> dict[str, Any]:
+        """The whole, as plain values."""
+        async with self._one:
+            began = time.monotonic()
+            said, silent = await self._ask_target()
+            look = _Look(self._core.clock.now_ns(), said)
+            found = await self._core.thread(self._collect, look)
+            found["targets"] = {"target": not silent}
+            found["warnings"] = warnings(found)
+            found["look_s"] = time.monotonic() - began
+            return found
+
+    async def _ask_target(self) -> tuple[dict[str, Any], bool]:
+        """(what the target says of its open disks, whether it said nothing in time)."""
+        with trio.move_on_after(TARGET_S):
+            try:
+                answer: dict[str, Any] = await self._core.target.call("status")
+            except CdpError:
+                return {}, True
+            return answer, False
+        return {}, True
+
+    def _collect(self, look: _Look) -> dict[str, Any]:
+        core = self._core
+        self._events.update()
+        disks = [self._disk(entry, look) for entry in core.catalog.names().values()]
+        counts = self._events.counts
+        return {
+            "version": cdpserver.__version__,
+            "state_dir": str(core.state.path),
+            "pid": os.getpid(),
+            "time_ns": look.now_ns,
+            "started_ns": self._started_ns,
+            "children": self._children.status(),
+            "store": _store(core.state.path),
+            "events": [
+                {"process": process, "level": level, "count": count}
+                for (process, level), count in sorted(counts.items())
+            ],
+            "last_error": self._events.last_error,
+            "disks": disks,
+        }
+
+    # -- a disk ----------------------------------------------------------------------------------------------
+
+    def _disk(self, entry: Entry, look: _Look) -> dict[str, Any]:
+        """One disk. What is damaged or vanishes meanwhile is said, and the others are shown."""
+        shown: dict[str, Any] = {
+            "name": entry.name,
+            "id": entry.id,
+            "state": "removing",
+            "size": None,
+            "clients": 0,
+            "broken": "",
+            "lag_ns": 0,
+            **NO_RECORDS,
+            "counts": None,
+        }
+        if entry.state == "removing":
+            return shown
+        try:
+            return shown | self._live(entry, look)
+        except (CdpError, OSError) as error:
+            return shown | {"state": "damaged", "error": getattr(error, "message", str(error))}
+
+    def _live(self, entry: Entry, look: _Look) -> dict[str, Any]:
+        core = self._core
+        found = timeline.load(core.state.timeline(entry.id))
+        history = History(core.state.path, found, core.clock.boot_id)
+        try:
+            status = look.said.get(found.full_name) or facts.closed_status(history)
+            shown = {
+                "size": found.size,
+                "state": facts.state_of(found, status),
+                "clients": status.get("clients", 0),
+                "broken": status.get("broken", ""),
+                "counts": status.get("counts"),
+            }
+            if history.journal.empty:
+                return shown | {"lag_ns": look.now_ns - entry.created_ns}
+            return shown | self._journal(entry, history, look, status)
+        finally:
+            history.close()
+
+    def _journal(self, entry: Entry, history: History, look: _Look, status: dict[str, Any]) -> dict[str, Any]:
+        journal, now_ns = history.journal, look.now_ns
+        tail = behind.tail_of(journal, history.boot_id)
+        complete = behind.complete_ns(journal)
+        return {
+            "lag_ns": 0 if complete is None else max(0, now_ns - (complete or entry.created_ns)),
+            "durable_lag_ns": status.get("lag_ns", 0),
+            "tail_records": tail.records,
+            "index_lag_ns": 0 if tail.oldest_ns is None else max(0, now_ns - tail.oldest_ns),
+            "last_base_point": self._base_point(entry, history),
+        }
+
+    def _base_point(self, entry: Entry, history: History) -> dict[str, Any] | None:
+        number = behind.newest_base_point(history.directory)
+        if number is None:
+            return None
+        key = (entry.id, number)
+        if key not in self._cut_times:
+            self._cut_times = {old: at for old, at in self._cut_times.items() if old[0] != entry.id}
+            self._cut_times[key] = behind.cut_ns(history.journal, number)
+        return {"number": number, "time_ns": self._cut_times[key]}
+
+
+def _store(path: os.PathLike[str]) -> dict[str, Any]:
+    found = os.statvfs(path)
+    return {"size_bytes": found.f_blocks * found.f_frsize, "free_bytes": found.f_bavail * found.f_frsize}
+
+
+# --- warnings
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What an operator should do something about, worst first. Each names the next step."""
+    said = [
+        f"{name} does not answer, so figures of disks may be missing (its events say why: {found['state_dir']}/events.jsonl)"
+        for name, up in found["targets"].items()
+        if not up
+    ]
+    said += [
+        f"process {name} is not running; it is being started anew (events.jsonl says why it ended)"
+        for name, child in found["children"].items()
+        if child["pid"] is None
+    ]
+    store = found["store"]
+    if store["free_bytes"] < LITTLE_FREE * store["size_bytes"]:
+        said.append(
+            f"the store has {format_bytes(store['free_bytes'])} left of {format_bytes(store['size_bytes'])} "
+            "(make it larger, or remove disks: cdp disk remove)"
+        )
+    for disk in found["disks"]:
+        said += _disk_warnings(disk)
+    return said
+
+
+def _disk_warnings(disk: dict[str, Any]) -> list[str]:
+    name = disk["name"]
+    if disk["state"] == "damaged":
+        return [f"{name} is damaged: {disk['error']} (cdp check {name})"]
+    said = []
+    if disk["broken"]:
+        said.append(
+            f"{name} takes no writes: {disk['broken']} (free space or mend the store, then reconnect)"
+        )
+    if disk["tail_records"] > TAIL_RECORDS:
+        said.append(
+            f"{name}: the index is {disk['tail_records']:,} records behind, so writes are slowed down"
+        )
+    if disk["clients"] and disk["state"] == "unordered":
+        said.append(f"{name} is not in sync (when its mirror job is ready: cdp disk synced {name})")
+    return said
