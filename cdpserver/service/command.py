@@ -29,3 +29,7 @@ def _complete() -> None:
         action.completer = completers.get(action.dest, SuppressCompleter())  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
     sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

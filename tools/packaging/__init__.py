@@ -1,0 +1,1 @@
+"""Installing and removing, as tools/install does it."""
