@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_disk(commands)
     _add_points(commands)
     _add_fork(commands)
+    _add_events(commands)
     _add_local(commands)
     return commands.root
 
@@ -178,6 +179,24 @@ def _add_fork(commands: Commands) -> None:
     )
     remove.add_argument("name", metavar="NAME", type=names.check_disk_name)
     remove.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_events(commands: Commands) -> None:
+    event = commands.group("event", "what happened")
+    listing = event.leaf(
+        "list",
+        lazy("events", "event_list"),
+        "List the newest events, oldest first.",
+        "cdp event list --level warning --since -1d --follow",
+    )
+    listing.add_argument("--follow", action="store_true", help="and go on with those that come")
+    listing.add_argument("--level", choices=("debug", "info", "warning", "error"), help="the least level")
+    listing.add_argument("--event", metavar="NAME", help="disk.added, or disk for all of that noun")
+    listing.add_argument("--disk", metavar="DISK", type=names.check_disk_name)
+    listing.add_argument("--since", metavar="WHEN", type=_when)
+    listing.add_argument(
+        "--limit", metavar="N", type=_count, default=100, help="only the newest N; default: 100"
+    )
 
 
 def _add_local(commands: Commands) -> None:

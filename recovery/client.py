@@ -9,7 +9,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import quote, urlencode
 
@@ -19,6 +19,9 @@ from cdpserver.state import StateDir
 
 MAX_REPLY_BYTES = 1 << 30
 """Largest reply that is read: a year of points, a second each, is well below."""
+
+MAX_LINE_BYTES = 1 << 20
+"""Longest line of a stream; an event is far below."""
 
 Object: TypeAlias = dict[str, Any]
 
@@ -110,6 +113,29 @@ class Client:
         if not isinstance(uri, str):
             raise self._strange("an answer without a URI")
         return uri
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def events(self, query: Mapping[str, Any]) -> list[Object]:
+        """The newest events, oldest of them first."""
+        return self._list("GET", "events", query=query)
+
+    def follow(self, query: Mapping[str, Any]) -> Iterator[Object]:
+        """Events as they come; ends when the service stops."""
+        asked = {key: value for key, value in query.items() if value is not None}
+        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        try:
+            connection.request("GET", f"/v1/events:stream?{urlencode(asked)}")
+            reply = connection.getresponse()
+            if reply.status >= 300:
+                raise _error(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
+            while line := reply.readline(MAX_LINE_BYTES):
+                if line.startswith(b"data: ") and len(event := json.loads(line[6:])):
+                    yield event
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._unreachable(error) from error
+        finally:
+            connection.close()
 
     # -- forks ---------------------------------------------------------------------------------------------------
 

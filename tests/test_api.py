@@ -4,7 +4,9 @@ import base64
 import contextlib
 import fcntl
 import json
+import os
 import socket
+import subprocess
 import sys
 import tempfile
 import termios
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+import structlog
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import checks
@@ -27,6 +30,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from cdpserver.errors import UsageError
+from cdpserver.events import EventLog
+from cdpserver.service.feed import Feed, Filter, Place
 from tests.test_service import ApiError, Server, UnixConnection, connected, pattern, until
 
 pytestmark = pytest.mark.real
@@ -156,6 +162,8 @@ def test_every_operation_keeps_to_the_description(server: Server, relay: str) ->
     statuses = {}
     for found in schema.get_all_operations():
         assert isinstance(found, Ok)
+        if found.ok().path.endswith(":stream"):
+            continue  # it has no end; it has its own tests
         statuses[found.ok().label] = statuses_of(found.ok(), relay)
     assert len(statuses) > 14
     for asked in ("disks", "disks/{name}", "disks/{name}:points", "forks/{name}"):
@@ -292,3 +300,223 @@ def test_a_client_that_does_not_read_does_not_keep_the_service_from_stopping(sho
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 15
+
+
+# --- events
+
+
+def holes(path: Path) -> tuple[EventLog, Feed]:
+    """A log with lines that are none of ours between."""
+    log = EventLog(path)
+    for number in range(5):
+        log.emit(
+            "test.counted", number=number, level="warning" if number % 2 else "info", disk=f"d{number % 2}"
+        )
+        with open(path, "ab") as file:
+            file.write(b"\n{broken\n[1]\n")
+    return log, Feed(path)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Events that a test emits itself are not for the terminal."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+
+def numbers(events: list[dict[str, Any]]) -> list[int]:
+    return [event["number"] for event in events]
+
+
+def test_the_feed_goes_on_behind_any_event(tmp_path: Path) -> None:
+    log, feed = holes(tmp_path / "events.jsonl")
+    whole = feed.newest(Filter(), 100).events
+    assert numbers(whole) == list(range(5))
+    assert feed.after(None, Filter(), 100).events == whole
+    for number, event in enumerate(whole):
+        batch = feed.after(Place.parse(event["place"]), Filter(), 100)
+        assert (numbers(batch.events), batch.lost) == (list(range(number + 1, 5)), False)
+        assert numbers(feed.newest(Filter(), number).events) == list(range(5 - number, 5))
+    end = feed.newest(Filter(event="none"), 1).place
+    assert feed.after(end, Filter(), 100).events == []
+    log.emit("test.counted", number=5)
+    assert numbers(feed.after(end, Filter(), 100).events) == [5]
+
+
+def test_the_feed_takes_what_is_wanted(tmp_path: Path) -> None:
+    _, feed = holes(tmp_path / "events.jsonl")
+    for wanted, found in (
+        (Filter(level="warning"), [1, 3]),
+        (Filter(disk="d0"), [0, 2, 4]),
+        (Filter(event="test"), [0, 1, 2, 3, 4]),
+        (Filter(event="test.counted", disk="d1"), [1, 3]),
+        (Filter(event="tes"), []),
+        (Filter(since="9999"), []),
+    ):
+        assert numbers(feed.newest(wanted, 100).events) == found
+        assert numbers(feed.after(None, wanted, 100).events) == found
+
+
+def test_the_feed_crosses_rotations_and_says_what_it_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdpserver.events.EVENT_FILE_BYTES", 500)
+    monkeypatch.setattr("cdpserver.service.feed.SETTLED_S", 0.0)
+    log, feed = EventLog(tmp_path / "events.jsonl"), Feed(tmp_path / "events.jsonl")
+    place, seen, rotations = None, list[int](), set()
+    for number in range(40):
+        log.emit("test.counted", number=number)
+        rotations.add(sum(1 for _ in tmp_path.iterdir()))
+        batch = feed.after(place, Filter(), 100, settled=True)
+        place, seen = batch.place, seen + numbers(batch.events)
+        assert not batch.lost
+    assert seen == list(range(40))
+    assert rotations == {1, 2}
+    first = Place.parse(feed.after(None, Filter(), 1).events[0]["place"])
+    for number in range(40, 60):
+        log.emit("test.counted", number=number)
+    batch = feed.after(first, Filter(), 100)
+    assert batch.lost
+    assert numbers(batch.events) == numbers(feed.after(None, Filter(), 100).events)
+    assert numbers(batch.events)[-1] == 59
+
+
+def test_a_rotated_file_is_left_when_nobody_writes_to_it_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log, feed = EventLog(path), Feed(path)
+    log.emit("test.counted", number=0)
+    place = feed.newest(Filter(), 0).place
+    with open(path, "ab") as late:
+        path.rename(tmp_path / "events.1.jsonl")
+        log.emit("test.counted", number=2)
+        batch = feed.after(place, Filter(), 100, settled=True)
+        assert batch.events == []
+        late.write(b'{"event": "test.counted", "number": 1}\n')
+    batch = feed.after(batch.place, Filter(), 100, settled=True)
+    assert numbers(batch.events) == [1]
+    os.utime(tmp_path / "events.1.jsonl", (0, 0))
+    assert numbers(feed.after(batch.place, Filter(), 100, settled=True).events) == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1",
+        "1-",
+        "-1",
+        "0000000a-2-3",
+        "0000000x-1",
+        "0000000A-1",
+        "1" * 30 + "-1",
+        "00000001-" + "1" * 30,
+    ],
+)
+def test_a_place_that_is_none_is_refused(server: Server, text: str) -> None:
+    with pytest.raises(UsageError):
+        Place.parse(text)
+
+
+def test_events_are_listed_filtered_and_in_pages(server: Server) -> None:
+    query = "/v1/events?event=point&disk=web/vda"
+    marked = [f"mark-{number}" for number in range(4)]
+    assert [event["bookmark"] for event in server.get(query)] == marked
+    assert [event["bookmark"] for event in server.get(f"{query}&limit=2")] == marked[2:]
+    assert [e["bookmark"] for page in pages(server, query, 3) for e in page] == marked
+    second = server.get(query)[1]["place"]
+    assert [event["bookmark"] for event in server.get(f"{query}&after={second}")] == marked[2:]
+    assert server.get(f"{query}&since=-0s") == []
+    assert server.get(f"{query}&level=error") == []
+    for wrong in ("level=loud", "after=x", "since=bp:1", "limit=-1", f"page_token={token('events', 'x')}"):
+        with pytest.raises(ApiError) as refused:
+            server.get(f"/v1/events?{wrong}")
+        assert refused.value.status == 400
+
+
+@contextlib.contextmanager
+def stream(server: Server, query: str = "", **headers: str) -> Iterator[Iterator[tuple[str, str, Any]]]:
+    """(id, type, data) of each server-sent event."""
+    connection = UnixConnection(server.state_dir / "api.sock")
+    connection.request("GET", f"/v1/events:stream?{query}", headers=headers)
+    reply = connection.getresponse()
+    assert (reply.status, reply.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+
+    def events() -> Iterator[tuple[str, str, Any]]:
+        fields: dict[str, str] = {}
+        while line := reply.readline().decode():
+            name, _, value = line.rstrip("\n").partition(": ")
+            fields[name] = value
+            if line == "\n":
+                if "data" in fields:
+                    yield fields.get("id", ""), fields.get("event", "message"), json.loads(fields["data"])
+                fields = {}
+
+    try:
+        yield events()
+    finally:
+        connection.close()
+
+
+def test_a_stream_goes_on_where_its_client_was(server: Server) -> None:
+    with stream(server, "event=disk.added") as events:
+        server.add("s1")
+        place, kind, event = next(events)
+        assert (kind, event["disk"], event["place"]) == ("message", "s1", place)
+    server.add("s2")
+    server.add("s3")
+    with stream(server, "event=disk.added", **{"Last-Event-ID": place}) as events:
+        assert [next(events)[2]["disk"] for _ in range(2)] == ["s2", "s3"]
+        server.add("s4")
+        assert next(events)[2]["disk"] == "s4"
+    with stream(server, "event=disk.added&newest=2") as events:
+        assert [next(events)[2]["disk"] for _ in range(2)] == ["s3", "s4"]
+    with stream(server, "event=disk.added", **{"Last-Event-ID": "0000000a-1"}) as events:
+        assert next(events)[1:] == ("lost", {})
+        assert next(events)[2]["disk"] == "web/vda"
+    with pytest.raises(ApiError):
+        server.get("/v1/events:stream?after=nonsense")
+
+
+def test_more_streams_than_are_served_are_refused_until_one_ends(server: Server) -> None:
+    with contextlib.ExitStack() as streams:
+        for _ in range(32):
+            next(streams.enter_context(stream(server, "newest=1")))
+        with pytest.raises(ApiError) as refused:
+            server.get("/v1/events:stream")
+        assert refused.value.status == 409
+
+    def free() -> bool:
+        with contextlib.suppress(AssertionError), stream(server, "newest=1") as events:
+            return bool(next(events))
+        return False
+
+    until(free, "free stream")
+
+
+def test_streams_end_with_the_service_and_the_command_waits_for_the_next(short_path: Path) -> None:
+    command = [sys.executable, "-m", "recovery.cli", "--state-dir", str(short_path / "s"), "event", "list"]
+    with contextlib.ExitStack() as stack:
+        with Server(short_path / "s") as server, stream(server, "newest=1") as events:
+            following = subprocess.Popen(
+                [*command, "--follow", "--json", "--event", "service.ready"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(following.wait)
+            stack.callback(following.kill)
+            assert following.stdout is not None
+            first = json.loads(following.stdout.readline())
+            began = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - began < 4
+            assert [event["event"] for _, _, event in events][-1] == "service.stopping"
+        with Server(short_path / "s"):
+            second = json.loads(following.stdout.readline())
+            assert first["event"] == second["event"] == "service.ready"
+            assert first["pid"] != second["pid"]
+            listed = subprocess.run(
+                [*command, "--event", "service.ready"], capture_output=True, text=True, check=True
+            )
+            assert [
+                f"pid={event['pid']}" in line
+                for event, line in zip((first, second), listed.stdout.splitlines(), strict=True)
+            ] == [True, True]

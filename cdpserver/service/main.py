@@ -106,14 +106,14 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
 async def serve(core: Core, children: Children) -> None:
     """Everything that runs, until a signal says stop."""
     disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
+    stopping = trio.Event()
     await core.thread(disks.finish_what_was_left)
-    app = api.build(core, children, disks, instants, base_points)
+    app = api.build(core, children, disks, instants, base_points, stopping)
     children.bind()
     listener = bind_unix(core.state.api_socket)
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with children.running(), trio.open_nursery() as nursery:
-                stopping = trio.Event()
                 with trio.CancelScope() as starting:
                     nursery.start_soon(stop_at_signal, signals, stopping, starting, core)
                     await children_answer(core)

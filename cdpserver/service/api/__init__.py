@@ -5,6 +5,7 @@ Names are stable: a disk is its name, a job `jobs/N`. A list comes whole, or in 
 
 from typing import Any
 
+import trio
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
@@ -13,6 +14,7 @@ from starlette.responses import Response
 import cdpserver
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import models, seeing
+from cdpserver.service.api import events as event_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.server import serve
 from cdpserver.service.basepoints import BasePoints
@@ -33,9 +35,17 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def build(
-    core: Core, children: Children, disks: Disks, instants: Instants, base_points: BasePoints
+    core: Core,
+    children: Children,
+    disks: Disks,
+    instants: Instants,
+    base_points: BasePoints,
+    stopping: trio.Event,
 ) -> FastAPI:
-    """The application. Routes with a verb come first: a name may hold a slash, so its pattern takes everything."""
+    """The application; its streams end at `stopping`.
+
+    Routes with a verb come first: a name may hold a slash, so its pattern takes everything.
+    """
     app = FastAPI(
         title="cdpserver",
         version=cdpserver.__version__,
@@ -53,6 +63,7 @@ def build(
     app.include_router(disk_routes.disks(answers, disks))
     app.include_router(disk_routes.forks(answers, disks))
     app.include_router(seeing.routes(answers, Overview(core, children)))
+    app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
 
     @app.get("/v1/status", tags=["service"], response_model=models.Status)

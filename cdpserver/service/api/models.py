@@ -217,3 +217,13 @@ class BasePoint(Answer):
     path: str
     time_ns: Count
     seq: Count
+
+
+class Event(Answer):
+    """Something that happened; what else it says depends on the event."""
+
+    time: str
+    level: str
+    process: str
+    event: str
+    place: str = Field(description="Its end in the event file: what follows it is asked for by this.")
