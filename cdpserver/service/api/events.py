@@ -1,13 +1,15 @@
 """The routes of the event log: a list, and a stream of server-sent events that a client resumes where it was."""
 
+import functools
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import trio
 from fastapi import APIRouter, Depends, Header, Query
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cdpserver import names
 from cdpserver.errors import RefusedError, UsageError
@@ -78,7 +80,7 @@ def routes(core: Core, answers: Answers, stopping: trio.Event) -> APIRouter:
 
     @routes.get(
         "/v1/events:stream",
-        response_class=StreamingResponse,
+        response_class=Response,
         responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
     async def stream_events(
@@ -96,11 +98,8 @@ def routes(core: Core, answers: Answers, stopping: trio.Event) -> APIRouter:
         if len(streams) >= MAX_STREAMS:
             raise RefusedError(f"{MAX_STREAMS} streams are open", hint="close one of them")
         begin = Batch(place=place) if place else await core.thread(feed.newest, wanted, newest)
-        return StreamingResponse(
-            _stream(core, feed, wanted, begin, streams, stopping),
-            headers={"Cache-Control": "no-store"},
-            media_type="text/event-stream",
-        )
+        read = functools.partial(feed.after, wanted=wanted, count=BATCH, settled=True)
+        return _Stream(begin, functools.partial(core.thread, read), streams, stopping)
 
     return routes
 
@@ -130,31 +129,69 @@ def _all_after(feed: Feed, place: Place | None, wanted: Filter, count: int) -> l
     return found
 
 
-async def _stream(
-    core: Core, feed: Feed, wanted: Filter, batch: Batch, streams: set[object], stopping: trio.Event
-) -> AsyncIterator[bytes]:
-    """The text of a stream, from a first batch on."""
-    streams.add(mine := object())
-    try:
-        yield b"retry: 1000\n\n" + _text(batch)
-        heard = trio.current_time()
-        while not stopping.is_set():
-            batch = await core.thread(_next, feed, batch.place, wanted)
-            if batch.events or batch.lost:
-                yield _text(batch)
+class _Stream(Response):
+    """Events from a first batch on, until the client is gone or the service stops.
+
+    Not Starlette's StreamingResponse: it cancels itself at the end, and with it what Hypercorn does about the connection.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        begin: Batch,
+        read: Callable[[Place | None], Awaitable[Batch]],
+        streams: set[object],
+        stopping: trio.Event,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._begin = begin
+        self._read = read
+        self._streams = streams
+        self._stopping = stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ended = trio.Event()
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._streams.add(self)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_wait_for_stop, self._stopping, ended)
+                nursery.start_soon(_wait_for_disconnect, receive, ended)
+                await self._send_events(send, ended)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._streams.discard(self)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_events(self, send: Send, ended: trio.Event) -> None:
+        batch, text = self._begin, b"retry: 1000\n\n" + _text(self._begin)
+        heard = 0.0
+        while True:
+            if text:
+                await send({"type": "http.response.body", "body": text, "more_body": True})
                 heard = trio.current_time()
-            elif trio.current_time() - heard > HEARTBEAT_S:
-                yield b": \n" + _text(batch)
-                heard = trio.current_time()
-            if batch.at_end:
+            last = ended.is_set()
+            batch = await self._read(batch.place)
+            quiet = not batch.events and not batch.lost
+            text = b"" if quiet and trio.current_time() < heard + HEARTBEAT_S else _text(batch)
+            if batch.at_end and not text:
+                if last:
+                    return
                 with trio.move_on_after(LOOK_S):
-                    await stopping.wait()
-    finally:
-        streams.discard(mine)
+                    await ended.wait()
 
 
-def _next(feed: Feed, place: Place | None, wanted: Filter) -> Batch:
-    return feed.after(place, wanted, BATCH, settled=True)
+async def _wait_for_stop(stopping: trio.Event, ended: trio.Event) -> None:
+    await stopping.wait()
+    ended.set()
+
+
+async def _wait_for_disconnect(receive: Receive, ended: trio.Event) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+    ended.set()
 
 
 def _text(batch: Batch) -> bytes:

@@ -87,7 +87,7 @@ class _Server:
         self._open.add(stream)
         try:
             state = ConnectionState(LifespanState({}))
-            await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
+            await TCPServer(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001
             # The process's rim: what goes wrong with one connection is no matter of the others.
             self._log.emit("service.connection-failed", level="error", reason=repr(error)[:2000])
