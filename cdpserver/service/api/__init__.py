@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 import cdpserver
 from cdpserver.service.api import disks as disk_routes
-from cdpserver.service.api import models, seeing
 from cdpserver.service.api import events as event_routes
+from cdpserver.service.api import models, seeing
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.server import serve
 from cdpserver.service.basepoints import BasePoints
