@@ -90,7 +90,7 @@ def test_what_is_installed_runs_by_itself(root: Path, tmp_path: Path) -> None:
 
 def test_every_file_has_its_place(original: Path) -> None:
     outside = [name for name in files(original) if "lib/cdpserver/" not in name]
-    assert [name for name in outside if "/man/" not in name] == [
+    assert outside == [
         CONFIGURATION,
         "usr/local/bin/cdp",
         "usr/local/bin/cdpserver",
@@ -104,6 +104,8 @@ def test_every_file_has_its_place(original: Path) -> None:
         "usr/local/share/bash-completion/completions/cdpserver",
         "usr/local/share/fish/vendor_completions.d/cdp.fish",
         "usr/local/share/fish/vendor_completions.d/cdpserver.fish",
+        "usr/local/share/man/man1/cdp.1",
+        "usr/local/share/man/man8/cdpserver.8",
         "usr/local/share/zsh/site-functions/_cdp",
     ]
     assert not list(original.rglob(".cdpserver.*"))

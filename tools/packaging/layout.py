@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -81,18 +82,23 @@ class Layout:
         return text.replace("/var/lib/cdpserver", self.state_dir)
 
     def generated(self, python: Path, environment: dict[str, str]) -> dict[str, tuple[bytes, int]]:
-        """Completion, from the installed programs themselves."""
+        """Completion and man pages, from the installed programs themselves."""
         share = f"{self.prefix}/share"
         cli = "recovery.cli"
         bash, zsh, fish = (
             run([str(python), "-I", "-m", cli, "completion", shell], environment)
             for shell in ("bash", "zsh", "fish")
         )
+        script = f"import sys; sys.path.append({str(CHECKOUT)!r}); from tools import man; man.main()"
+        with tempfile.TemporaryDirectory() as directory:
+            run([str(python), "-I", "-c", script, directory], environment)
+            pages = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
         # bash-completion and fish load a file when its command is typed for the first time: one for each name.
         return {
             **{f"{share}/bash-completion/completions/{name}": (bash, 0o644) for name in PROGRAMS},
             **{f"{share}/fish/vendor_completions.d/{name}.fish": (fish, 0o644) for name in PROGRAMS},
             f"{share}/zsh/site-functions/_cdp": (zsh, 0o644),
+            **{f"{share}/man/man{name[-1]}/{name}": (page, 0o644) for name, page in pages.items()},
         }
 
 
