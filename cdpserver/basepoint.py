@@ -22,6 +22,7 @@ from cdpserver.catalog import Catalog
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.record import CHANGES
 from cdpserver.points import Cut, base_point_path, cuts, find_cut
+from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
 from cdpserver.timeline import ImageBase, PointBase
 from cdpserver.view.delta import Delta
@@ -163,7 +164,15 @@ def changed_since_cut(history: History) -> bool:
 # --- publishing
 
 
-def publish(state: StateDir, history: History, number: int, *, export: str) -> dict[str, Any]:
+def drop_unfinished(timeline: Path, number: int) -> None:
+    """Remove what a killed `publish` left of a base point. Nobody else may be writing it."""
+    final = base_point_path(timeline, number)
+    final.with_name(f"{durable.TEMPORARY}{final.name}").unlink(missing_ok=True)
+
+
+def publish(
+    state: StateDir, history: History, number: int, *, export: str, progress: Progress = nobody
+) -> dict[str, Any]:
     """Make the file of base point `number`; on return it is durable and what it changes was read back and compared.
 
     `export` is the disk's name on the export socket. A file that is there already is left alone. On an error there is none.
@@ -180,11 +189,13 @@ def publish(state: StateDir, history: History, number: int, *, export: str) -> d
         # The export looks for the backing of a fork's first base point by itself. Should the parent publish one between
         # our look and its own, the file lacks what lies between, and comparing finds that.
         uri = f"nbd+unix:///{export}@delta:{number}?socket={state.export_socket}"
-        qemu.convert_delta(uri, building, backing=under.path, format=under.format)
+        qemu.convert_delta(
+            uri, building, backing=under.path, format=under.format, progress=part(progress, 0.0, 0.5)
+        )
         qemu.check(building)
         delta = Delta(views.new, views.old)
         with qemu.serve(building, state.run / f"bp-{history.timeline.id}.sock") as served:
-            compare(served, delta)
+            compare(served, delta, part(progress, 0.5, 1.0))
         building.chmod(0o444)
         durable.publish(building, final)
     except BaseException:
@@ -196,7 +207,7 @@ def publish(state: StateDir, history: History, number: int, *, export: str) -> d
     return describe(history, cut)
 
 
-def compare(uri: str, delta: Delta) -> None:
+def compare(uri: str, delta: Delta, progress: Progress = nobody) -> None:
     """CorruptError unless the image served at `uri` holds what the newer instant of `delta` holds where they differ."""
     import nbd
 
@@ -208,6 +219,7 @@ def compare(uri: str, delta: Delta) -> None:
             raise CorruptError(f"the new base point has {image.get_size()} bytes, the disk {delta.size}")
         for start, end in delta.ranges:
             _compare_range(image, delta, start, end)
+            progress(end / delta.size)
         image.shutdown()
     except nbd.Error as error:
         raise BrokenError(
@@ -274,7 +286,7 @@ def run(state_dir: Path, id: str, number: int) -> dict[str, Any]:
         raise NotFoundError(f"no disk has timeline {id}", hint="cdp disk list")
     history = History(state.path, timeline.load(state.timeline(id)))
     try:
-        return publish(state, history, number, export=entry.name)
+        return publish(state, history, number, export=entry.name, progress=to_stdout())
     finally:
         history.close()
 

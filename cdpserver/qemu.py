@@ -22,9 +22,11 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from pathlib import Path
 from cdpserver import durable, messages
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError
 from cdpserver.limits import SECTOR
+from cdpserver.progress import Progress, nobody, to_stdout
 
 OPTIONS = "extended_l2=on,cluster_size=128k"
 
@@ -47,6 +50,8 @@ NBD_SECONDS = 10.0
 
 INFO_BYTES = 4 << 20
 """More than this from `qemu-img info` is no description of an image."""
+
+_PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 
 NICED = ("nice", "-n", "10", "setpriv", "--pdeathsig", "KILL", "--")
 
@@ -86,6 +91,32 @@ def _run(
     return done.stdout
 
 
+def _run_told(arguments: Sequence[str], *, doing: str, progress: Progress, cwd: Path | None = None) -> None:
+    """As `_run`, for a program that says `(12.34/100%)` again and again."""
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            process = subprocess.Popen(
+                [*NICED, *arguments],
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, "LC_ALL": "C"},
+            )
+        except FileNotFoundError as error:
+            raise BrokenError(
+                f"cannot run {error.filename}", hint="run tools/setup: a package is missing"
+            ) from None
+        with process:
+            assert process.stdout is not None
+            while said := os.read(process.stdout.fileno(), 65536):
+                if percents := _PERCENT.findall(said):
+                    progress(float(percents[-1]) / 100)
+        if process.returncode:
+            stderr.seek(0)
+            raise _failed(doing, stderr.read(), process.returncode)
+
+
 def _failed(doing: str, stderr: bytes, status: int) -> CdpError:
     lines = stderr.decode(errors="replace").strip().splitlines()
     last = lines[-1].strip()[:300] if lines else f"exit status {status}"
@@ -122,15 +153,15 @@ def create_overlay(path: Path, *, backing: Path, format: str, size: int) -> None
     _run([*command, path.name, str(size)], doing=f"creating {path.name}", cwd=path.parent)
 
 
-def convert_delta(uri: str, path: Path, *, backing: Path, format: str) -> None:
+def convert_delta(uri: str, path: Path, *, backing: Path, format: str, progress: Progress = nobody) -> None:
     """Write the delta export `uri` as a QCOW2 file over `backing`, which is named relative to it.
 
     Holes of the export are left to the backing file. The file is not durable yet.
     """
     relative = os.path.relpath(backing, path.parent)
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", OPTIONS, "-B", relative, "-F", format]
-    command += ["-W", "-m", COROUTINES, uri, path.name]
-    _run(command, doing=f"writing {path.name}", cwd=path.parent)
+    command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", "qcow2", "-o", OPTIONS]
+    command += ["-B", relative, "-F", format, "-W", "-m", COROUTINES, uri, path.name]
+    _run_told(command, doing=f"writing {path.name}", progress=progress, cwd=path.parent)
 
 
 def check(path: Path) -> None:
@@ -141,15 +172,16 @@ def check(path: Path) -> None:
         raise CorruptError(error.message, hint="it is written anew") from None
 
 
-def import_base(source: Path, target: Path, *, format: str) -> None:
+def import_base(source: Path, target: Path, *, format: str, progress: Progress = nobody) -> None:
     """Copy the image `source` with its backing files to the sparse raw file `target`, durable on return.
 
     `format` is what `info` said: an image whose content changes meanwhile is not probed again.
     """
-    command = ["qemu-img", "convert", "-f", format, "-O", "raw", "-W", "-m", COROUTINES]
+    command = ["qemu-img", "convert", "-p", "-f", format, "-O", "raw", "-W", "-m", COROUTINES]
     temporary = target.with_name(f"{durable.TEMPORARY}{target.name}")
     try:
-        _run([*command, str(source.absolute()), str(temporary.absolute())], doing=f"importing {source.name}")
+        command += [str(source.absolute()), str(temporary.absolute())]
+        _run_told(command, doing=f"importing {source.name}", progress=progress)
         size = temporary.stat().st_size
         if size % SECTOR:
             os.truncate(temporary, size + SECTOR - size % SECTOR)
@@ -213,7 +245,7 @@ def main() -> int:
     parser.add_argument("--target", type=Path, required=True)
     options = parser.parse_args()
     try:
-        import_base(options.source, options.target, format=options.format)
+        import_base(options.source, options.target, format=options.format, progress=to_stdout())
     except CdpError as error:
         sys.stdout.write(json.dumps(messages.error_fields(error)))
         return error.exit_code

@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_points(commands)
     _add_fork(commands)
     _add_events(commands)
+    _add_jobs(commands)
     _add_local(commands)
     return commands.root
 
@@ -197,6 +198,21 @@ def _add_events(commands: Commands) -> None:
     listing.add_argument(
         "--limit", metavar="N", type=_count, default=100, help="only the newest N; default: 100"
     )
+
+
+def _job(text: str) -> int:
+    return _count(text.removeprefix("jobs/"))
+
+
+def _add_jobs(commands: Commands) -> None:
+    job = commands.group("job", "long work that the service does")
+    job.leaf(
+        "list", lazy("jobs", "job_list"), "List what is under way, and what ended lately.", "cdp job list"
+    )
+    show = job.leaf("show", lazy("jobs", "job_show"), "Show one job.", "cdp job show 12 --json")
+    cancel = job.leaf("cancel", lazy("jobs", "job_cancel"), "End a job under way.", "cdp job cancel 12")
+    for command in (show, cancel):
+        command.add_argument("number", metavar="JOB", type=_job, help="its number")
 
 
 def _add_local(commands: Commands) -> None:

@@ -9,12 +9,12 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import quote, urlencode
 
 from cdpserver import errors
-from cdpserver.errors import BrokenError, CdpError, UnreachableError, UsageError
+from cdpserver.errors import BrokenError, CdpError, RefusedError, UnreachableError, UsageError
 from cdpserver.state import StateDir
 
 MAX_REPLY_BYTES = 1 << 30
@@ -49,9 +49,12 @@ class _Connection(http.client.HTTPConnection):
 class Client:
     """Asks the service of one state directory. A connection per call; nothing is kept open."""
 
-    def __init__(self, state: StateDir, *, timeout_s: float | None = None) -> None:
-        """`timeout_s` is for the shell's completion, which rather has nothing than waits."""
+    def __init__(
+        self, state: StateDir, *, timeout_s: float | None = None, watch: "Watch | None" = None
+    ) -> None:
+        """`timeout_s` is for the shell's completion, which rather has nothing than waits; `watch` shows long work."""
         self._state = state
+        self._watch = watch
         self._timeout_s = timeout_s
 
     # -- disks ---------------------------------------------------------------------------------------------------
@@ -67,7 +70,7 @@ class Client:
     def add_disk(self, name: str, *, size: int, vm: str | None, base: str | None) -> Object:
         """Protect a disk of `size` bytes; `base` is the absolute path of an image."""
         body = {"name": name, "size": size, "vm": vm, "base": base}
-        return self._object("POST", "disks", body={k: v for k, v in body.items() if v is not None})
+        return self._long("POST", "disks", body={k: v for k, v in body.items() if v is not None})
 
     def disks(self) -> list[Object]:
         """Every disk."""
@@ -79,12 +82,12 @@ class Client:
 
     def remove_disk(self, name: str) -> Object:
         """Remove a disk with its history."""
-        return self._object("DELETE", _disk(name))
+        return self._long("DELETE", _disk(name))
 
     def synced(self, name: str, *, session: int | None, write_blocking: bool) -> Object:
         """Say that the first copy, or a resync, is complete."""
         body: Object = {} if session is None else {"session": session}
-        return self._object("POST", _disk(name, "synced"), body=body | {"write_blocking": write_blocking})
+        return self._long("POST", _disk(name, "synced"), body=body | {"write_blocking": write_blocking})
 
     # -- points and base points ----------------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Client:
 
     def cut(self, name: str) -> Object:
         """Cut a base point; it is published when this returns."""
-        return self._object("POST", _disk(name, "cut"), body={})
+        return self._long("POST", _disk(name, "cut"), body={})
 
     def base_points(self, name: str) -> list[Object]:
         """Published base points of a disk, oldest first."""
@@ -113,6 +116,34 @@ class Client:
         if not isinstance(uri, str):
             raise self._strange("an answer without a URI")
         return uri
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def jobs(self) -> list[Object]:
+        """The jobs that are kept, oldest first."""
+        return self._list("GET", "jobs")
+
+    def job(self, number: int, *, wait: float = 0.0) -> Object:
+        """One job, once it has ended or after so many seconds."""
+        return self._object("GET", f"jobs/{number}", query={"wait": wait} if wait else None)
+
+    def cancel_job(self, number: int) -> Object:
+        """End a job."""
+        return self._object("DELETE", f"jobs/{number}")
+
+    def _long(self, method: str, path: str, **rest: Any) -> Object:
+        """What may take long: with somebody to watch as a job that is watched until it ends."""
+        if self._watch is None:
+            return self._object(method, path, **rest)
+        job = self._object(method, path, headers={"Prefer": "respond-async"}, **rest)
+        if not str(job.get("name", "")).startswith("jobs/") or "state" not in job:
+            return job
+        job = self._watch(self, job)
+        if job.get("error"):
+            raise _error(500, job["error"])
+        if job.get("state") != "done":
+            raise RefusedError(f"{job['name']} was cancelled", hint="start it again")
+        return job.get("result") or {}
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -149,7 +180,7 @@ class Client:
 
     def remove_fork(self, name: str) -> Object:
         """Remove a fork with what was written to it."""
-        return self._object("DELETE", f"forks/{quote(name)}")
+        return self._long("DELETE", f"forks/{quote(name)}")
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
@@ -168,16 +199,22 @@ class Client:
         return value
 
     def _call(
-        self, method: str, path: str, *, body: Object | None = None, query: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Object | None = None,
+        query: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """One request and its answer; None for an answer without a body."""
         asked = {key: value for key, value in (query or {}).items() if value is not None}
         target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
         sent = None if body is None else json.dumps(body).encode()
-        headers = {} if sent is None else {"Content-Type": "application/json"}
+        said = dict(headers or {}) | ({} if sent is None else {"Content-Type": "application/json"})
         connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
-            connection.request(method, target, body=sent, headers=headers)
+            connection.request(method, target, body=sent, headers=said)
             reply = connection.getresponse()
             raw = reply.read(MAX_REPLY_BYTES + 1)
             if reply.length and len(raw) <= MAX_REPLY_BYTES:
@@ -237,3 +274,7 @@ def _error(status: int, value: Any) -> CdpError:
         # A newer service may know errors that this command does not.
         error.exit_code = code  # type: ignore[misc]
     return error
+
+
+Watch: TypeAlias = Callable[[Client, Object], Object]
+"""Follows a job to its end."""

@@ -54,7 +54,15 @@ FORK_COLUMNS = (Column("name"), Column("base"), Column("uri"))
 
 def client(options: Namespace) -> Client:
     """The service of the state directory that the operator means."""
-    return Client(StateDir(default_state_dir(options.state_dir)))
+    return Client(
+        StateDir(default_state_dir(options.state_dir)), watch=_watch if sys.stderr.isatty() else None
+    )
+
+
+def _watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:
+    from recovery.jobs import watch
+
+    return watch(service, job)
 
 
 def _answer_one(options: Namespace, value: dict[str, Any]) -> None:
@@ -144,8 +152,6 @@ def point_mark(options: Namespace) -> None:
 def bp_cut(options: Namespace) -> None:
     """Cut a base point, and wait until it is published."""
     service = client(options)
-    if sys.stderr.isatty():
-        say(f"cutting a base point of {options.disk} ...")
     _answer_one(options, service.cut(options.disk))
 
 

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import schemathesis
 import structlog
+import trio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import checks
@@ -30,9 +33,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from cdpserver.errors import UsageError
+from cdpserver.errors import NotFoundError, RefusedError, UsageError
 from cdpserver.events import EventLog
 from cdpserver.service.feed import Feed, Filter, Place
+from cdpserver.service.jobs import Jobs
 from tests.test_service import ApiError, Server, UnixConnection, connected, pattern, until
 
 pytestmark = pytest.mark.real
@@ -520,3 +524,169 @@ def test_streams_end_with_the_service_and_the_command_waits_for_the_next(short_p
                 f"pid={event['pid']}" in line
                 for event, line in zip((first, second), listed.stdout.splitlines(), strict=True)
             ] == [True, True]
+
+
+# --- jobs
+
+
+def start(server: Server, method: str, path: str, **body: Any) -> dict[str, Any]:
+    """Ask for a job."""
+    connection = UnixConnection(server.state_dir / "api.sock")
+    headers = {"Content-Type": "application/json", "Prefer": "handling=lenient, respond-async"}
+    connection.request(method, path, json.dumps(body) if body else None, headers)
+    answer = connection.getresponse()
+    job: dict[str, Any] = json.loads(answer.read())
+    connection.close()
+    assert (answer.status, answer.headers["location"]) == (202, f"/v1/{job['name']}")
+    assert answer.headers["preference-applied"] == "respond-async"
+    return job
+
+
+def ended(server: Server, job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = server.get(f"/v1/{job['name']}?wait=30")
+    assert found["state"] != "running"
+    return found
+
+
+def test_a_job_answers_what_the_request_would_have(server: Server) -> None:
+    job = start(server, "POST", "/v1/disks/web/vda:cut")
+    assert (job["kind"], job["target"], job["ended"]) == ("basepoint.cut", "web/vda", None)
+    done = ended(server, job)
+    assert (done["state"], done["progress"], done["error"]) == ("done", 1.0, None)
+    assert done["result"] == server.get("/v1/disks/web/vda:basepoints")[-1]
+    failed = ended(server, start(server, "DELETE", "/v1/disks/none"))
+    assert (failed["state"], failed["result"]) == ("failed", None)
+    assert (failed["error"]["error"], failed["error"]["exit_code"]) == ("not-found", 2)
+    listed = server.get("/v1/jobs")
+    assert [item["name"] for item in listed][-2:] == [done["name"], failed["name"]]
+    assert [item for page in pages(server, "/v1/jobs", 1) for item in page] == listed
+    assert server.delete(f"/v1/{done['name']}") == done
+    for path in ("/v1/jobs/999999", "/v1/jobs/0", "/v1/jobs/x", f"/v1/{done['name']}?wait=61"):
+        with pytest.raises(ApiError) as wrong:
+            server.get(path)
+        assert wrong.value.status in (400, 404)
+
+
+@pytest.fixture
+def large_image(tmp_path: Path) -> Path:
+    """An image that takes seconds to read."""
+    image = tmp_path / "large.raw"
+    with open(image, "wb") as file:
+        for _ in range(64):
+            file.write(os.urandom(1 << 20) * 8)
+    return image
+
+
+def processes_of(image: Path) -> list[int]:
+    """What runs with the image in its command line."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(image) in words:
+                found.append(int(directory.name))
+    return found
+
+
+def test_a_job_tells_how_far_it_is_and_a_cancelled_one_leaves_nothing(
+    server: Server, large_image: Path
+) -> None:
+    job = start(server, "POST", "/v1/disks", name="large", size="1G", base=str(large_image))
+
+    def runs() -> bool:
+        shown = server.get(f"/v1/{job['name']}")
+        assert shown["state"] == "running", "the image was too small to cancel its import"
+        return bool(shown["progress"])
+
+    until(runs, "progress")
+    assert processes_of(large_image)
+    cancelled = server.delete(f"/v1/{job['name']}")
+    assert (cancelled["state"], cancelled["result"], cancelled["error"]) == ("cancelled", None, None)
+    assert 0 < cancelled["progress"] < 1
+    until(lambda: not processes_of(large_image), "end of the import's processes")
+    assert list((server.state_dir / "bases").iterdir()) == []
+    assert server.delete(f"/v1/{job['name']}") == cancelled
+    with pytest.raises(ApiError):
+        server.get("/v1/disks/large")
+    [event] = [event for event in server.events("job.ended") if event["job"] == job["name"]]
+    assert event["state"] == "cancelled"
+
+
+def test_jobs_end_with_the_service_and_their_numbers_are_not_given_twice(
+    short_path: Path, large_image: Path
+) -> None:
+    with Server(short_path / "s") as server:
+        first = start(server, "POST", "/v1/disks", name="large", size="1G", base=str(large_image))
+        until(lambda: processes_of(large_image), "import")
+        assert server.stop() == 0
+        until(lambda: not processes_of(large_image), "end of the import's processes")
+    with Server(short_path / "s") as server:
+        assert server.get("/v1/jobs") == []
+        with pytest.raises(ApiError) as gone:
+            server.get(f"/v1/{first['name']}")
+        assert "kept for a day" in gone.value.fields["hint"]
+        assert ended(server, start(server, "DELETE", "/v1/disks/none"))["name"] == "jobs/2"
+
+
+async def test_ended_jobs_are_kept_so_many_and_so_long(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdpserver.service.jobs.KEPT", 3)
+    monkeypatch.setattr("cdpserver.service.jobs.MAX_RUNNING", 2)
+    now_ns = [10**18]
+    clock: Any = SimpleNamespace(now_ns=lambda: now_ns[0])
+    jobs = Jobs(tmp_path / "jobs.json", clock, EventLog(tmp_path / "events.jsonl"))
+    await nursery.start(jobs.keep_running)
+
+    async def fail() -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    async def wait() -> dict[str, Any]:
+        await trio.sleep_forever()
+        return {}
+
+    running = jobs.start("test", "d", wait)
+    for number in range(2, 8):
+        job = jobs.start("test", "d", fail)
+        assert job.number == number
+        await job.ended.wait()
+        assert job.as_dict()["error"]["error"] == "error"
+    jobs.start("test", "d", wait)
+    with pytest.raises(RefusedError):
+        jobs.start("test", "d", wait)
+    assert [job.number for job in jobs.list_jobs()] == [1, 5, 6, 7, 8]
+    now_ns[0] += 86_400 * 10**9 + 1
+    assert [job.number for job in jobs.list_jobs()] == [1, 8]
+    with pytest.raises(NotFoundError):
+        jobs.job(7)
+    assert (await jobs.cancel(1)).state == "cancelled"
+    assert running.ended_ns == now_ns[0]
+    (tmp_path / "jobs.json").write_text("nonsense")
+    assert jobs.start("test", "d", wait).number == 9
+
+
+def test_a_terminal_sees_a_bar_and_gets_the_answer(server: Server) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "recovery.cli", "--state-dir", str(server.state_dir), "--json"]
+    process = subprocess.Popen(
+        [*command, "bp", "cut", "web/vda"],
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(master, 65536):
+            shown += part
+    os.close(master)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.read()) == server.get("/v1/disks/web/vda:basepoints")[-1]
+    assert process.wait() == 0
+    assert b"basepoint.cut web/vda" in shown
+    [job] = server.get("/v1/jobs")[-1:]
+    for verb in ("show", "cancel"):
+        done = subprocess.run([*command, "job", verb, job["name"]], capture_output=True, check=True)
+        assert json.loads(done.stdout) == job
+    listed = subprocess.run([*command[:-1], "job", "list"], capture_output=True, check=True, text=True)
+    assert "100%" in listed.stdout

@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cdpserver", "nbdplugin", "recovery")
 
 STAGES = (
-    ("cdpserver.errors", "cdpserver.limits", "cdpserver.names", "cdpserver.durable", "cdpserver.messages"),
+    (
+        "cdpserver.errors",
+        "cdpserver.limits",
+        "cdpserver.names",
+        "cdpserver.durable",
+        "cdpserver.messages",
+        "cdpserver.progress",
+    ),
     (
         "cdpserver.config",
         "cdpserver.config_values",

@@ -119,6 +119,12 @@ class BasePoints:
             )
             self._schedule(entry).due_ns = core.clock.now_ns() + FIRST_RETRY_NS
             raise
+        except BaseException:
+            # Cancelled: its process is gone; the cut is a record, and so is published all the same, later.
+            basepoint.drop_unfinished(core.state.timeline(entry.id), number)
+            schedule = self._schedule(entry)
+            schedule.due_ns = schedule.retry_at_ns = core.clock.now_ns() + FIRST_RETRY_NS
+            raise
         seconds = round(trio.current_time() - started, 3)
         core.log.emit("basepoint.published", disk=entry.name, number=number, seconds=seconds)
 

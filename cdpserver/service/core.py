@@ -12,7 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cdpserver import messages, timeline
+from cdpserver import messages, progress, timeline
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
@@ -52,16 +52,23 @@ class Core:
     async def job(self, name: str, module: str, *arguments: str) -> Any:
         """Run `python -m module` as a process of its own; its JSON answer, or the error that it reports."""
         command = [sys.executable, "-m", module, *arguments]
-        done = await processes.run(self.state.run / f"{name}.pid", command)
+        tell = progress.hearer.get()
+
+        def hear(line: bytes) -> None:
+            if (fraction := progress.read_line(line)) is not None:
+                tell(fraction)
+
+        done = await processes.run(self.state.run / f"{name}.pid", command, hear)
         try:
-            answer = json.loads(done.stdout or b"{}")
+            last = done.stdout.rpartition(b"\n")[2]
+            answer = json.loads(last or b"{}")
         except ValueError:
             answer = {}
         messages.raise_error(answer)
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
-            last = lines[-1] if lines else f"exit status {done.returncode}"
-            raise BrokenError(f"{module} failed: {last[:300]}", hint="look at the log")
+            reason = lines[-1] if lines else f"exit status {done.returncode}"
+            raise BrokenError(f"{module} failed: {reason[:300]}", hint="look at the log")
         return answer
 
     # -- disks -----------------------------------------------------------------------------------------------

@@ -68,7 +68,11 @@ class Disks:
         raw = await core.thread(images.free_path, core.state)
         core.log.emit("image.import-begins", source=source.path, format=image.format)
         arguments = ["--source", source.path, "--format", image.format, "--target", str(raw)]
-        await core.job("import", "cdpserver.qemu", *arguments)
+        try:
+            await core.job("import", "cdpserver.qemu", *arguments)
+        except BaseException:  # cancelled, mostly: its process had no time to tidy up
+            images.drop_unfinished(raw)
+            raise
         base = await core.thread(images.record, core.state, raw, source)
         core.log.emit("image.imported", source=source.path, file=base.file)
         return base
@@ -177,13 +181,19 @@ class Disks:
                 raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
             await self._core.thread(self._check_no_forks, entry)
             await self._let_go(entry)
-            await self._core.thread(self._erase, entry)
+            # From here on a removal is not to be cancelled: it would be ended only by the next start.
+            with trio.CancelScope(shield=True):
+                await self._core.thread(self._erase, entry)
         self._core.log.emit("disk.removed", disk=name, id=entry.id)
+        with trio.CancelScope(shield=True):
+            await self._drop_unused_images()
+        return {"removed": name}
+
+    async def _drop_unused_images(self) -> None:
         if not self._importing.locked():
             async with self._importing:
                 for file in await self._core.thread(images.drop_unused, self._core.state):
                     self._core.log.emit("image.removed", file=file)
-        return {"removed": name}
 
     def _check_no_forks(self, entry: Entry) -> None:
         forks = [

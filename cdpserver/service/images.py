@@ -98,6 +98,11 @@ def check_fits(path: Path, size: int) -> qemu.ImageInfo:
     return found
 
 
+def drop_unfinished(raw: Path) -> None:
+    """Remove what a killed import left of the image `raw`."""
+    raw.with_name(f"{durable.TEMPORARY}{raw.name}").unlink(missing_ok=True)
+
+
 def drop_unused(state: StateDir) -> list[str]:
     """Remove imported images that no timeline stands on; their names. Hold off imports meanwhile."""
     used = set()

@@ -36,6 +36,7 @@ from cdpserver.service.control import TargetControl
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
+from cdpserver.service.jobs import Jobs
 from cdpserver.service.options import options
 from cdpserver.state import StateDir, default_state_dir
 from cdpserver.upgrade import check_current, upgrade
@@ -107,8 +108,9 @@ async def serve(core: Core, children: Children) -> None:
     """Everything that runs, until a signal says stop."""
     disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
     stopping = trio.Event()
+    jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
     await core.thread(disks.finish_what_was_left)
-    app = api.build(core, children, disks, instants, base_points, stopping)
+    app = api.build(core, children, disks, instants, base_points, jobs, stopping)
     children.bind()
     listener = bind_unix(core.state.api_socket)
     try:
@@ -118,6 +120,7 @@ async def serve(core: Core, children: Children) -> None:
                     nursery.start_soon(stop_at_signal, signals, stopping, starting, core)
                     await children_answer(core)
                 if not stopping.is_set():
+                    await nursery.start(jobs.keep_running)
                     nursery.start_soon(base_points.keep_cutting)
                     nursery.start_soon(watch_wall_clock, core)
                     nursery.start_soon(tails.watch, core, children.target)

@@ -8,13 +8,14 @@ Listening sockets are handed over as systemd does (sd_listen_fds(3)): file descr
 
 import contextlib
 import fcntl
+import functools
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -84,21 +85,43 @@ async def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: ASYNC222 (it has ended)
 
 
-async def run(pid_file: Path, command: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
-    """Run `command` to its end and capture what it says. Killed when cancelled."""
+async def run(
+    pid_file: Path, command: Sequence[str], hear: Callable[[bytes], None]
+) -> "subprocess.CompletedProcess[bytes]":
+    """Run `command` to its end and capture what it says; `hear` gets each line as it comes. Killed when cancelled."""
+    start = functools.partial(
+        trio.run_process,
+        wrapped(pid_file, command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+        deliver_cancel=_kill,
+        env=environment(),
+        process_group=0,
+    )
+    said, complained = bytearray(), bytearray()
     try:
-        return await trio.run_process(
-            wrapped(pid_file, command),
-            stdin=subprocess.DEVNULL,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            deliver_cancel=_kill,
-            env=environment(),
-            process_group=0,
-        )
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(start)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            nursery.start_soon(_keep, process.stderr, complained)
+            async for part in process.stdout:
+                begin = said.rfind(b"\n") + 1
+                said += part
+                *lines, _ = said[begin:].split(b"\n")
+                for line in lines:
+                    hear(bytes(line))
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(command, process.returncode, bytes(said), bytes(complained))
     finally:
         pid_file.unlink(missing_ok=True)  # noqa: ASYNC240 (one system call)
+
+
+async def _keep(stream: trio.abc.ReceiveStream, kept: bytearray) -> None:
+    async for part in stream:
+        kept += part
 
 
 async def _kill(process: trio.Process) -> None:

@@ -14,14 +14,17 @@ from starlette.responses import Response
 import cdpserver
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import events as event_routes
+from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import models, seeing
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
+from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
+from cdpserver.service.jobs import Jobs
 from cdpserver.service.overview import Overview
 
 __all__ = ["build", "serve"]
@@ -40,6 +43,7 @@ def build(
     disks: Disks,
     instants: Instants,
     base_points: BasePoints,
+    jobs: Jobs,
     stopping: trio.Event,
 ) -> FastAPI:
     """The application; its streams end at `stopping`.
@@ -57,12 +61,14 @@ def build(
         responses=ERRORS,
     )
     answers = Answers(core)
+    long = Long(answers, jobs)
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
-    app.include_router(disk_routes.verbs(answers, disks, instants, base_points))
-    app.include_router(disk_routes.disks(answers, disks))
-    app.include_router(disk_routes.forks(answers, disks))
+    app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
+    app.include_router(disk_routes.disks(answers, long, disks))
+    app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(answers, Overview(core, children)))
+    app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
 

@@ -1,14 +1,17 @@
 """The routes of disks, forks, points and base points."""
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from cdpserver.errors import UsageError
+from cdpserver.names import full_name
 from cdpserver.points import KINDS
 from cdpserver.service.api import models, paging
 from cdpserver.service.api.answers import Answers
+from cdpserver.service.api.jobs import ACCEPTED, Long, Prefer
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.disks import Disks
@@ -17,16 +20,22 @@ from cdpserver.service.instants import Instants
 DISK = "/v1/disks/{name:path}"
 
 
-def verbs(answers: Answers, disks: Disks, instants: Instants, base_points: BasePoints) -> APIRouter:
+def verbs(
+    answers: Answers, long: Long, disks: Disks, instants: Instants, base_points: BasePoints
+) -> APIRouter:
     """What is asked of, or done to, the history of a disk or fork."""
     routes = APIRouter()
 
-    @routes.post(f"{DISK}:synced", tags=["disks"], response_model=models.Disk)
-    async def say_synced(name: str, body: models.Synced | None = None) -> Response:
+    @routes.post(f"{DISK}:synced", tags=["disks"], response_model=models.Disk, responses=ACCEPTED)
+    async def say_synced(name: str, body: models.Synced | None = None, prefer: Prefer = None) -> Response:
         """Say that the first copy or a resync is complete. The first time, base point 0 is published on return."""
         said = body or models.Synced()
-        await base_points.synced(name, said.session, write_blocking=said.write_blocking)
-        return await answers.one(await disks.show(name))
+
+        async def work() -> dict[str, Any]:
+            await base_points.synced(name, said.session, write_blocking=said.write_blocking)
+            return await disks.show(name)
+
+        return await long.answer(prefer, "disk.synced", name, work)
 
     @routes.get(
         f"{DISK}:points", tags=["points"], response_model=list[models.Point] | models.Page[models.Point]
@@ -63,10 +72,10 @@ def verbs(answers: Answers, disks: Disks, instants: Instants, base_points: BaseP
         """Give the newest instant a name."""
         return await answers.one(await instants.mark(name, body.name))
 
-    @routes.post(f"{DISK}:cut", tags=["base points"], response_model=models.BasePoint)
-    async def cut_base_point(name: str) -> Response:
-        """Cut a base point; its file is published on return."""
-        return await answers.one(await base_points.cut(name))
+    @routes.post(f"{DISK}:cut", tags=["base points"], response_model=models.BasePoint, responses=ACCEPTED)
+    async def cut_base_point(name: str, prefer: Prefer = None) -> Response:
+        """Cut a base point; its file is published on return. The cut stays when the job is cancelled: it is published later."""
+        return await long.answer(prefer, "basepoint.cut", name, partial(base_points.cut, name))
 
     @routes.get(
         f"{DISK}:basepoints",
@@ -85,14 +94,15 @@ def verbs(answers: Answers, disks: Disks, instants: Instants, base_points: BaseP
     return routes
 
 
-def disks(answers: Answers, disks: Disks) -> APIRouter:
+def disks(answers: Answers, long: Long, disks: Disks) -> APIRouter:
     """The disks; a fork is one, too."""
     routes = APIRouter(tags=["disks"])
 
-    @routes.post("/v1/disks", response_model=models.Disk)
-    async def add_disk(body: models.AddDisk) -> Response:
+    @routes.post("/v1/disks", response_model=models.Disk, responses=ACCEPTED)
+    async def add_disk(body: models.AddDisk, prefer: Prefer = None) -> Response:
         """Protect a disk, empty or on a base image; durable on return."""
-        return await answers.one(await disks.add(body.name, body.size, vm=body.vm, base=body.base))
+        work = partial(disks.add, body.name, body.size, vm=body.vm, base=body.base)
+        return await long.answer(prefer, "disk.add", full_name(body.name, body.vm), work)
 
     @routes.get("/v1/disks", response_model=list[models.Disk] | models.Page[models.Disk])
     async def list_disks(page_size: PageSize = None, page_token: PageToken = None) -> Response:
@@ -105,15 +115,15 @@ def disks(answers: Answers, disks: Disks) -> APIRouter:
         """One disk or fork."""
         return await answers.one(await disks.show(name))
 
-    @routes.delete(DISK, response_model=models.Removed)
-    async def remove_disk(name: str) -> Response:
+    @routes.delete(DISK, response_model=models.Removed, responses=ACCEPTED)
+    async def remove_disk(name: str, prefer: Prefer = None) -> Response:
         """Remove a disk or fork with its history. Refused while something stands on it or has it open."""
-        return await answers.one(await disks.remove(name))
+        return await long.answer(prefer, "disk.remove", name, partial(disks.remove, name))
 
     return routes
 
 
-def forks(answers: Answers, disks: Disks) -> APIRouter:
+def forks(answers: Answers, long: Long, disks: Disks) -> APIRouter:
     """The forks."""
     routes = APIRouter(tags=["forks"])
 
@@ -133,9 +143,9 @@ def forks(answers: Answers, disks: Disks) -> APIRouter:
         """One fork."""
         return await answers.one(await disks.show_fork(name))
 
-    @routes.delete("/v1/forks/{name:path}", response_model=models.Removed)
-    async def remove_fork(name: str) -> Response:
+    @routes.delete("/v1/forks/{name:path}", response_model=models.Removed, responses=ACCEPTED)
+    async def remove_fork(name: str, prefer: Prefer = None) -> Response:
         """Remove a fork with what was written to it."""
-        return await answers.one(await disks.remove(name, fork=True))
+        return await long.answer(prefer, "fork.remove", name, partial(disks.remove, name, fork=True))
 
     return routes

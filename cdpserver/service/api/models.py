@@ -3,7 +3,7 @@
 Requests are strict. Answers may gain fields: a client passes over what it does not know.
 """
 
-from typing import Annotated, Any, Generic, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -227,3 +227,18 @@ class Event(Answer):
     process: str
     event: str
     place: str = Field(description="Its end in the event file: what follows it is asked for by this.")
+
+
+class Job(Answer):
+    """Long work. Ended ones are kept until `kept_until`, the last 1000 of them, and until the service stops."""
+
+    name: str = Field(examples=["jobs/12"])
+    kind: str = Field(examples=["basepoint.cut"])
+    target: str = Field(description="The disk or fork.")
+    state: Literal["running", "done", "failed", "cancelled"]
+    progress: Annotated[float, Field(ge=0, le=1)] | None
+    result: dict[str, Any] | None = Field(description="What the request would have answered.")
+    error: Error | None
+    created: str
+    ended: str | None
+    kept_until: str | None
