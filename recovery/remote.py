@@ -60,7 +60,7 @@ def client(options: Namespace) -> Client:
 
 
 def _watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:
-    from recovery.jobs import watch
+    from recovery.bar import watch
 
     return watch(service, job)
 
