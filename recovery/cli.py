@@ -87,6 +87,12 @@ def _add_seeing(commands: Commands) -> None:
         metavar="SECONDS",
         help=f"again and again, after a pause (else {DEFAULT_PAUSE_S:g} s); Ctrl-C ends it",
     )
+    commands.leaf(
+        "metrics",
+        lazy("status", "metrics"),
+        "Print what Prometheus scrapes, for its textfile collector; docs/metrics.md says what each means.",
+        "cdp metrics",
+    )
 
 
 def _add_disk(commands: Commands) -> None:

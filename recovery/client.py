@@ -67,6 +67,16 @@ class Client:
         """The service and every disk at a glance."""
         return self._object("GET", "overview")
 
+    def metrics(self) -> str:
+        """The same for Prometheus, in its text format."""
+        status, raw = self._ask("GET", "metrics", None, None)
+        if status >= 300:
+            try:
+                raise _error(status, json.loads(raw))
+            except ValueError:
+                raise self._strange(f"status {status} without JSON") from None
+        return raw.decode(errors="replace")
+
     def add_disk(self, name: str, *, size: int, vm: str | None, base: str | None) -> Object:
         """Protect a disk of `size` bytes; `base` is the absolute path of an image."""
         body = {"name": name, "size": size, "vm": vm, "base": base}
@@ -208,6 +218,19 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """One request and its answer; None for an answer without a body."""
+        status, raw = self._ask(method, path, body, query)
+        try:
+            value = json.loads(raw) if raw else None
+        except (ValueError, RecursionError):
+            raise self._strange(f"status {status} without JSON") from None
+        if status >= 300:
+            raise _error(status, value)
+        return value
+
+    def _ask(
+        self, method: str, path: str, body: Object | None, query: Mapping[str, Any] | None
+    ) -> tuple[int, bytes]:
+        """One request; status and body of its answer."""
         asked = {key: value for key, value in (query or {}).items() if value is not None}
         target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
         sent = None if body is None else json.dumps(body).encode()
@@ -225,13 +248,7 @@ class Client:
             connection.close()
         if len(raw) > MAX_REPLY_BYTES:
             raise self._strange(f"more than {MAX_REPLY_BYTES} bytes")
-        try:
-            value = json.loads(raw) if raw else None
-        except (ValueError, RecursionError):
-            raise self._strange(f"status {reply.status} without JSON") from None
-        if reply.status >= 300:
-            raise _error(reply.status, value)
-        return value
+        return reply.status, raw
 
     def _unreachable(self, error: Exception) -> UnreachableError:
         message = f"cdpserver does not answer at {self._state.api_socket}"

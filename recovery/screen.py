@@ -30,8 +30,10 @@ class Column(NamedTuple):
     right: bool = True
 
 
-def span(nanoseconds: int) -> str:
-    """A length of time, to two units: `340ms`, `2.1s`, `2m14s`, `3d2h`."""
+def span(nanoseconds: int | None) -> str:
+    """A length of time, to two units: `340ms`, `2.1s`, `2m14s`, `3d2h`; `?` for one that is not known."""
+    if nanoseconds is None:
+        return "?"
     if nanoseconds < 1_000_000:
         return "0" if nanoseconds <= 0 else "<1ms"
     if nanoseconds < 1_000_000_000:
@@ -68,7 +70,7 @@ COLUMNS = (
     Column("tail", 6, lambda disk, _: f"{disk['tail_records']:,}"),
     Column("index lag", 4, lambda disk, _: span(disk["index_lag_ns"])),
     Column("base point", 5, _base_point),
-    Column("clients", 7, lambda disk, _: str(disk["clients"])),
+    Column("clients", 7, lambda disk, _: "?" if disk["clients"] is None else str(disk["clients"])),
 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cdpserver.errors import UnreachableError
 from cdpserver.state import StateDir, default_state_dir
 from recovery.client import Client
-from recovery.output import answer, answer_json, printable
+from recovery.output import answer, answer_json, answer_json_items, printable
 from recovery.screen import Line, screen
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ STYLES = {"plain": "", "head": "bold", "warning": "yellow", "bad": "bold red"}
 
 def status(options: Namespace) -> None:
     """One screen. UnreachableError if the service does not answer; with `--watch` that is shown, and it is asked again."""
-    look = Client(StateDir(default_state_dir(options.state_dir)), timeout_s=PATIENCE_S).overview
+    look = _client(options).overview
     if options.watch is None:
         _print(look(), as_json=options.json)
         return
@@ -37,6 +37,25 @@ def status(options: Namespace) -> None:
             _repeat(look, options.watch, as_json=options.json)
     except KeyboardInterrupt:
         return  # the way to end it
+
+
+def metrics(options: Namespace) -> None:
+    """The metrics as Prometheus reads them; with `--json` a list of samples."""
+    text = _client(options).metrics()
+    if not options.json:
+        print(text, end="")
+        return
+    from prometheus_client.parser import text_string_to_metric_families
+
+    answer_json_items(
+        {"name": sample.name, "labels": sample.labels, "value": sample.value}
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    )
+
+
+def _client(options: Namespace) -> Client:
+    return Client(StateDir(default_state_dir(options.state_dir)), timeout_s=PATIENCE_S)
 
 
 def _print(found: dict[str, Any], *, as_json: bool) -> None:

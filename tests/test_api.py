@@ -119,6 +119,7 @@ def test_the_description_names_every_operation_once(server: Server) -> None:
     assert set(operations) >= {
         "status",
         "show_overview",
+        "show_metrics",
         "point_uri",
         "list_disks",
         "add_disk",

@@ -577,7 +577,7 @@ def test_help_has_an_example_of_every_command() -> None:
     assert "example:" in cdp("--help").stdout
     commands = every_command()
     assert [" ".join(words) for words in commands] == [
-        "status",
+        *("status", "metrics"),
         *("disk add", "disk list", "disk show", "disk remove", "disk synced"),
         *("point list", "point mark", "bp cut", "bp list", "uri", "fork add", "fork list", "fork remove"),
         *("event list", "job list", "job show", "job cancel"),

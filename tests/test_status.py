@@ -134,7 +134,7 @@ def test_spans() -> None:
         "2h3m",
         "1d1h",
     ]
-    assert span(0) == span(-5) == "0"
+    assert span(0) == span(-5) == "0" and span(None) == "?"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,9 @@ def test_a_target_that_hangs_costs_its_own_figures(server: Server) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 0
-    assert done.stdout.startswith("! target does not answer") and "\nweb " in done.stdout
+    assert done.stdout.startswith("! target does not answer")
+    web = next(line for line in done.stdout.splitlines() if line.startswith("web "))
+    assert web.split()[3:5] != ["?", "?"] and web.split().count("?") == 2 and "bp:0" in web
 
 
 @pytest.mark.real

@@ -29,6 +29,13 @@ TARGET_S = 2.0
 LITTLE_FREE = 0.1
 """Share of the store below which free space is a warning."""
 
+ALWAYS_COUNTED = tuple(
+    (process, level)
+    for process in ("cdpserver", "target", "export", "indexer")
+    for level in ("error", "warning")
+)
+"""Shown as 0 before the first, so that an alarm sees it come."""
+
 NO_RECORDS: dict[str, Any] = {
     "durable_lag_ns": 0,
     "tail_records": 0,
@@ -43,6 +50,7 @@ class _Look:
 
     now_ns: int
     said: dict[str, Any]
+    silent: bool
 
 
 class Overview:
@@ -61,7 +69,7 @@ class Overview:
         async with self._one:
             began = time.monotonic()
             said, silent = await self._ask_target()
-            look = _Look(self._core.clock.now_ns(), said)
+            look = _Look(self._core.clock.now_ns(), said, silent)
             found = await self._core.thread(self._collect, look)
             found["targets"] = {"target": not silent}
             found["warnings"] = warnings(found)
@@ -92,8 +100,8 @@ class Overview:
             "children": self._children.status(),
             "store": _store(core.state.path),
             "events": [
-                {"process": process, "level": level, "count": count}
-                for (process, level), count in sorted(counts.items())
+                {"process": process, "level": level, "count": counts[process, level]}
+                for process, level in sorted({*counts, *ALWAYS_COUNTED})
             ],
             "last_error": self._events.last_error,
             "disks": disks,
@@ -130,7 +138,8 @@ class Overview:
             shown = {
                 "size": found.size,
                 "state": facts.state_of(found, status),
-                "clients": status.get("clients", 0),
+                # What only the target can say is not known while it says nothing.
+                "clients": None if look.silent else status.get("clients", 0),
                 "broken": status.get("broken", ""),
                 "counts": status.get("counts"),
             }
@@ -146,7 +155,7 @@ class Overview:
         complete = behind.complete_ns(journal)
         return {
             "lag_ns": 0 if complete is None else max(0, now_ns - (complete or entry.created_ns)),
-            "durable_lag_ns": status.get("lag_ns", 0),
+            "durable_lag_ns": None if look.silent else status.get("lag_ns", 0),
             "tail_records": tail.records,
             "index_lag_ns": 0 if tail.oldest_ns is None else max(0, now_ns - tail.oldest_ns),
             "last_base_point": self._base_point(entry, history),

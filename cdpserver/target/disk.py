@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any, TypeAlias
 
 from cdpserver import durable
@@ -25,6 +26,7 @@ from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.journal.segment import OPEN, ROLLED
 from cdpserver.journal.writer import JournalWriter
+from cdpserver.target.counts import NOT_TIMED, Counts, total
 from cdpserver.target.reads import LiveReads
 from cdpserver.timeline import EmptyBase, Timeline
 from cdpserver.view.view import History
@@ -51,6 +53,8 @@ class TargetDisk:
         self._base_durable = False
         self._connections: dict[int, Connection] = {}
         self._gone = False
+        self._counts = Counts()
+        """Of connections that are gone."""
         self.first_copy: FirstCopy | None = None
         self.journal: JournalWriter | None = None
         self.reads: LiveReads | None = None
@@ -125,7 +129,9 @@ class TargetDisk:
     def status(self) -> dict[str, Any]:
         """What the service wants to know, as plain values."""
         with self._mode_lock:
-            return self._status()
+            return self._status() | {
+                "counts": total([self._counts, *(held.counts for held in self._connections.values())])
+            }
 
     def _status(self) -> dict[str, Any]:
         shared = {"clients": self.clients, "broken": self.broken}
@@ -163,7 +169,8 @@ class TargetDisk:
     def disconnect(self, connection: "Connection") -> None:
         """A client is gone. If it wrote, what comes next is a session of its own."""
         with self._mode_lock:
-            self._connections.pop(id(connection), None)
+            if self._connections.pop(id(connection), None) is not None:
+                self._counts.add(connection.counts)
             if connection.wrote and not self._gone and not self.broken:
                 try:
                     self.begin_session("connection lost")
@@ -323,11 +330,12 @@ class TargetDisk:
 class Connection:
     """One client of one disk. All requests of a connection come from one thread at a time."""
 
-    __slots__ = ("_disk", "lock", "thread_state", "wrote")
+    __slots__ = ("_disk", "counts", "lock", "thread_state", "wrote")
 
     def __init__(self, disk: TargetDisk) -> None:
         self._disk = disk
         self.lock = threading.Lock()
+        self.counts = Counts()
         self.wrote = False
         self.thread_state = 0
         """What the plugin must give back when the connection ends."""
@@ -362,11 +370,19 @@ class Connection:
                 self._check(offset, len(payload))
             if not self.wrote:
                 self._first_write()
+            counts = self.counts
+            number = counts.writes
+            counts.writes = number + 1
+            counts.data_bytes += len(payload)
+            started = 0 if number & NOT_TIMED else perf_counter_ns()
             journal = disk.journal
             if journal is not None:
                 journal.write(payload, offset)
             else:
                 disk.first_copy.write(payload, offset)  # type: ignore[union-attr]
+            if started:
+                counts.timed += 1
+                counts.timed_ns += perf_counter_ns() - started
 
     def zero(self, offset: int, length: int, *, trim: bool = False) -> None:
         """Make a range read as zeros: one record, whatever its length."""
@@ -382,6 +398,13 @@ class Connection:
             else:
                 assert disk.first_copy is not None
                 disk.first_copy.zero(offset, length)
+            counts = self.counts
+            if trim:
+                counts.trims += 1
+                counts.trim_bytes += length
+            else:
+                counts.zeros += 1
+                counts.zero_bytes += length
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """What was written last."""
@@ -393,6 +416,8 @@ class Connection:
             else:
                 assert disk.first_copy is not None
                 disk.first_copy.read_into(buffer, offset)
+            self.counts.reads += 1
+            self.counts.read_bytes += len(buffer)
 
     def status(self, offset: int, length: int, *, one: bool) -> list[tuple[int, int, bool]]:
         """(start, end, zero) runs from `offset` on."""
@@ -409,6 +434,7 @@ class Connection:
         if self._disk._gone:
             raise RemovedError(f"{self._disk.timeline.full_name} is closed")
         self._disk.flush()
+        self.counts.flushes += 1
 
     def sync(self) -> None:
         """As `flush`, without the meaning that a FLUSH has in a first copy."""

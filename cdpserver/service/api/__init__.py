@@ -67,7 +67,7 @@ def build(
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
-    app.include_router(seeing.routes(answers, Overview(core, children)))
+    app.include_router(seeing.routes(core, answers, Overview(core, children)))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -124,10 +124,12 @@ class SeenDisk(Answer):
     id: str
     state: str
     size: Count | None
-    clients: Count
+    clients: Count | None = Field(description="Unknown while the target does not answer.")
     broken: str
     lag_ns: Count = Field(description="Age of the newest instant whose content is complete; 0 in sync.")
-    durable_lag_ns: Count = Field(description="Age of the oldest acknowledged write that is not durable.")
+    durable_lag_ns: Count | None = Field(
+        description="Age of the oldest acknowledged write that is not durable. Unknown while the target does not answer."
+    )
     tail_records: Count = Field(description="Records that the index lacks.")
     index_lag_ns: Count = Field(description="Age of the oldest of them.")
     last_base_point: LastBasePoint | None
