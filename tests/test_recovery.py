@@ -15,7 +15,7 @@ from cdpserver.journal import recovery, segment
 from cdpserver.journal.log import Journal
 from cdpserver.journal.segment import PAGE
 from cdpserver.points import find_cut
-from cdpserver.target.disk import needs_recovery
+from cdpserver.target.leftover import needs_recovery
 from tests.core import Line, World, remove, scratch
 from tests.model import BLOCK, CONTROL, DATA, LogRecord, read_log
 

@@ -10,25 +10,23 @@ Threads: one per connection (`-t 1`), the committer, the control thread.
 """
 
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, TypeAlias
 
-from cdpserver import durable
 from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
-from cdpserver.journal import firstcopy, recovery
+from cdpserver.journal import firstcopy
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
-from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.log import Journal
 from cdpserver.journal.record import Kind
-from cdpserver.journal.segment import OPEN, ROLLED
 from cdpserver.journal.writer import JournalWriter
+from cdpserver.target import leftover
 from cdpserver.target.counts import NOT_TIMED, Counts, total
 from cdpserver.target.reads import LiveReads
-from cdpserver.timeline import EmptyBase, Timeline
+from cdpserver.timeline import Timeline
 from cdpserver.view.view import History
 
 Emit: TypeAlias = Callable[..., None]
@@ -66,7 +64,7 @@ class TargetDisk:
             raise
 
     def _open(self) -> None:
-        self._restart_lost_first_copy()
+        leftover.restart_lost_first_copy(self.directory, self.timeline, self._boot_id)
         if Journal(self.directory).empty:
             self.first_copy = FirstCopy(self.directory, size=self.size, boot_id=self._boot_id)
             if self.first_copy.restarted:
@@ -74,25 +72,6 @@ class TargetDisk:
         else:
             self._base_durable = True
             self._open_journal()
-
-    def _restart_lost_first_copy(self) -> None:
-        """Power was lost after the switch but before the base was durable: the first copy starts again."""
-        journal = Journal(self.directory)
-        own_base = isinstance(self.timeline.base, EmptyBase)
-        if journal.empty or not own_base or not firstcopy.base_lost(self.directory):
-            return
-        began = journal.first_reader(journal.intervals[0]).header.boot_id
-        newest = journal.reader(*recovery.newest_sealed(journal)[0]).header.boot_id
-        journal.close()
-        if newest != began:
-            return  # it outlived a boot, so it was durable: not for us to throw away
-        if began == self._boot_id:
-            firstcopy.sync_base(self.directory)
-            return
-        # Reverse of the order of making: what decides the mode goes first.
-        for interval in reversed(journal.intervals):
-            shutil.rmtree(interval_path(self.directory, interval))
-        (self.directory / "base.raw").unlink(missing_ok=True)
 
     def _open_journal(self) -> None:
         try:
@@ -443,18 +422,3 @@ class Connection:
     def close(self) -> None:
         """The client is gone."""
         self._disk.disconnect(self)
-
-
-def needs_recovery(directory: Path, boot_id: str) -> bool:
-    """Was this timeline left open by another host boot? Then it is opened, and so cut, before anything reads it."""
-    journal = Journal(directory)
-    try:
-        if journal.empty:
-            note = directory / "first-copy.json"
-            return note.exists() and durable.read_json(note)["boot_id"] != boot_id
-        reader = journal.reader(*next(iter(journal.newest_places())))
-        return reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
-    except CorruptError:
-        return True
-    finally:
-        journal.close()

@@ -22,7 +22,8 @@ from cdpserver.events import EventLog
 from cdpserver.index.store import find_index, open_index, release
 from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
-from cdpserver.target.disk import TargetDisk, needs_recovery
+from cdpserver.target.disk import TargetDisk
+from cdpserver.target.leftover import needs_recovery
 
 COMMITTERS = 4
 """Commits under way at once: disks wait for the same device, but not for each other's system calls."""
