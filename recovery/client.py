@@ -69,7 +69,7 @@ class Client:
 
     def metrics(self) -> str:
         """The same for Prometheus, in its text format."""
-        status, raw = self._ask("GET", "metrics", None, None)
+        status, raw = self._ask("GET", "metrics")
         if status >= 300:
             try:
                 raise _error(status, json.loads(raw))
@@ -208,17 +208,9 @@ class Client:
             raise self._strange("no list of objects")
         return value
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Object | None = None,
-        query: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:
+    def _call(self, method: str, path: str, **rest: Any) -> Any:
         """One request and its answer; None for an answer without a body."""
-        status, raw = self._ask(method, path, body, query)
+        status, raw = self._ask(method, path, **rest)
         try:
             value = json.loads(raw) if raw else None
         except (ValueError, RecursionError):
@@ -228,7 +220,13 @@ class Client:
         return value
 
     def _ask(
-        self, method: str, path: str, body: Object | None, query: Mapping[str, Any] | None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Object | None = None,
+        query: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
         """One request; status and body of its answer."""
         asked = {key: value for key, value in (query or {}).items() if value is not None}
