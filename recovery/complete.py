@@ -1,4 +1,4 @@
-"""What the shell offers while a `cdp` line is typed: names of disks, forks, bookmarks and base points.
+"""What the shell offers while a `cdp` line is typed: names of disks, forks, bookmarks, base points and jobs.
 
 Loaded only when a shell asks (`_ARGCOMPLETE` is set), never by a command. Names come from the service, which has a fifth
 of a second for it; without it, disks are those of the catalog's plain copy. Whatever goes wrong, nothing is offered and
@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import argcomplete.finders
 from argcomplete import shell_integration
@@ -76,23 +76,27 @@ def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def _completer(command: str, action: argparse.Action) -> Completer | None:
     """By what the help calls the argument: the same word always stands for the same thing."""
-    makes_a_name = command.endswith(" add")
-    match action.metavar or action.dest:
-        case "NAME" if command.startswith("cdp fork") and not makes_a_name:
-            return offer_forks
-        case "NAME" | "DISK" if not makes_a_name:
-            return offer_disks
-        case "DISK@WHEN":
-            return offer_points
-        case "WHEN":
-            return offer_whens
-        case "VM":
-            return offer_vms
-        case "PATH" | "IMAGE" | "FILE":
-            return FilesCompleter()
-        case "DIR" | "state_dir":
-            return DirectoriesCompleter()  # type: ignore[return-value]
-    return None
+    word = action.metavar or action.dest
+    if word != "NAME":
+        return _offers().get(str(word))
+    if action.option_strings or command.endswith(" add"):
+        return None  # a new name
+    return offer_forks if command.startswith("cdp fork") else offer_disks
+
+
+def _offers() -> dict[str, Completer]:
+    files, directories = cast(Completer, FilesCompleter()), cast(Completer, DirectoriesCompleter())
+    return {
+        "DISK": offer_disks,
+        "DISK@WHEN": offer_points,
+        "WHEN": offer_whens,
+        "VM": offer_vms,
+        "JOB": offer_jobs,
+        "PATH": files,
+        "IMAGE": files,
+        "DIR": directories,
+        "state_dir": directories,
+    }
 
 
 # --- what is there
@@ -106,6 +110,11 @@ def offer_disks(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 def offer_forks(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every fork."""
     return _names(lambda: _client(_state(parsed_args)).forks())
+
+
+def offer_jobs(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """The jobs that are kept."""
+    return [name.removeprefix("jobs/") for name in _names(lambda: _client(_state(parsed_args)).jobs())]
 
 
 def offer_vms(parsed_args: argparse.Namespace, **_: Any) -> list[str]:

@@ -29,6 +29,7 @@ from recovery.cli import build_parser
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS: dict[str, Any] = {
     "/v1/disks": [{"name": name} for name in ("db", "rescue", "web/vda", "web/vdb")],
+    "/v1/jobs": [{"name": "jobs/11"}, {"name": "jobs/12"}],
     "/v1/forks": [{"name": "rescue"}],
     "/v1/disks/web/vda:points": [{"name": "before-upgrade"}, {"name": "monday"}],
     "/v1/disks/web/vda:basepoints": [{"number": 0}, {"number": 1}],
@@ -138,6 +139,9 @@ WHENS = ["-1h", "-1m", "-5m", "before-upgrade", "bp:0", "bp:1", "latest", "monda
         ("cdp point list web/vda --until la", ["latest"]),
         ("cdp point list web/vda --since mo", ["monday"]),
         ("cdp point list web/vda --kind b", ["bookmark", "bp"]),
+        ("cdp job show ", ["11", "12"]),
+        ("cdp event list --event ", []),
+        ("cdp event list --disk d", ["db"]),
         ("cdp completion ", ["bash", "fish", "zsh"]),
         ("cdp disk show nobody@", []),
         ("cdpserver --con", ["--config"]),
@@ -260,7 +264,7 @@ def test_every_argument_that_names_a_disk_is_completed() -> None:
         f"{command.prog} {action.metavar}"
         for command in complete._leaves(parser)
         for action in command._actions
-        if action.metavar in ("DISK", "DISK@WHEN", "WHEN") and not hasattr(action, "completer")
+        if action.metavar in ("DISK", "DISK@WHEN", "WHEN", "JOB") and not hasattr(action, "completer")
     ]
     assert not without
 
