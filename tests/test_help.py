@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from cdpserver import errors
 from cdpserver.errors import EXIT_CODES, CdpError
 from cdpserver.service import options
+from cdpserver.state import StateDir
 from recovery import cli, remote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +95,32 @@ def test_the_exit_code_of_every_outcome(
     assert cli.main() == code
     said = capsys.readouterr().err
     assert said.count("\n") == (outcome is not None) and said.startswith("cdp: " if said else "")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("obstacle", "arguments", "code", "says"),
+    [
+        ("clock.json", [], 5, "the system refused"),
+        ("", ["--config", "/nowhere.toml"], 2, "/nowhere.toml"),
+        ("", ["--nonsense"], 2, "--nonsense"),
+        ("", ["--listen", "127.0.0.1:1x"], 2, "ADDRESS:PORT"),
+        ("mine.txt", [], 3, "not empty"),
+    ],
+)
+def test_what_keeps_the_server_from_starting_is_said_and_has_a_code(
+    obstacle: str, arguments: list[str], code: int, says: str, short_path: Path
+) -> None:
+    directory = short_path / "s"
+    command = [sys.executable, "-m", "cdpserver.service.command", "--state-dir", str(directory), *arguments]
+    if code == 5:
+        StateDir.create_or_open(directory)
+    if obstacle:
+        (directory / obstacle).mkdir(parents=True)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert says in lines[-1] and lines[-1].startswith("cdpserver: ")
 
 
 def constructions() -> Iterator[tuple[str, str, bool]]:

@@ -5,6 +5,7 @@ libraries, which are loaded after them.
 import os
 import sys
 
+from cdpserver.errors import BrokenError
 from cdpserver.service.options import build_parser, options
 
 
@@ -15,7 +16,14 @@ def main() -> None:
     options(None)  # help, the version and what is wrong end here
     from cdpserver.service.main import main as serve
 
-    serve()
+    try:
+        serve()
+    except OSError as error:
+        # What stands in its way is not ours to put right: a line and an exit code, as for everything else.
+        where = f" {error.filename}" if error.filename else ""
+        failed = BrokenError(f"the system refused{where}: {error.strerror or error}")
+        sys.stderr.write(f"cdpserver: {failed}\n")
+        sys.exit(failed.exit_code)
 
 
 def _complete() -> None:
