@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdpserver.config_values import Address, AddressValue, DurationValue, Kind, NumberValue, parse_listen
+from cdpserver.config_values import (
+    Address,
+    AddressValue,
+    DurationValue,
+    GroupValue,
+    Kind,
+    NumberValue,
+    parse_listen,
+)
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import show
@@ -57,6 +65,9 @@ class Config:
     socket_linger_ns: int = 60 * SECOND_NS
     bp_every_ns: int = 20 * 60 * SECOND_NS
     durable_lag_limit_ns: int = COMMIT_LAG_NS
+    role_viewer: str | None = None
+    role_operator: str | None = None
+    role_admin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,30 @@ KEYS = (
         "durable_lag_limit_ns",
         DurationValue(least=MIN_LAG_NS, most=MAX_LAG_NS),
         "How far stable storage may be behind what was acknowledged; past it writes slow down.",
+    ),
+    Key(
+        "viewer",
+        "role_viewer",
+        GroupValue(),
+        "The group whose members may look at everything over the API, and change nothing.",
+        section="roles",
+        absent="none",
+    ),
+    Key(
+        "operator",
+        "role_operator",
+        GroupValue(),
+        "The group whose members may also make bookmarks, base points and forks, and cancel jobs.",
+        section="roles",
+        absent="none",
+    ),
+    Key(
+        "admin",
+        "role_admin",
+        GroupValue(),
+        "The group whose members may also add and remove disks; root and cdpserver's own user always may.",
+        section="roles",
+        absent="none",
     ),
 )
 

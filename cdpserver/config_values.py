@@ -17,6 +17,9 @@ Address: TypeAlias = tuple[str, int]
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})")
 
 
+_GROUP = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+
+
 class Kind(Protocol):
     """One kind of value. `takes` is what the operator may write; `example` is such a value in TOML."""
 
@@ -83,6 +86,25 @@ class DurationValue:
 
     def write(self, value: int) -> str:
         return f'"{format_duration(value)}"'
+
+
+@dataclass(frozen=True, slots=True)
+class GroupValue:
+    """The name of a Unix group; whether there is such a group is asked when the service starts."""
+
+    takes: ClassVar[str] = "the name of a Unix group"
+    example: ClassVar[str] = '"cdp-operators"'
+
+    def read(self, key: str, value: object) -> str:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> str:
+        if _GROUP.fullmatch(text) is None:
+            raise UsageError(f"{key}: not a group: {show(text)}", hint=f"it takes {self.takes}")
+        return text
+
+    def write(self, value: str) -> str:
+        return f'"{value}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

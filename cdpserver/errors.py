@@ -78,6 +78,13 @@ class NoSpaceError(RefusedError):
     usual_hint = "free space on the file system of the state directory, or remove disks: cdp disk list"
 
 
+class ForbiddenError(RefusedError):
+    """Not for whom this process runs as."""
+
+    kind = "forbidden"
+    errno = errno.EACCES
+
+
 class RemovedError(RefusedError):
     """The timeline is being removed."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cdpserver import config as config_module
 from cdpserver.config import KEYS, Config, Key, Settings, add_options, load_config, parse_config, parse_listen
-from cdpserver.config_values import AddressValue, DurationValue, NumberValue
+from cdpserver.config_values import AddressValue, DurationValue, GroupValue, NumberValue
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.service import main
 from tests.core import ROOT
@@ -35,8 +35,14 @@ def test_every_key_is_read() -> None:
         durable_lag_limit = "2s"
         workers = 4
         socket_linger = "90s"
+        [roles]
+        viewer = "games"
+        operator = "cdp-operators"
+        admin = "_cdp.admin"
     """
-    assert tomllib.loads(text).keys() == {key.full_name for key in KEYS}
+    given = tomllib.loads(text)
+    roles = {f"roles.{name}" for name in given.pop("roles")}
+    assert given.keys() | roles == {key.full_name for key in KEYS}
     assert parse_config(text) == Config(
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
@@ -44,6 +50,9 @@ def test_every_key_is_read() -> None:
         durable_lag_limit_ns=2 * SECOND,
         workers=4,
         socket_linger_ns=90 * SECOND,
+        role_viewer="games",
+        role_operator="cdp-operators",
+        role_admin="_cdp.admin",
     )
 
 
@@ -188,7 +197,7 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
-        ("[colours]\nred = 1", "unknown section 'colours' (known sections are [limits])"),
+        ("[zzz]\nred = 1", "unknown section 'zzz' (known sections are [limits], [roles])"),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),
         ("[limits]\nbp_every = '1h'", "write bp_every above the first [section]"),
@@ -254,6 +263,8 @@ def values_of(key: Key) -> st.SearchStrategy[object]:
             return ADDRESSES
         case DurationValue(least=least, most=most) | NumberValue(least=least, most=most):
             return st.integers(least, most)
+        case GroupValue():
+            return st.none() | st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", fullmatch=True)
     raise AssertionError(f"say here what {key.full_name} can be")
 
 

@@ -38,6 +38,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.options import options
+from cdpserver.service.roles import Roles
 from cdpserver.state import StateDir, default_state_dir
 from cdpserver.upgrade import check_current, upgrade
 
@@ -108,11 +109,14 @@ async def serve(core: Core, children: Children) -> None:
     """Everything that runs, until a signal says stop."""
     disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
     stopping = trio.Event()
+    roles = Roles.of(core.config)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
     await core.thread(disks.finish_what_was_left)
-    app = api.build(core, children, disks, instants, base_points, jobs, stopping)
+    app = api.build(core, children, disks, instants, base_points, jobs, roles, stopping)
     children.bind()
     listener = bind_unix(core.state.api_socket)
+    if roles.groups:
+        core.state.api_socket.chmod(0o666)  # who may do what is asked of each connection
     try:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with children.running(), trio.open_nursery() as nursery:
@@ -125,7 +129,7 @@ async def serve(core: Core, children: Children) -> None:
                     nursery.start_soon(watch_wall_clock, core)
                     nursery.start_soon(tails.watch, core, children.target)
                     async with trio.open_nursery() as requests:
-                        await requests.start(_serve_api, core, app, listener, stopping)
+                        await requests.start(_serve_api, core, app, roles, listener, stopping)
                         core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
@@ -139,11 +143,12 @@ async def serve(core: Core, children: Children) -> None:
 async def _serve_api(
     core: Core,
     app: FastAPI,
+    roles: Roles,
     listener: socket.socket,
     stopping: trio.Event,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await api.serve(app, listener, core.log, until=stopping, task_status=task_status)
+    await api.serve(app, listener, roles, core.log, until=stopping, task_status=task_status)
 
 
 async def stop_at_signal(
@@ -202,6 +207,7 @@ def run(chosen: argparse.Namespace) -> None:
         log.emit(
             "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
         )
+        Roles.of(config).open_up(state)
         bring_up_to_date(state, log, allowed=not chosen.no_upgrade)
         if chosen.upgrade_only:
             return

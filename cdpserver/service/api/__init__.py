@@ -3,10 +3,11 @@
 Names are stable: a disk is its name, a job `jobs/N`. A list comes whole, or in pages when `page_size` or `page_token` is given.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.overview import Overview
+from cdpserver.service.roles import Role, Roles
 
 __all__ = ["build", "serve"]
 
@@ -37,6 +39,26 @@ def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
+ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork"}
+"""What loses history, or lets a disk use the store."""
+
+
+def _least_role(operation: str, method: str) -> Role:
+    """Who may do it: looking is for viewers, the rest for operators."""
+    if operation in ADMINS_ONLY:
+        return Role.ADMIN
+    return Role.VIEWER if method == "GET" else Role.OPERATOR
+
+
+def _role_check(roles: Roles) -> Callable[[Request], Awaitable[None]]:
+    async def check(request: Request) -> None:
+        operation = str(request.scope["route"].name)
+        role: Role = request.scope["state"]["role"]
+        roles.check(role, _least_role(operation, request.method), operation)
+
+    return check
+
+
 def build(
     core: Core,
     children: Children,
@@ -44,6 +66,7 @@ def build(
     instants: Instants,
     base_points: BasePoints,
     jobs: Jobs,
+    roles: Roles,
     stopping: trio.Event,
 ) -> FastAPI:
     """The application; its streams end at `stopping`.
@@ -59,6 +82,7 @@ def build(
         openapi_url="/v1/openapi.json",
         generate_unique_id_function=_operation_id,
         responses=ERRORS,
+        dependencies=[Depends(_role_check(roles))],
     )
     answers = Answers(core)
     long = Long(answers, jobs)
@@ -100,7 +124,9 @@ def _description(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         for operations in made["paths"].values():
-            for operation in operations.values():
+            for method, operation in operations.items():
+                least = _least_role(operation["operationId"], method.upper())
+                operation["x-least-role"] = least.name.lower()
                 operation["responses"].pop("422", None)
         for unused in ("HTTPValidationError", "ValidationError"):
             made["components"]["schemas"].pop(unused, None)

@@ -13,7 +13,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cdpserver import messages
-from cdpserver.errors import CdpError, NoSpaceError, NotFoundError, RefusedError, UnreachableError, UsageError
+from cdpserver.errors import (
+    CdpError,
+    ForbiddenError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+    UsageError,
+)
 from cdpserver.events import EventLog
 from cdpserver.service.api import models
 from cdpserver.service.core import Core
@@ -21,6 +29,7 @@ from cdpserver.service.core import Core
 STATUSES: tuple[tuple[type[CdpError], int], ...] = (
     (NotFoundError, 404),
     (UsageError, 400),
+    (ForbiddenError, 403),
     (NoSpaceError, 507),
     (RefusedError, 409),
     (UnreachableError, 503),
@@ -29,6 +38,7 @@ STATUSES: tuple[tuple[type[CdpError], int], ...] = (
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": models.Error, "description": "The request cannot be meant."},
+    403: {"model": models.Error, "description": "Not for whom the asking process runs as."},
     404: {"model": models.Error, "description": "There is no such thing."},
     409: {"model": models.Error, "description": "Valid, but the state of things forbids it now."},
     500: {"model": models.Error, "description": "Damage, or an I/O operation failed."},

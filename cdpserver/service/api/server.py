@@ -16,6 +16,7 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 
 from cdpserver.events import EventLog
+from cdpserver.service.roles import Roles
 
 GRACE_S = 5.0
 """How long requests under way may take to end when the service stops."""
@@ -57,12 +58,13 @@ class _Stream:
 class _Server:
     """The connections of one application."""
 
-    def __init__(self, app: FastAPI, log: EventLog) -> None:
+    def __init__(self, app: FastAPI, roles: Roles, log: EventLog) -> None:
         self._config = HypercornConfig()
         self._config.errorlog = None
         self._config.h11_max_incomplete_size = MAX_HEAD
         self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type]
         self._context = WorkerContext(None)
+        self._roles = roles
         self._log = log
         self._open: set[_Stream] = set()
 
@@ -86,7 +88,8 @@ class _Server:
         stream = _Stream(accepted)
         self._open.add(stream)
         try:
-            state = ConnectionState(LifespanState({}))
+            role = self._roles.of_peer(accepted.socket)
+            state = ConnectionState(LifespanState({"role": role}))
             await TCPServer(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001
             # The process's rim: what goes wrong with one connection is no matter of the others.
@@ -105,6 +108,7 @@ class _Server:
 async def serve(
     app: FastAPI,
     listener: socket.socket,
+    roles: Roles,
     log: EventLog,
     *,
     until: trio.Event,
@@ -112,6 +116,6 @@ async def serve(
 ) -> None:
     """Answer requests until the event; then no new ones are taken, and those under way have a few seconds."""
     listener.setblocking(False)
-    server = _Server(app, log)
+    server = _Server(app, roles, log)
     task_status.started()
     await server.run(trio.SocketListener(trio.socket.from_stdlib_socket(listener)), until)
