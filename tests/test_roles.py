@@ -57,18 +57,10 @@ def ask(server: Server, groups: tuple[str, ...], method: str, target: str, **bod
     """(status, answer) for a process of another user with these groups besides its own."""
     gids = ",".join(str(grp.getgrnam(group).gr_gid) for group in groups)
     more = ["--groups", gids] if gids else ["--clear-groups"]
+    become = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", *more, "--"]
+    path, sent = str(server.state_dir / "api.sock"), json.dumps(body) if body else ""
     done = subprocess.run(
-        [
-            "setpriv",
-            f"--reuid={STRANGER}",
-            f"--regid={STRANGER}",
-            *more,
-            "--",
-            "/usr/bin/python3",
-            "-c",
-            CLIENT,
-        ]
-        + [str(server.state_dir / "api.sock"), method, target, json.dumps(body) if body else ""],
+        [*become, "/usr/bin/python3", "-c", CLIENT, path, method, target, sent],
         capture_output=True,
         check=True,
         cwd="/",
@@ -77,7 +69,7 @@ def ask(server: Server, groups: tuple[str, ...], method: str, target: str, **bod
     return status, answer
 
 
-OPERATIONS = (
+OPERATIONS: tuple[tuple[str, str, dict[str, Any], Role], ...] = (
     ("GET", "/v1/status", {}, Role.VIEWER),
     ("GET", "/v1/disks", {}, Role.VIEWER),
     ("GET", "/v1/events", {}, Role.VIEWER),
