@@ -255,7 +255,8 @@ class Client:
             return UnreachableError(message, hint=start)
         if isinstance(error, PermissionError):
             return UnreachableError(
-                f"{message}: {error.strerror}", hint="run cdp as the user that cdpserver runs as"
+                f"{message}: {error.strerror}",
+                hint="run cdp as the user that cdpserver runs as, or have [roles] set up",
             )
         if isinstance(error, ConnectionError | http.client.HTTPException):
             return UnreachableError(
