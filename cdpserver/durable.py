@@ -148,8 +148,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. CorruptError if it holds none; FileNotFoundError if there is no file."""
-    with open(path, "rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except IsADirectoryError:
+        raise corrupt_json(path, "it is a directory") from None
     try:
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES} bytes")

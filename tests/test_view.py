@@ -311,6 +311,9 @@ def test_a_view_is_a_lease(world: World) -> None:
         with pytest.raises(RemovedError):
             opened(line, 1)
     (line.directory / "lease").unlink()
+    with pytest.raises(CorruptError, match="restart cdpserver"):
+        opened(line, 1)
+    (line.directory / "timeline.json").unlink()
     with pytest.raises(RemovedError):
         opened(line, 1)
 

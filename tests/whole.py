@@ -25,7 +25,7 @@ from tests.core import forget_indexes
 from tools.kit.processes import until
 from tools.kit.server import Server
 
-SIZE = 4 << 20
+SIZE = 1 << 20
 BLOCK = 4096
 IDS = {"web/root": "t1", "image": "t2", "trial": "t3", "copying": "t4"}
 """Names and timelines, in the order in which they are made."""
@@ -122,19 +122,21 @@ class Instants:
     errors: dict[str, str]
 
 
-def read_all(state: StateDir, boot: str | None = None) -> dict[str, Instants]:
-    """Every instant of every timeline: what reads, and what says no. Nothing but a CdpError may come out of it."""
+def read_all(state: StateDir, wanted: dict[str, list[int]] | None = None) -> dict[str, Instants]:
+    """Every instant (or those wanted) of every timeline: what reads, and what says no. Nothing but a CdpError may come out
+    of it.
+    """
     found = {}
     for id in IDS.values():
         digests: dict[str, str] = {}
         errors: dict[str, str] = {}
         try:
-            history = History(state.path, timeline.load(state.timeline(id)), boot)
+            history = History(state.path, timeline.load(state.timeline(id)))
         except CdpError as error:
             found[id] = Instants({}, {"all": str(error)})
             continue
         try:
-            for seq in _seqs(history, errors):
+            for seq in _seqs(history) if wanted is None else wanted[id]:
                 _read_one(history, seq, digests, errors)
         finally:
             history.close()
@@ -143,20 +145,19 @@ def read_all(state: StateDir, boot: str | None = None) -> dict[str, Instants]:
     return found
 
 
-def _seqs(history: History, errors: dict[str, str]) -> list[int]:
+def _seqs(history: History) -> list[int]:
     """Every seq of the journal, from the index-free reading of its header logs."""
-    try:
-        if history.journal.empty:
-            return []
-        runs = history.journal.runs(0, history.journal.last().seq)
-        return [int(seq) for run in runs for seq in run.records["seq"]]
-    except CdpError as error:
-        errors["runs"] = str(error)
+    if history.journal.empty:
         return []
+    runs = history.journal.runs(0, history.journal.last().seq)
+    return [int(seq) for run in runs for seq in run.records["seq"]]
 
 
 def _read_one(history: History, seq: int, digests: dict[str, str], errors: dict[str, str]) -> None:
     try:
+        if history.journal.empty or history.journal.at_seq(seq).seq != seq:
+            errors[str(seq)] = "there is no such instant"
+            return
         view = View(history, seq)
         try:
             data = view.read(0, view.size)

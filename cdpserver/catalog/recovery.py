@@ -35,6 +35,8 @@ def recover(state: StateDir) -> list[str]:
     """Make the catalog readable again if it is not; what was done, in sentences. See Catalog.recover."""
     if not state.catalog.exists() and is_new(state):
         return []
+    if state.catalog_copy.is_dir():
+        os.rename(state.catalog_copy, _free_name(state.catalog_copy))
     if is_readable(state.catalog):
         return _look_at_copy(state)
     said: list[str] = []

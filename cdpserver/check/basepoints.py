@@ -56,9 +56,12 @@ def check_base(
         case ImageBase(file):
             if not (state_dir / file).exists():
                 yield Finding("the base image is missing", state_dir / file, 1, 0, hint="restore it")
+            elif (state_dir / file).stat().st_size == 0:
+                yield Finding("the base image is empty", state_dir / file, 1, 0, hint="restore it")
         case PointBase(parent, _, _):
             try:
-                timeline.load(state_dir / "timelines" / parent)
+                below = timeline.load(state_dir / "timelines" / parent)
+                yield from check_base(state_dir, below, boot_id=boot_id, first_boot_id=boot_id)
             except (NotFoundError, CorruptError) as error:
                 what = f"the timeline that this is a fork of cannot be used: {error.message}"
                 yield Finding(what, state_dir / "timelines" / parent, 1, 0, hint="restore it")

@@ -88,9 +88,9 @@ class SegmentCheck:
         held = intervals(self.directory)
         for interval in held:
             found = segments(self.directory, interval)
-            places += [(interval, number) for number in found]
+            places += [(interval, number) for number in sorted({*found, *self._without_log(interval)})]
             # The newest interval may be one whose first segment is just being made.
-            if not found and interval != held[-1]:
+            if not found and interval != held[-1] and (not places or places[-1][0] != interval):
                 places.append((interval, 0))
         self._survey = self._survey_unclean()
         for self._interval, number in places:
@@ -100,6 +100,13 @@ class SegmentCheck:
                 self._where = interval_path(self.directory, self._interval)
                 self._say("the interval holds no segment")
                 self._lose()
+
+    def _without_log(self, interval: int) -> list[int]:
+        """Numbers of segments whose data is there and whose header log is not."""
+        data = (
+            path for path in interval_path(self.directory, interval).glob("*.data") if path.stat().st_size
+        )
+        return [int(path.stem) for path in data if not _was_there(path.with_suffix(".log"))]
 
     def _survey_unclean(self) -> recovery.Survey | None:
         """What an unclean host boot left, if that is how things stand."""
@@ -140,10 +147,14 @@ class SegmentCheck:
     def _segment(self, number: int) -> None:
         directory = interval_path(self.directory, self._interval)
         self._where = log_path(directory, number)
+        if not self._where.exists():
+            self._say("the header log is missing, its payload is there")
+            self._lose()
+            return
         try:
             reader = SegmentReader(directory, number)
         except CorruptError as error:
-            if self._survey is None or not _is_blank(self._where):
+            if not self._is_yet_to_come(number):
                 self._say(error.message.removeprefix(f"{self._where}").lstrip(": "))
                 self._lose()
             return
@@ -156,6 +167,12 @@ class SegmentCheck:
             count = self._count(reader)
             for first in range(0, count, CHUNK):
                 self._chunk(reader, first, min(first + CHUNK, count))
+
+    def _is_yet_to_come(self, number: int) -> bool:
+        """Was this segment made, but never written before the host went down? Nothing that is kept comes after it."""
+        if self._survey is None or not _is_blank(self._where):
+            return False
+        return not self._survey.valid or (self._interval, number) > self._survey.valid[-1][0]
 
     def _is_left_over(self, reader: SegmentReader) -> bool:
         """A segment after the place where an unclean host boot cut the journal: the writer puts it aside."""
@@ -282,7 +299,7 @@ class SegmentCheck:
             at = number * RECORD_SIZE + DIGEST_AT
             try:
                 payload = reader.payload(places[number], size)
-            except (FileNotFoundError, OverflowError):
+            except (CorruptError, FileNotFoundError, OverflowError):
                 payload = b""
             self.totals.bytes += len(payload)
             if len(payload) != size or payload_digest(payload) != raw[at : at + DIGEST_SIZE]:
@@ -335,6 +352,11 @@ class SegmentCheck:
                 known=said_all,
             )
         self._where = reader.path
+
+
+def _was_there(log: Path) -> bool:
+    """Is a segment's log there, or known to have been cut?"""
+    return log.exists() or Path(f"{log}.cut").exists()
 
 
 def _is_blank(path: Path) -> bool:

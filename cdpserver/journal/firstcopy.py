@@ -10,9 +10,11 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from cdpserver import durable
-from cdpserver.errors import BrokenError, CdpError, NoSpaceError
+from cdpserver.durable import take_int, take_keys
+from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.writer import NO_SPACE
 
@@ -47,20 +49,29 @@ class FirstCopy:
         os.ftruncate(self._fd, size)
 
     def _load(self) -> None:
-        path = self.directory / "first-copy.json"
-        if not path.exists():
-            self._save()
-            return
-        kept = durable.read_json(path)
-        self.session = int(kept["session"])
-        self.wrote = bool(kept["wrote"])
-        if kept["boot_id"] != self.boot_id and self.wrote:
-            # Pages that were acknowledged may be missing: nothing of it can be trusted.
+        kept = self._noted()
+        self.session, self.wrote = kept["session"], kept["wrote"]
+        if (kept["boot_id"] != self.boot_id or self._lost_base()) and self.wrote:
+            # What was acknowledged may be missing: nothing of it can be trusted.
             self.restarted = True
             self.wrote = False
             self.path.unlink(missing_ok=True)
             self.session += 1
         self._save()
+
+    def _noted(self) -> dict[str, Any]:
+        """What `first-copy.json` says. Without one a base was written by nobody knows which session and boot."""
+        path = self.directory / "first-copy.json"
+        try:
+            kept = durable.read_json(path)
+            take_keys(kept, {"boot_id", "session", "wrote"}, path)
+            return {**kept, "session": take_int(kept, "session", path), "wrote": bool(kept["wrote"])}
+        except (FileNotFoundError, CorruptError):
+            return {"boot_id": "", "session": 0, "wrote": self.path.exists()}
+
+    def _lost_base(self) -> bool:
+        """Is the base gone or cut short behind our back?"""
+        return not self.path.exists() or self.path.stat().st_size != self.size
 
     def _save(self) -> None:
         values = {"boot_id": self.boot_id, "session": self.session, "wrote": self.wrote}
@@ -150,8 +161,8 @@ def sync_base(directory: Path) -> None:
 
 
 def base_lost(directory: Path) -> bool:
-    """Did an unclean boot come between the switch and the base being durable?"""
-    return not (directory / "base.synced").exists()
+    """Did an unclean boot come between the switch and the base being durable? A base point is only published after that."""
+    return not (directory / "base.synced").exists() and not any(directory.glob("bp-*.qcow2"))
 
 
 def _failed(error: OSError) -> CdpError:

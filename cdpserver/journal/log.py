@@ -122,8 +122,12 @@ class Journal:
         return found
 
     def first_reader(self, interval: int) -> SegmentReader:
-        """The first segment of an interval."""
-        return self.reader(interval, self.segments(interval)[0])
+        """The first segment of an interval. CorruptError if there is none: it is gone, or was never written."""
+        held = self.segments(interval)
+        if not held:
+            path = interval_path(self.timeline, interval)
+            raise CorruptError(f"{path} holds no segment", hint="cdp check DISK says what that touches")
+        return self.reader(interval, held[0])
 
     def newest(self) -> tuple[int, SegmentReader]:
         """Interval and reader of the newest segment. Costs a look at a mapped word while the writer has not rolled on."""
@@ -165,7 +169,44 @@ class Journal:
         return Position(self._intervals[0], reader.segment, reader.first_seq, reader.header.first_time_ns)
 
     def _bisect(self, target: int, key: Callable[[SegmentReader], int]) -> tuple[int, int] | None:
-        """The last segment whose key is at or below `target`."""
+        """The last segment whose key is at or below `target`. CorruptError if that may be one that cannot be read."""
+        try:
+            return self._bisect_whole(target, key)
+        except CorruptError as error:
+            damage = error
+        # Rare, so it may cost a look at every segment: what is damaged must not hide what is not.
+        found: tuple[int, int] | None = None
+        unsure = False
+        for interval in self._intervals:
+            for segment in self.segments(interval) or [0]:
+                try:
+                    if not segment:
+                        raise damage
+                    above = key(self.reader(interval, segment)) > target
+                except CorruptError:
+                    unsure = True
+                    continue
+                if above:
+                    return self._sure(found, target, key, unsure, damage)
+                found, unsure = (interval, segment), False
+        return self._sure(found, target, key, unsure, damage)
+
+    def _sure(
+        self,
+        found: tuple[int, int] | None,
+        target: int,
+        key: Callable[[SegmentReader], int],
+        unsure: bool,
+        damage: CorruptError,
+    ) -> tuple[int, int] | None:
+        """`found`, unless what cannot be read comes right behind it and may be what was looked for."""
+        if unsure:
+            reader = self.reader(*found) if found is not None else None
+            if reader is None or not key(reader) == reader.first_seq <= target <= reader.last_seq:
+                raise damage
+        return found
+
+    def _bisect_whole(self, target: int, key: Callable[[SegmentReader], int]) -> tuple[int, int] | None:
         numbers = self._intervals
         index = bisect_right(numbers, target, key=lambda number: key(self.first_reader(number))) - 1
         if index < 0:

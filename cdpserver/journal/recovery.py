@@ -37,10 +37,26 @@ class Survey:
     damaged: bool
 
 
+def lost_logs(journal: Journal) -> list[Path]:
+    """Data files that hold something though their header log is gone, at or after the newest segment.
+
+    No crash does that: somebody or something removed the log. Older ones are for `cdp check` to find.
+    """
+    newest = journal.intervals[-1] if journal.intervals else 0
+    found = []
+    for directory in sorted((journal.timeline / "intervals").iterdir()):
+        if directory.name.isdigit() and int(directory.name) >= newest:
+            for data in sorted(directory.glob("*.data")):
+                log = data.with_suffix(".log")
+                if not log.exists() and not Path(f"{log}.cut").exists() and data.stat().st_size:
+                    found.append(data)
+    return found
+
+
 def survey(journal: Journal, boot_id: str) -> Survey:
     """Look at every segment that was not sealed. Reads only."""
     unsealed: list[tuple[int, int]] = []
-    vanished = False
+    vanished = bool(lost_logs(journal))
     for place in journal.newest_places():
         if never_written(journal, place):
             vanished = True
@@ -162,18 +178,24 @@ def payload_whole(reader: SegmentReader, record: np.void) -> bool:
     return len(payload) == length and payload_digest(payload) == record["digest"].tobytes()
 
 
-def cut_after(journal: Journal, found: Survey) -> int:
-    """Remove what an unclean boot left after the valid records; returns how many records' room was cut.
+def cut_after(journal: Journal, found: Survey) -> tuple[int, list[str]]:
+    """Remove what an unclean boot left after the valid records; how many records' room was cut, and which logs were empty
+    or gone.
 
     The bytes go to `*.cut` files beside the segments first, so that an operator can look at them.
     """
     kept = dict(found.valid)
     _forget_indexes(journal, found)
     cut = 0
+    missing = []
+    for data in lost_logs(journal):
+        data.rename(f"{data}.cut")
+        missing.append(str(data.with_suffix(".log").relative_to(journal.timeline)))
     for place in journal.newest_places():
         if never_written(journal, place):
             log = log_path(interval_path(journal.timeline, place[0]), place[1])
             log.rename(f"{log}.cut")
+            missing.append(str(log.relative_to(journal.timeline)))
             continue
         reader = journal.reader(*place)
         if reader.state == SEALED:
@@ -187,7 +209,7 @@ def cut_after(journal: Journal, found: Survey) -> int:
         else:
             cut += max(1, reader.count)
             log.rename(f"{log}.cut")
-    return cut
+    return cut, missing
 
 
 def _forget_indexes(journal: Journal, found: Survey) -> None:

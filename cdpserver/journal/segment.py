@@ -326,7 +326,13 @@ class SegmentReader:
     def data_fd(self) -> int:
         """The data file, opened on first use."""
         if self._data_fd < 0:
-            self._data_fd = os.open(data_path(self.directory, self.segment), os.O_RDONLY | os.O_CLOEXEC)
+            path = data_path(self.directory, self.segment)
+            try:
+                self._data_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not self.directory.is_dir():
+                    raise  # the timeline is being removed
+                raise CorruptError(f"{path} is missing", hint="cdp check says what it touches") from None
         return self._data_fd
 
     def payload(self, place: int, length: int) -> bytes:

@@ -27,6 +27,8 @@ from cdpserver.journal.resync import Reads, Resync
 from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter, log_path
 from cdpserver.limits import BLOCK, SECTOR
 
+USED = (".log", ".log.cut", ".data.cut")
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -126,8 +128,10 @@ class JournalWriter:
         self, journal: Journal, found: recovery.Survey, place: tuple[int, int]
     ) -> SegmentWriter:
         lost_after, lost_time = self.last_seq, self.last_time_ns
-        cut = recovery.cut_after(journal, found)
+        cut, missing = recovery.cut_after(journal, found)
         self.recovered = {"durable_seq": found.durable_seq, "kept_seq": lost_after, "cut_records": cut}
+        if missing:
+            self.recovered["empty_or_missing"] = missing
         first_seq = max(found.durable_seq, lost_after) + limits.SEQ_JUMP
         segment = self._new_segment(place, first_seq, new_interval=self._ends_interval)
         self._ends_interval = False
@@ -153,8 +157,8 @@ class JournalWriter:
         now = max(self._clock_ns(), self.last_time_ns)
         header = Header(self.uuid, interval, number, first_seq, now, self.boot_id, self.state)
         path = interval_path(self.directory, interval)
-        while log_path(path, number).exists() or log_path(path, number).with_suffix(".log.cut").exists():
-            # A segment that was cut or found damaged keeps its number for good.
+        while any(log_path(path, number).with_suffix(end).exists() for end in USED):
+            # A segment that was cut, found damaged or lost its log keeps its number for good.
             number += 1
             header = replace(header, segment=number)
         if new_interval:

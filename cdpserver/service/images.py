@@ -58,6 +58,11 @@ def find(state: StateDir, source: Source) -> ImageBase | None:
     return None
 
 
+def is_noted(raw: Path) -> bool:
+    """Is it known which file the image `raw` was imported from?"""
+    return _read(raw.with_suffix(".json")) is not None
+
+
 def _read(path: Path) -> Source | None:
     try:
         value = durable.read_json(path)

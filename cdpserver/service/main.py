@@ -29,7 +29,7 @@ from cdpserver.config import Settings
 from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
-from cdpserver.service import api, processes, tails
+from cdpserver.service import api, inventory, processes, tails
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import READY_S, Children, bind_unix, wait_for_greeting
 from cdpserver.service.control import TargetControl
@@ -82,10 +82,14 @@ def sweep(state: StateDir) -> None:
             path.unlink()
 
 
-def bring_up_to_date(state: StateDir, log: events.EventLog, *, allowed: bool) -> None:
+def bring_up_to_date(
+    state: StateDir, log: events.EventLog, *, allowed: bool, had_events: bool = True
+) -> None:
     """Upgrade the directory's format, before anything reads it. An orphan of an older server would read it too."""
     if not allowed:
         check_current(state)
+    if not had_events:
+        inventory.say_events_lost(log)
     for name in processes.kill_orphans(state.run):
         log.emit("service.orphan-killed", level="warning", child=name)
     upgrade(state, log)
@@ -94,11 +98,13 @@ def bring_up_to_date(state: StateDir, log: events.EventLog, *, allowed: bool) ->
 def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
     """Make the directory ready: the clock is fixed, the catalog is whole."""
     sweep(state)
+    inventory.look_at_clock(state, log)
     clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
     if fresh:
         log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
     for sentence in Catalog.recover(state):
         log.emit("service.catalog-recovered", level="warning", said=sentence)
+    inventory.look(state, log)
     return clock, Catalog.open(state, writable=True)
 
 
@@ -204,11 +210,12 @@ def run(chosen: argparse.Namespace) -> None:
     events.configure("cdpserver")
     log = events.EventLog(state.events)
     with state.lock():
+        had_events = inventory.had_events(state)
         log.emit(
             "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
         )
         Roles.of(config).open_up(state)
-        bring_up_to_date(state, log, allowed=not chosen.no_upgrade)
+        bring_up_to_date(state, log, allowed=not chosen.no_upgrade, had_events=had_events)
         if chosen.upgrade_only:
             return
         clock, catalog = prepare(state, log)

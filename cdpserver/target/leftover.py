@@ -12,14 +12,17 @@ from cdpserver.timeline import EmptyBase, Timeline
 
 
 def needs_recovery(directory: Path, boot_id: str) -> bool:
-    """Was this timeline left open by another host boot? Then it is opened, and so cut, before anything reads it."""
+    """Was this timeline left open by another host boot, or has it lost its end? Then it is opened, and so cut, before
+    anything reads it.
+    """
     journal = Journal(directory)
     try:
         if journal.empty:
             note = directory / "first-copy.json"
             return note.exists() and durable.read_json(note)["boot_id"] != boot_id
         reader = journal.reader(*next(iter(journal.newest_places())))
-        return reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
+        left_open = reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
+        return left_open or bool(recovery.lost_logs(journal))
     except CorruptError:
         return True
     finally:
@@ -30,7 +33,10 @@ def restart_lost_first_copy(directory: Path, timeline: Timeline, boot_id: str) -
     """Power was lost after the switch but before the base was durable: the first copy starts again."""
     journal = Journal(directory)
     own_base = isinstance(timeline.base, EmptyBase)
-    if journal.empty or not own_base or not firstcopy.base_lost(directory):
+    if journal.empty or not own_base:
+        return
+    if not firstcopy.base_lost(directory):
+        firstcopy.sync_base(directory)  # makes a lost `base.synced` anew
         return
     began = journal.first_reader(journal.intervals[0]).header.boot_id
     newest = journal.reader(*recovery.newest_sealed(journal)[0]).header.boot_id

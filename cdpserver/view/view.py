@@ -67,6 +67,11 @@ def _take_lease(directory: Path) -> int:
     try:
         fd = os.open(directory / "lease", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
+        if (directory / timeline_file.FILE).exists():
+            raise CorruptError(
+                f"{directory / 'lease'} is missing",
+                hint="nothing is lost: restart cdpserver, it makes it anew",
+            ) from None
         raise RemovedError(f"timeline {directory.name} is gone") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -212,18 +217,27 @@ class View:
         if isinstance(base, PointBase):
             if self._base_view is None:
                 assert self.history.parent is not None
-                self._base_view = View(self.history.parent, base.seq, self.files)
+                parent = self.history.parent
+                if parent.journal.at_seq(base.seq).seq != base.seq:
+                    raise CorruptError(
+                        f"{parent.timeline.full_name} has lost seq {base.seq}, which {self.history.timeline.full_name} stands on",
+                        hint="cdp check says what it touches",
+                    )
+                self._base_view = View(parent, base.seq, self.files)
             return self._base_view.resolve(offset, end, holes=holes)
         if isinstance(base, ImageBase):
-            path = f"{self.history.state_dir}/{base.file}"
-        else:
-            assert isinstance(base, EmptyBase)
-            path = f"{self.history.directory}/base.raw"
-        return self._raw(path, offset, end, holes=holes)
+            # An image may be smaller than the disk: beyond it are zeros. Of an empty one nothing was ever imported.
+            return self._raw(f"{self.history.state_dir}/{base.file}", offset, end, least=1, holes=holes)
+        assert isinstance(base, EmptyBase)
+        path = f"{self.history.directory}/base.raw"
+        return self._raw(path, offset, end, least=self.size, holes=holes)
 
-    def _raw(self, path: str, offset: int, end: int, *, holes: bool) -> list[Extent]:
+    def _raw(self, path: str, offset: int, end: int, *, least: int, holes: bool) -> list[Extent]:
         fd = self.files.fd(path)
         held = os.fstat(fd).st_size
+        if held < least:
+            # Never zeros where data was.
+            raise CorruptError(f"{path} is cut short to {held} bytes", hint="cdp check says what it touches")
         stop = min(end, held)
         extents: list[Extent] = []
         at = offset

@@ -1,0 +1,67 @@
+"""What the service looks for at its start, before anything is opened: files that should be there and are not.
+
+What can be made anew without a loss is made anew; either way an event names the file and what its loss means. What only
+`cdp check` can tell (segments, base points, base images) is left to it.
+"""
+
+import os
+from pathlib import Path
+
+from cdpserver import durable
+from cdpserver.errors import CorruptError
+from cdpserver.events import EventLog, previous_file
+from cdpserver.service import images
+from cdpserver.state import StateDir
+from cdpserver.timeline import FILE, LOCKS
+
+
+def had_events(state: StateDir) -> bool:
+    """Is an event file there, or is the directory so new that there need not be one? Ask before the first event."""
+    held = (path for path in (state.events, previous_file(state.events)) if path.exists())
+    return any(path.stat().st_size for path in held) or not state.catalog_copy.exists()
+
+
+def say_events_lost(log: EventLog) -> None:
+    """The event file was gone."""
+    _say(log, "events.jsonl", "the events before this start are lost, and nothing else")
+
+
+def look(state: StateDir, log: EventLog) -> None:
+    """Make locks anew and say what is missing."""
+    for directory in sorted(state.timelines.glob("t*")):
+        if not (directory / FILE).exists():
+            meaning = "its disk and the forks of it cannot be opened until it is restored from a backup"
+            _say(log, f"timelines/{directory.name}/{FILE}", meaning)
+        for lock in LOCKS:
+            if directory.is_dir() and not (directory / lock).exists():
+                (directory / lock).touch(0o644)
+                _say(log, f"timelines/{directory.name}/{lock}", "nothing is lost: it is made anew")
+    for raw in sorted(state.bases.glob("b*.raw")):
+        if not images.is_noted(raw):
+            meaning = "nothing is lost: the image is imported once more for the next disk on it"
+            _say(log, f"bases/{raw.stem}.json", meaning)
+
+
+def look_at_clock(state: StateDir, log: EventLog) -> None:
+    """A clock that cannot be read is fixed anew: no process of ours uses the old one any more."""
+    meaning = "nothing is lost: the clock is fixed anew, after the newest time in any journal"
+    try:
+        durable.read_json(state.clock)
+    except FileNotFoundError:
+        if state.catalog_copy.exists():
+            _say(log, "clock.json", meaning)
+    except CorruptError:
+        aside = _free_name(state.clock)
+        os.rename(state.clock, aside)
+        _say(log, "clock.json", f"{meaning}; the damaged file is kept as {aside.name}")
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (name := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return name
+
+
+def _say(log: EventLog, file: str, meaning: str) -> None:
+    log.emit("service.file-missing", level="warning", file=file, meaning=meaning)
