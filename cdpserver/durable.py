@@ -128,14 +128,27 @@ def remove_tree(path: Path) -> None:
 
 
 def sweep(directory: Path) -> list[str]:
-    """Remove what crashes left in `directory`; the removed names. Call it as the only writer of the
-    directory.
+    """Remove what crashes left in `directory`; the removed names.
+
+    A temporary whose process runs is its own affair: a target that outlived the service may be in the middle of one.
     """
-    left_over = sorted(n for n in os.listdir(directory) if n.startswith((TEMPORARY, REMOVING)))
+    names = (n for n in os.listdir(directory) if n.startswith((TEMPORARY, REMOVING)))
+    left_over = sorted(name for name in names if not _is_being_written(name))
     with io_errors("sweep", directory):
         for name in left_over:
             _delete(directory / name)
     return left_over
+
+
+def _is_being_written(name: str) -> bool:
+    """Does a name of `write_whole`'s end in the id of another process that runs?"""
+    pid = name.rpartition("-")[2]
+    return (
+        name.startswith(TEMPORARY)
+        and pid.isdecimal()
+        and int(pid) != os.getpid()
+        and os.path.exists(f"/proc/{pid}")
+    )
 
 
 # --- JSON files

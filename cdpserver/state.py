@@ -114,6 +114,14 @@ class StateDir:
     def run(self) -> Path:
         return self.path / "run"
 
+    def worker_socket(self, number: int) -> Path:
+        """Where worker `number` takes writes."""
+        return self.run / f"worker-{number}.sock"
+
+    def worker_control(self, number: int) -> Path:
+        """Where the service asks worker `number`."""
+        return self.run / f"target-{number}.ctl"
+
     @property
     def timelines(self) -> Path:
         return self.path / "timelines"

@@ -25,8 +25,7 @@ from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.view import History, View
-from nbdplugin import thread_state
-from nbdplugin.parent import outlive_parent
+from nbdplugin import serving, thread_state
 
 API_VERSION = 2
 
@@ -73,9 +72,12 @@ def thread_model() -> int:
 
 def after_fork() -> None:
     """LMDB and files belong to the process that serves."""
-    global _state, _catalog, _log
     events.configure("export")
-    outlive_parent()
+    serving.begin(StateDir.open(Path(_state_dir)).run / "export.lock", _start)
+
+
+def _start() -> None:
+    global _state, _catalog, _log
     _state = StateDir.open(Path(_state_dir))
     _catalog = Catalog.open(_state, writable=False)
     _log = events.EventLog(_state.events)

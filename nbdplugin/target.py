@@ -7,6 +7,7 @@ The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
 
 import builtins
 from pathlib import Path
+from typing import TypeAlias
 
 import nbdkit
 
@@ -16,17 +17,21 @@ from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import DiskExport, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.disk import Connection
+from cdpserver.target.placement import worker_of
 from cdpserver.target.registry import Registry
-from nbdplugin import thread_state
-from nbdplugin.parent import outlive_parent
+from nbdplugin import serving, thread_state
+from nbdplugin.forward import DIRECT, Forward
 
 API_VERSION = 2
+
+Handle: TypeAlias = Connection | Forward
 
 MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
 
 _state_dir = ""
 _durable_lag_ns = COMMIT_LAG_NS
+_worker, _workers = 0, 1
 _registry: Registry | None = None
 
 
@@ -37,14 +42,22 @@ def registry() -> Registry:
 
 
 def config(key: str, value: str) -> None:
-    """`state_dir=DIR`, and `durable_lag_ns=N`: the durable lag past which writes slow down."""
-    global _state_dir, _durable_lag_ns
+    """`state_dir=DIR`; `durable_lag_ns=N`: the durable lag past which writes slow down; `worker=K workers=N`: which of them
+    this process is.
+    """
+    global _state_dir, _durable_lag_ns, _worker, _workers
     if key == "state_dir":
         _state_dir = value
     elif key == "durable_lag_ns":
         _durable_lag_ns = int(value)
+    elif key == "worker":
+        _worker = int(value)
+    elif key == "workers":
+        _workers = int(value)
     else:
-        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR and durable_lag_ns=N are known")
+        raise RuntimeError(
+            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N are known"
+        )
 
 
 def config_complete() -> None:
@@ -61,10 +74,14 @@ def thread_model() -> int:
 
 def after_fork() -> None:
     """LMDB, threads and files belong to the process that serves."""
+    events.configure(f"target-{_worker}")
+    serving.begin(StateDir.open(Path(_state_dir)).run / f"target-{_worker}.lock", _start)
+
+
+def _start() -> None:
     global _registry
-    events.configure("target")
-    outlive_parent()
-    _registry = Registry(StateDir.open(Path(_state_dir)), durable_lag_ns=_durable_lag_ns)
+    state = StateDir.open(Path(_state_dir))
+    _registry = Registry(state, durable_lag_ns=_durable_lag_ns, worker=_worker, workers=_workers)
     _registry.start()
 
 
@@ -95,16 +112,17 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
     registry().log.emit(name, level="warning", where=where, reason=str(error), **fields)
 
 
-def open(readonly: bool) -> Connection:
+def open(readonly: bool) -> Handle:
     """The disk of the export name that the client asked for."""
     text = nbdkit.export_name()
+    name = text.removeprefix(DIRECT)
     try:
-        export = parse_export(text)
+        export = parse_export(name)
         if not isinstance(export, DiskExport):
             raise NotFoundError(
                 "points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI"
             )
-        connection = registry().disk(export.name).connect()
+        connection = _connect(export.name, direct=name != text)
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
@@ -112,7 +130,19 @@ def open(readonly: bool) -> Connection:
     return connection
 
 
-def close(h: Connection) -> None:
+def _connect(name: str, *, direct: bool) -> Handle:
+    """This worker's own disk, or another's; `direct` when another worker asks."""
+    found = registry().catalog.get(name)
+    owner = worker_of(found.id, _workers) if found is not None else _worker
+    if owner == _worker:
+        return registry().disk(name).connect()
+    if direct:
+        # The number of workers is being changed, and the one that asks belongs to the others: its client connects again.
+        raise RemovedError(f"{name} is with worker {owner} now", hint="connect again")
+    return Forward(registry().state.worker_socket(owner), name)
+
+
+def close(h: Handle) -> None:
     """The client is gone."""
     try:
         h.close()
@@ -120,114 +150,108 @@ def close(h: Connection) -> None:
         thread_state.let_go(h.thread_state)
 
 
-def get_size(h: Connection) -> int:
+def get_size(h: Handle) -> int:
     """Bytes of the disk."""
-    return h.disk.size
+    return h.size
 
 
-def block_size(h: Connection) -> tuple[int, int, int]:
+def block_size(h: Handle) -> tuple[int, int, int]:
     """4096 where the size allows it, else 512; any alignment is handled all the same."""
-    minimum = 4096 if h.disk.size % 4096 == 0 else 512
+    minimum = 4096 if h.size % 4096 == 0 else 512
     return minimum, 65536, MAX_REQUEST
 
 
-def can_write(h: Connection) -> bool:
+def can_write(h: Handle) -> bool:
     """Always."""
     return True
 
 
-def can_flush(h: Connection) -> bool:
+def can_flush(h: Handle) -> bool:
     """Always."""
     return True
 
 
-def can_trim(h: Connection) -> bool:
+def can_trim(h: Handle) -> bool:
     """Trimmed blocks read as zeros."""
     return True
 
 
-def can_zero(h: Connection) -> bool:
+def can_zero(h: Handle) -> bool:
     """A zero is one record."""
     return True
 
 
-def can_fast_zero(h: Connection) -> bool:
+def can_fast_zero(h: Handle) -> bool:
     """A zero is one record."""
     return True
 
 
-def can_fua(h: Connection) -> int:
+def can_fua(h: Handle) -> int:
     """We commit ourselves."""
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_multi_conn(h: Connection) -> bool:
+def can_multi_conn(h: Handle) -> bool:
     """A FLUSH covers what was acknowledged over all connections."""
     return True
 
 
-def can_extents(h: Connection) -> bool:
+def can_extents(h: Handle) -> bool:
     """Block status is known."""
     return True
 
 
-def pread(h: Connection, buf: bytearray, offset: int, flags: int) -> None:
+def pread(h: Handle, buf: bytearray, offset: int, flags: int) -> None:
     """What was written last."""
     try:
         h.read_into(memoryview(buf), offset)
     except CdpError as error:
-        _fail(error, "read", disk=h.disk.timeline.full_name)
+        _fail(error, "read", disk=h.name)
         raise
 
 
-def pwrite(h: Connection, buf: memoryview, offset: int, flags: int) -> None:
+def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     """Acknowledged when it would survive a kill of this process; with FUA when it is durable."""
     try:
-        h.write(memoryview(buf), offset)
-        if flags & FUA:
-            h.sync()
+        h.write(memoryview(buf), offset, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "write", disk=h.disk.timeline.full_name)
+        _fail(error, "write", disk=h.name)
         raise
 
 
-def zero(h: Connection, count: int, offset: int, flags: int) -> None:
+def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload."""
     try:
-        h.zero(offset, count)
-        if flags & FUA:
-            h.sync()
+        h.zero(offset, count, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "zero", disk=h.disk.timeline.full_name)
+        _fail(error, "zero", disk=h.name)
         raise
 
 
-def trim(h: Connection, count: int, offset: int, flags: int) -> None:
+def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload; the blocks read as zeros."""
     try:
-        h.zero(offset, count, trim=True)
-        if flags & FUA:
-            h.sync()
+        h.zero(offset, count, trim=True, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "trim", disk=h.disk.timeline.full_name)
+        _fail(error, "trim", disk=h.name)
         raise
 
 
-def flush(h: Connection, flags: int) -> None:
+def flush(h: Handle, flags: int) -> None:
     """Durable on return: everything acknowledged before, over all connections."""
     try:
         h.flush()
     except CdpError as error:
-        _fail(error, "flush", disk=h.disk.timeline.full_name)
+        _fail(error, "flush", disk=h.name)
         raise
 
 
-def extents(h: Connection, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
+def extents(h: Handle, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
     """Data, or a hole that reads as zeros; never a hole alone."""
     try:
         runs = h.status(offset, count, one=bool(flags & REQ_ONE))
     except CdpError as error:
-        _fail(error, "extents", disk=h.disk.timeline.full_name)
+        _fail(error, "extents", disk=h.name)
         raise
     return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
 

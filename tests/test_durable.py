@@ -182,10 +182,12 @@ def test_a_tree_goes_by_name_first(tmp_path: Path, system: System) -> None:
 def test_sweeping_takes_only_what_crashes_left(tmp_path: Path) -> None:
     for name in (".removing-t1", ".tmp-t2", "t3"):
         make_tree(tmp_path / name)
-    (tmp_path / ".tmp-clock.json-17").write_bytes(b"half")
+    no_pid = 1 << 22  # PID_MAX_LIMIT
+    (tmp_path / f".tmp-clock.json-{no_pid}").write_bytes(b"half")
+    (tmp_path / f".tmp-first-copy.json-{os.getppid()}").write_bytes(b"somebody is at it")
     (tmp_path / "clock.json").write_bytes(b"{}")
-    assert durable.sweep(tmp_path) == [".removing-t1", ".tmp-clock.json-17", ".tmp-t2"]
-    assert sorted(os.listdir(tmp_path)) == ["clock.json", "t3"]
+    assert durable.sweep(tmp_path) == [".removing-t1", f".tmp-clock.json-{no_pid}", ".tmp-t2"]
+    assert sorted(os.listdir(tmp_path)) == [f".tmp-first-copy.json-{os.getppid()}", "clock.json", "t3"]
     assert durable.sweep(tmp_path) == []
 
 

@@ -103,7 +103,7 @@ def test_the_target_killed_under_load(server: Server, seed: int) -> None:
     one, two = Load(uri, seed=seed, stride=2), Load(uri, seed=seed + 1, stride=2, first=1)
     for _ in range(6):
         one.wait_for(dice.randrange(1, 200))
-        os.kill(server.pids()["target"], signal.SIGKILL)
+        os.kill(server.pids()["target-0"], signal.SIGKILL)
         one.wait_for(1)
     held, other = one.end(), two.end()
     parts = [
@@ -156,7 +156,7 @@ def test_killed_between_a_zero_and_its_rewrite(server: Server) -> None:
     with connected(uri) as client:  # a re-mirror: everything zeroed, half of it rewritten
         client.zero(SIZE, 0)
         client.pwrite(before[: SIZE // 2], 0)
-        os.kill(server.pids()["target"], signal.SIGKILL)
+        os.kill(server.pids()["target-0"], signal.SIGKILL)
     until(lambda: reads(uri), "target")
     assert read(uri) == before[: SIZE // 2] + bytes(SIZE // 2)
     with connected(uri) as client:
@@ -180,7 +180,7 @@ def test_the_target_killed_during_cuts(server: Server) -> None:
     load = Load(uri, seed=3)
     for turn in range(5):
         load.wait_for(40)
-        pid = server.pids()["target"]
+        pid = server.pids()["target-0"]
         killer = threading.Timer(0.002 * turn, os.kill, (pid, signal.SIGKILL))
         killer.start()
         with contextlib.suppress(ApiError):  # the target died in the middle: the cut is there or it is not

@@ -119,9 +119,9 @@ class Histories:
             self.note(fork)
 
     def kill(self, _: Line) -> None:
-        child = self.dice.choice(("target", "export", "indexer"))
+        child = self.dice.choice(("target-0", "export", "indexer"))
         pid = self.server.pids()[child]
-        if child == "target":
+        if child == "target-0":
             self.hang_up()
         os.kill(pid, signal.SIGKILL)
         until(lambda: self.server.pids()[child] not in (None, pid), child)

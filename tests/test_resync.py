@@ -124,8 +124,7 @@ def test_a_session_that_is_over_cannot_be_synced(world: World) -> None:
 def test_a_mirror_that_nobody_declares_gets_a_history_by_its_flush(world: World) -> None:
     line = world.add(MIB)
     connection = line.disk.connect()
-    connection.write(memoryview(b"a" * 4096), 0)
-    connection.sync()  # FUA says nothing of a mirror being ready
+    connection.write(memoryview(b"a" * 4096), 0, fua=True)  # FUA says nothing of a mirror being ready
     assert line.disk.status()["mode"] == "first-copy"
     connection.flush()
     assert (

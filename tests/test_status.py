@@ -43,11 +43,11 @@ FOUND: dict[str, Any] = {
     "time_ns": START_NS,
     "started_ns": START_NS - 7384 * SECOND_NS,
     "children": {
-        "target": {"pid": 11, "starts": 1},
+        "target-0": {"pid": 11, "starts": 1},
         "export": {"pid": 12, "starts": 3},
         "indexer": {"pid": 13, "starts": 2},
     },
-    "targets": {"target": True},
+    "targets": {"target-0": True},
     "store": {"size_bytes": 100 << 30, "free_bytes": 75 << 30},
     "events": [],
     "last_error": None,
@@ -68,7 +68,7 @@ FOUND: dict[str, Any] = {
 WIDE = """\
 ! web/vdb is damaged: t2 is gone (cdp check web/vdb)
 cdpserver 0.1.0 | up 2h3m | pid 10 | /srv/cdp
-target pid 11 | export pid 12, 2 restarts | indexer pid 13, 1 restart
+target-0 pid 11 | export pid 12, 2 restarts | indexer pid 13, 1 restart
 store 25% used | 75.0G free of 100.0G
 
 disk     state    size  lag  durable lag    tail  index lag  base point  clients
@@ -115,10 +115,10 @@ def test_long_and_hostile_names() -> None:
 def test_nothing_to_show() -> None:
     assert "no disks; add one: cdp disk add" in text(FOUND | {"disks": []})
     down = FOUND | {
-        "children": {"target": {"pid": None, "starts": 0}},
+        "children": {"target-0": {"pid": None, "starts": 0}},
         "store": {"size_bytes": 0, "free_bytes": 0},
     }
-    assert "target down\nstore - used" in text(down)
+    assert "target-0 down\nstore - used" in text(down)
     failed = FOUND | {"last_error": {"time": "T", "event": "target.broken"}}
     assert "last error: T target.broken (events.jsonl)" in text(failed)
 
@@ -141,7 +141,7 @@ def test_spans() -> None:
     ("change", "said"),
     [
         ({}, []),
-        ({"targets": {"target": False}}, ["target does not answer"]),
+        ({"targets": {"target-0": False}}, ["target-0 does not answer"]),
         ({"children": {"indexer": {"pid": None, "starts": 9}}}, ["process indexer is not running"]),
         ({"store": {"size_bytes": 100, "free_bytes": 9}}, ["the store has 9B left of 100B"]),
         ({"disks": [DISK | {"broken": "EIO"}]}, ["web/vda takes no writes: EIO"]),
@@ -195,12 +195,12 @@ def test_one_look(server: Server) -> None:
     disks = {disk["name"]: disk for disk in found["disks"]}
     assert (disks["empty"]["state"], disks["web"]["last_base_point"]["number"]) == ("empty", 0)
     assert disks["empty"]["lag_ns"] > 0
-    assert found["look_s"] < 2 and found["targets"] == {"target": True}
+    assert found["look_s"] < 2 and found["targets"] == {"target-0": True}
 
 
 @pytest.mark.real
 def test_a_target_that_hangs_costs_its_own_figures(server: Server) -> None:
-    pid = server.pids()["target"]
+    pid = server.pids()["target-0"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -209,7 +209,7 @@ def test_a_target_that_hangs_costs_its_own_figures(server: Server) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 0
-    assert done.stdout.startswith("! target does not answer")
+    assert done.stdout.startswith("! target-0 does not answer")
     web = next(line for line in done.stdout.splitlines() if line.startswith("web "))
     assert web.split()[3:5] != ["?", "?"] and web.split().count("?") == 2 and "bp:0" in web
 

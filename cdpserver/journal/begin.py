@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from cdpserver import durable
@@ -12,18 +13,27 @@ from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import Kind, payload_digest
 from cdpserver.journal.segment import Header, SegmentWriter
 
+WRITER_GONE_S = 2.0
+"""How long a writer may take to go that has been killed; it goes in milliseconds."""
 
-def lock_timeline(directory: Path) -> int:
-    """Take the writer lock; RefusedError while another process holds it."""
+
+def lock_timeline(directory: Path, *, patience_s: float = WRITER_GONE_S) -> int:
+    """Take the writer lock; RefusedError while another process holds it and does not let go."""
     fd = os.open(directory / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise RefusedError(
-            f"another process writes to {directory.name}", hint="stop it; there is one writer per timeline"
-        ) from error
-    return fd
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.005)
+                continue
+            os.close(fd)
+            raise RefusedError(
+                f"another process writes to {directory.name}",
+                hint="stop it; there is one writer per timeline",
+            ) from error
 
 
 def start_history(

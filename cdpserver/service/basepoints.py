@@ -69,8 +69,8 @@ class BasePoints:
     async def synced(self, name: str, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
         """The first copy or a resync is complete. The first time, base point 0 is published on return."""
         entry = self._core.entry(name)
-        said: dict[str, Any] = await self._core.target.call(
-            "synced", disk=name, session=session, write_blocking=write_blocking
+        said: dict[str, Any] = await self._core.targets.call(
+            entry.id, "synced", disk=name, session=session, write_blocking=write_blocking
         )
         if not await self._core.thread(self._list, entry):
             if not await self._core.thread(self._pending, entry):
@@ -79,7 +79,7 @@ class BasePoints:
         return said
 
     async def _cut(self, entry: Entry) -> int:
-        number, seq, _ = await self._core.target.call("cut", disk=entry.name)
+        number, seq, _ = await self._core.targets.call(entry.id, "cut", disk=entry.name)
         self._schedule(entry).due_ns = self._core.clock.now_ns() + self._core.config.bp_every_ns
         self._core.log.emit("basepoint.cut", disk=entry.name, number=number, seq=seq)
         return int(number)

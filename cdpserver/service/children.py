@@ -1,17 +1,21 @@
-"""The service's children: the target and the export (nbdkit), and the indexer. Started, watched, started anew.
+"""The service's children: the workers of the target and the export (nbdkit), and the indexer. Started, watched, started anew.
 
 The listening sockets belong to the service and outlive a child: a client that reconnects waits in the backlog until the next one
 accepts. Crash-only: children are stopped with SIGKILL, since SIGTERM never ends nbdkit under a live mirror and turns its writes
 into errors.
+
+Taking over from an earlier service, whose children still serve: each new child loads everything, says `warm`, and waits for the
+lock that its predecessor holds for life. When all are warm the predecessors are killed; what their clients see is a connection
+that ends and another that is accepted a few milliseconds later. No word of ours is needed in between, so a service that is
+killed half-way leaves one that serves.
 """
 
-import contextlib
 import importlib.util
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +23,10 @@ from typing import Any
 
 import trio
 
-from cdpserver.config import Address, Config
-from cdpserver.errors import RefusedError
+from cdpserver.config import Config
 from cdpserver.events import EventLog
 from cdpserver.service import processes
+from cdpserver.service.listeners import Listeners
 from cdpserver.state import StateDir
 
 FIRST_PAUSE_S = 0.1
@@ -37,12 +41,8 @@ READY_S = 30.0
 STEADY_S = 30.0
 """A child that ran this long had started well: its next death counts as the first."""
 
-BACKLOG = 1024
-"""Clients that wait for a child to come back; QEMU holds one connection a disk."""
-
-GREETING = b"NBDMAGIC"
-GOODBYE = bytes([0, 0, 0, 3]) + b"IHAVEOPT" + bytes([0, 0, 0, 2, 0, 0, 0, 0])
-"""Client flags (fixed newstyle, no zeroes) and NBD_OPT_ABORT without data: the polite end of a handshake."""
+TARGET = "target"
+EXPORT = "export"
 
 
 @dataclass
@@ -54,36 +54,10 @@ class Child:
     sockets: list[socket.socket] = field(default_factory=list)
     pid: int | None = None
     starts: int = 0
-
-
-def bind_unix(path: Path) -> socket.socket:
-    """Listen on a Unix socket of ours, only for our own user; a stale one goes. Hold the server's lock."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(previous)
-    listener.listen(BACKLOG)
-    return listener
-
-
-def bind_tcp(address: Address) -> socket.socket:
-    """Listen on an address; RefusedError if that is not possible."""
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise RefusedError(
-            f"cannot listen on {address[0]}:{address[1]}: {error.strerror}",
-            hint="choose another address or port",
-        ) from None
-    return listener
+    warm: trio.Event = field(default_factory=trio.Event)
+    """Set when it first could serve, had its predecessor gone."""
+    ready: trio.Event = field(default_factory=trio.Event)
+    """Set when it first serves."""
 
 
 def plugin(name: str) -> str:
@@ -97,66 +71,87 @@ def _nbdkit(name: str, state: StateDir, *parameters: str) -> list[str]:
     return ["nbdkit", "-f", "-t", "1", "python", plugin(name), f"state_dir={state.path}", *parameters]
 
 
-class Children:
-    """The three processes. `bind` before `running`."""
+def serves(name: str) -> bool:
+    """Does a child of this name serve clients, which are to be taken over and not cut off?"""
+    return name == EXPORT or name.startswith(f"{TARGET}-")
 
-    def __init__(self, state: StateDir, config: Config, log: EventLog) -> None:
+
+class Children:
+    """The processes. `orphans` are the files of those that an earlier service left serving."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        config: Config,
+        log: EventLog,
+        listeners: Listeners,
+        orphans: Sequence[Path] = (),
+    ) -> None:
         self._state = state
         self._log = log
+        self._orphans = orphans
+        self._kept = False
+        self.targets = [
+            Child(f"{TARGET}-{number}", _target(state, config, number), listeners.of_worker(number))
+            for number in range(config.workers)
+        ]
+        self.export = Child(EXPORT, _nbdkit(EXPORT, state), listeners.of_export())
         indexer = [sys.executable, "-m", "cdpserver.index.indexer", "--state-dir", str(state.path)]
-        self.target = Child(
-            "target", _nbdkit("target", state, f"durable_lag_ns={config.durable_lag_limit_ns}")
-        )
-        self.export = Child("export", _nbdkit("export", state))
         self.indexer = Child("indexer", indexer)
-        self._listen = {
-            "target": (state.target_socket, config.listen),
-            "export": (state.export_socket, config.listen_export),
-        }
 
     @property
     def all(self) -> tuple[Child, ...]:
         """Every child."""
-        return (self.target, self.export, self.indexer)
-
-    def bind(self) -> None:
-        """Make the listening sockets. RefusedError if a port is taken."""
-        for child in (self.target, self.export):
-            path, address = self._listen[child.name]
-            if address is not None:
-                child.sockets.append(processes.keep_for_children(bind_tcp(address)))
-            child.sockets.append(processes.keep_for_children(bind_unix(path)))
-
-    def close(self) -> None:
-        """Close the sockets; the names in the file system go too, so that nobody waits for us."""
-        for child in self.all:
-            for listener in child.sockets:
-                listener.close()
-            child.sockets.clear()
-        for path, _ in self._listen.values():
-            path.unlink(missing_ok=True)
+        return (*self.targets, self.export, self.indexer)
 
     def status(self) -> dict[str, Any]:
         """What an operator wants to know of each child."""
         return {child.name: {"pid": child.pid, "starts": child.starts} for child in self.all}
 
+    def keep_for_next(self) -> None:
+        """At the end of `running` leave the children to the next service."""
+        self._kept = True
+
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The children run as long as the context lasts; at its end they are killed and gone."""
+    async def running(self, before_taking_over: Callable[[], None]) -> AsyncIterator[None]:
+        """The children run as long as the context lasts; at its end they are killed and gone.
+
+        `before_taking_over` is called when the new workers are warm and an earlier service's are still there.
+        """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_running, self.target)
-            nursery.start_soon(self._start_readers, nursery)
+            for child in self.targets:
+                nursery.start_soon(self._keep_running, child)
+            nursery.start_soon(self._start_readers, nursery, before_taking_over)
             try:
                 yield
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _start_readers(self, nursery: trio.Nursery) -> None:
+    async def ready(self) -> None:
+        """Return when all that serve do. Callers set the deadline."""
+        for child in (*self.targets, self.export):
+            await child.ready.wait()
+
+    async def _start_readers(self, nursery: trio.Nursery, before_taking_over: Callable[[], None]) -> None:
+        with trio.move_on_after(READY_S):
+            for child in self.targets:
+                await child.warm.wait()
+        before_taking_over()
+        await self._end_orphans(TARGET)
         # The target first cuts what an unclean boot left behind: nobody reads a tail that may have holes.
         with trio.move_on_after(READY_S):
-            await wait_for_greeting(self._state.target_socket)
-        nursery.start_soon(self._keep_running, self.export)
+            for child in self.targets:
+                await child.ready.wait()
         nursery.start_soon(self._keep_running, self.indexer)
+        nursery.start_soon(self._keep_running, self.export)
+        with trio.move_on_after(READY_S):
+            await self.export.warm.wait()
+        await self._end_orphans(EXPORT)
+
+    async def _end_orphans(self, kind: str) -> None:
+        files = [file for file in self._orphans if file.name.startswith(kind)]
+        for name in await trio.to_thread.run_sync(processes.kill_orphans, files):
+            self._log.emit("service.child-taken-over", child=name)
 
     async def _keep_running(self, child: Child) -> None:
         failures = 0
@@ -172,31 +167,51 @@ class Children:
             await trio.sleep(pause)
 
     async def _run_once(self, child: Child) -> int:
-        pid_file = self._state.run / f"{child.name}.pid"
-        child.pid = pid = processes.spawn(pid_file, child.command, child.sockets)
+        pid_file = processes.new_pid_file(self._state.run, child.name)
+        reading, writing = processes.ready_pipe()
+        try:
+            child.pid = pid = processes.spawn(pid_file, child.command, child.sockets, ready_fd=writing)
+        finally:
+            os.close(writing)
         child.starts += 1
         self._log.emit("service.child-started", child=child.name, pid=pid, starts=child.starts)
         try:
-            return await processes.wait(pid)
+            await _listen_to(child, reading)
+            status = await processes.wait(pid)
         except trio.Cancelled:
-            os.kill(pid, signal.SIGKILL)
-            with trio.CancelScope(shield=True):
-                await processes.wait(pid)
+            if not self._kept:
+                os.kill(pid, signal.SIGKILL)
+                with trio.CancelScope(shield=True):
+                    await processes.wait(pid)
+                pid_file.unlink(missing_ok=True)
             raise
         finally:
             child.pid = None
-            pid_file.unlink(missing_ok=True)
+            os.close(reading)
+        pid_file.unlink(missing_ok=True)
+        return status
 
 
-async def wait_for_greeting(path: Path) -> None:
-    """Return when an NBD server speaks on the socket. Callers set the deadline."""
-    pause = 0.02
+def _target(state: StateDir, config: Config, number: int) -> list[str]:
+    return _nbdkit(
+        TARGET,
+        state,
+        f"durable_lag_ns={config.durable_lag_limit_ns}",
+        f"worker={number}",
+        f"workers={config.workers}",
+    )
+
+
+async def _listen_to(child: Child, reading: int) -> None:
+    """Note what the child says of itself, until it has nothing more to say or has ended."""
+    said = b""
     while True:
-        # A full backlog is an OSError: clients that wait for the server, too.
-        with trio.move_on_after(1), contextlib.suppress(OSError, trio.BrokenResourceError):
-            async with await trio.open_unix_socket(str(path)) as stream:
-                if (await stream.receive_some(64)).startswith(GREETING):
-                    await stream.send_all(GOODBYE)
-                    return
-        await trio.sleep(pause)
-        pause = min(2 * pause, 0.5)
+        await trio.lowlevel.wait_readable(reading)
+        data = os.read(reading, 64)
+        said += data
+        if b"warm\n" in said:
+            child.warm.set()
+        if b"ready\n" in said:
+            child.ready.set()
+        if not data:
+            return

@@ -1,16 +1,19 @@
-"""Asking the target, the only writer of journals, over its control socket (`run/target.ctl`).
+"""Asking the target's workers, the only writers of journals, over their control sockets (`run/target-K.ctl`).
 
 A connection a call: the target has a thread for each, so that one that waits for a disk (the base of a first copy being
 synced) holds up no other. While the target restarts, calls wait for it, within a limit.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from cdpserver import messages
-from cdpserver.errors import BrokenError, CorruptError, UnreachableError
+from cdpserver.errors import BrokenError, CdpError, CorruptError, UnreachableError
+from cdpserver.state import StateDir
+from cdpserver.target.placement import process_name, worker_of
 
 RESTART_S = 15.0
 """How long a call waits for a target that is not there: it is back in 0.1 s unless something is wrong."""
@@ -25,8 +28,58 @@ REPEATABLE = frozenset({"ping", "status", "commit", "shut"})
 EVENTS_HINT = "the events say why: events.jsonl"
 
 
-class TargetControl:
-    """Client of the target's control socket at `path`."""
+class Targets:
+    """The workers: each disk is with one of them, and some questions are for all."""
+
+    def __init__(self, state: StateDir, workers: int) -> None:
+        self._workers = [WorkerControl(state.worker_control(number)) for number in range(workers)]
+
+    async def call(self, timeline_id: str, operation: str, **fields: Any) -> Any:
+        """Ask the worker of a disk."""
+        number = worker_of(timeline_id, len(self._workers))
+        return await self._workers[number].call(operation, **fields)
+
+    async def status(self, *, within_s: float) -> tuple[dict[str, Any], dict[str, bool]]:
+        """(what the workers say of the disks that they have open, by name; whether each worker answered in time)."""
+        said: dict[str, Any] = {}
+        answered = {process_name(number): False for number in range(len(self._workers))}
+
+        async def ask(name: str, worker: WorkerControl) -> None:
+            with trio.move_on_after(within_s), contextlib.suppress(CdpError):
+                said.update(await worker.call("status"))
+                answered[name] = True
+
+        async with trio.open_nursery() as nursery:
+            for name, worker in zip(answered, self._workers, strict=True):
+                nursery.start_soon(ask, name, worker)
+        return said, answered
+
+    async def shut_all(self, *, ping_s: float, shut_s: float) -> tuple[int, list[str]]:
+        """Have every journal closed; how many disks, and why some were not.
+
+        A worker that is not there within `ping_s` has none.
+        """
+        count = 0
+        failed: list[str] = []
+
+        async def ask(number: int, worker: WorkerControl) -> None:
+            nonlocal count
+            try:
+                with trio.fail_after(ping_s):
+                    await worker.call("ping")
+                with trio.fail_after(shut_s):
+                    count += await worker.call("shut-all")
+            except (CdpError, trio.TooSlowError) as error:
+                failed.append(f"worker {number}: {str(error) or 'it took too long'}")
+
+        async with trio.open_nursery() as nursery:
+            for number, worker in enumerate(self._workers):
+                nursery.start_soon(ask, number, worker)
+        return count, failed
+
+
+class WorkerControl:
+    """Client of the control socket at `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

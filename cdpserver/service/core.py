@@ -22,7 +22,7 @@ from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
 from cdpserver.points import Timeline as Points
 from cdpserver.service import processes
-from cdpserver.service.control import TargetControl
+from cdpserver.service.control import Targets
 from cdpserver.state import StateDir
 from cdpserver.view.view import History
 
@@ -42,7 +42,7 @@ class Core:
     clock: Clock
     catalog: Catalog
     log: EventLog
-    target: TargetControl
+    targets: Targets
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(THREADS))
 
     async def thread(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -105,7 +105,7 @@ class Core:
     async def target_status(self, entry: Entry) -> dict[str, Any]:
         """What the target says of one disk; {} when it has not opened it."""
         found = await self.thread(timeline.load, self.state.timeline(entry.id))
-        answer = await self.target.call("status", disks=[found.full_name])
+        answer = await self.targets.call(entry.id, "status", disks=[found.full_name])
         status: dict[str, Any] = answer.get(found.full_name, {})
         return status
 
@@ -113,7 +113,7 @@ class Core:
         """On return the record `seq` of a disk survives a power loss. A broken writer matters only to what is not durable."""
         status = await self.target_status(entry)
         if status.get("durable_seq", -1) < seq:
-            await self.target.call("commit", disk=entry.name)
+            await self.targets.call(entry.id, "commit", disk=entry.name)
 
     # -- URIs ------------------------------------------------------------------------------------------------
 

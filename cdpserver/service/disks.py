@@ -21,6 +21,8 @@ from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
+from cdpserver.service.listeners import point_link
+from cdpserver.target.placement import worker_of
 from cdpserver.timeline import Base, EmptyBase, ImageBase, PointBase, Timeline
 
 STATUS_S = 5.0
@@ -135,10 +137,8 @@ class Disks:
 
     async def _status(self) -> dict[str, Any]:
         """What the target says of the disks that it has open; {} when it doesn't answer in time."""
-        with trio.move_on_after(STATUS_S):
-            answer: dict[str, Any] = await self._core.target.call("status")
-            return answer
-        return {}
+        said, _ = await self._core.targets.status(within_s=STATUS_S)
+        return said
 
     # -- forks -----------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class Disks:
                     f"{entry.name} is being written by {clients} client(s)",
                     hint="stop its mirror or guest first",
                 )
-            await core.target.call("shut", id=entry.id)
+            await core.targets.call(entry.id, "shut", id=entry.id)
             await self._wait_for_readers(entry)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -262,7 +262,7 @@ class Disks:
     # -- starting --------------------------------------------------------------------------------------------
 
     def finish_what_was_left(self) -> None:
-        """End removals that a crash cut short, and take away what was never given a name. Before the children start."""
+        """End removals that a crash cut short, and take away what was never given a name. Before anything is added."""
         core = self._core
         entries = core.catalog.names()
         for entry in entries.values():
@@ -272,8 +272,6 @@ class Disks:
                     core.log.emit("disk.removed", disk=entry.name, id=entry.id)
                 except RefusedError as error:
                     core.log.emit("disk.removal-waits", level="warning", disk=entry.name, reason=str(error))
-            else:
-                link_socket(core, entry.id)
         known = {entry.id for entry in entries.values()}
         for directory in sorted(core.state.timelines.iterdir()):
             if directory.name not in known:
@@ -308,13 +306,16 @@ def never_written(directory: Path) -> bool:
 
 
 def link_socket(core: Core, id: str) -> None:
-    """The socket of one disk: a name of its own, so that its URI can stay when it is served elsewhere one day."""
-    link = core.state.nbd / f"{id}.sock"
-    target = os.path.relpath(core.state.target_socket, core.state.nbd)
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
+    """The socket of one disk: a name of its own, so that its URI stays when another worker serves it."""
+    worker = worker_of(id, core.config.workers)
+    point_link(core.state.nbd / f"{id}.sock", core.state.worker_socket(worker))
+
+
+def link_sockets(core: Core) -> None:
+    """The socket of every disk, and the one for all of them."""
+    point_link(core.state.target_socket, core.state.worker_socket(0))
+    for entry in core.catalog.names().values():
+        link_socket(core, entry.id)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Instants:
                 raise RefusedError(
                     f"{name} has a bookmark {bookmark} already", hint="choose another name for this one"
                 )
-            seq, time_ns = await self._core.target.call("mark", disk=name, name=bookmark)
+            seq, time_ns = await self._core.targets.call(entry.id, "mark", disk=name, name=bookmark)
         self._core.log.emit("point.marked", disk=name, bookmark=bookmark, seq=seq)
         return await self._core.thread(self._bookmark, entry, bookmark, time_ns)
 

@@ -1,43 +1,45 @@
 """`cdpserver`: the service in the foreground.
 
-    lock -> orphans -> upgrade -> clock -> catalog -> left-overs          sync, before anything listens
-      sockets
-        children (target, export, indexer)
-          scheduler, watches of the target and of the wall clock
+    lock -> upgrade -> clock -> catalog                                   sync, before anything listens (`prepare`)
+      sockets: kept from before, or made                       (`listeners`, `keeper`)
+        children: workers, export, indexer; an earlier service's are taken over
+          left-overs, scheduler, watches of the workers and of the wall clock
             control API                                        ready
-    stop: API, scheduler, target shuts its journals, children are killed
+    stop: API, scheduler, the workers shut their journals, children are killed; the sockets are kept for a while
 
 Lifetimes are nested as drawn. Children hold nothing that must survive, so killing them is always right.
+At SIGHUP the process becomes a new program with a new configuration; its children serve until the new one takes them over.
 """
 
 import argparse
+import importlib
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import trio
-from fastapi import FastAPI
 
 import cdpserver
-from cdpserver import durable, events
-from cdpserver.catalog import Catalog
-from cdpserver.clock import Clock, fix_clock, wall_difference_ns
-from cdpserver.config import Settings
-from cdpserver.errors import CdpError
-from cdpserver.journal.log import Journal
-from cdpserver.names import format_time
-from cdpserver.service import api, inventory, processes, tails
+from cdpserver import events
+from cdpserver.clock import wall_difference_ns
+from cdpserver.config import SECOND_NS, Settings
+from cdpserver.errors import CdpError, RefusedError
+from cdpserver.service import disks, inventory, keeper, notify, processes, tails
 from cdpserver.service.basepoints import BasePoints
-from cdpserver.service.children import READY_S, Children, bind_unix, wait_for_greeting
-from cdpserver.service.control import TargetControl
+from cdpserver.service.children import READY_S, Children
+from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
+from cdpserver.service.listeners import Listeners
 from cdpserver.service.options import options
+from cdpserver.service.prepare import end_orphans, prepare
 from cdpserver.service.roles import Roles
 from cdpserver.state import StateDir, default_state_dir
 from cdpserver.upgrade import check_current, upgrade
@@ -53,126 +55,88 @@ WALL_JUMP_NS = 250_000_000
 """A clock that is slewed drifts by 0.5 ms a second at most; more than this was set by somebody."""
 
 
-# --- before anything listens
+@dataclass
+class Stop:
+    """How the service is told to end."""
+
+    asked: trio.Event = field(default_factory=trio.Event)
+    again: bool = False
+    """To go on as a new program, which takes the children over."""
 
 
-def last_stored_ns(state: StateDir) -> int:
-    """The newest time in any journal. A damaged one is passed over: its writer goes by its own last time anyway."""
-    newest = 0
-    for directory in state.timelines.iterdir():
-        try:
-            journal = Journal(directory)
-            if not journal.empty:
-                newest = max(newest, journal.last().time_ns)
-            journal.close()
-        except (CdpError, OSError) as error:
-            events.EventLog(state.events).emit(
-                "service.time-unknown", level="warning", timeline=directory.name, reason=str(error)
-            )
-    return newest
-
-
-def sweep(state: StateDir) -> None:
-    """Take away what crashes left over, with the server's lock held and no child running."""
-    for directory in (state.path, state.bases, state.timelines, *state.timelines.iterdir()):
-        if directory.is_dir():
-            durable.sweep(directory)
-    for path in state.run.iterdir():
-        if path.suffix in (".sock", ".ctl"):
-            path.unlink()
-
-
-def bring_up_to_date(
-    state: StateDir, log: events.EventLog, *, allowed: bool, had_events: bool = True
-) -> None:
-    """Upgrade the directory's format, before anything reads it. An orphan of an older server would read it too."""
-    if not allowed:
-        check_current(state)
-    if not had_events:
-        inventory.say_events_lost(log)
-    for name in processes.kill_orphans(state.run):
-        log.emit("service.orphan-killed", level="warning", child=name)
-    upgrade(state, log)
-
-
-def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
-    """Make the directory ready: the clock is fixed, the catalog is whole."""
-    sweep(state)
-    inventory.look_at_clock(state, log)
-    clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
-    if fresh:
-        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
-    for sentence in Catalog.recover(state):
-        log.emit("service.catalog-recovered", level="warning", said=sentence)
-    inventory.look(state, log)
-    return clock, Catalog.open(state, writable=True)
-
-
-# --- running
-
-
-async def serve(core: Core, children: Children) -> None:
-    """Everything that runs, until a signal says stop."""
-    disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
-    stopping = trio.Event()
-    roles = Roles.of(core.config)
+async def serve(core: Core, children: Children, listeners: Listeners, kept_by: keeper.Keeper) -> bool:
+    """Everything that runs, until a signal says stop. True when a new program is to go on."""
+    all_disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
-    await core.thread(disks.finish_what_was_left)
-    app = api.build(core, children, disks, instants, base_points, jobs, roles, stopping)
-    children.bind()
-    listener = bind_unix(core.state.api_socket)
-    if roles.groups:
-        core.state.api_socket.chmod(0o666)  # who may do what is asked of each connection
-    try:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async with children.running(), trio.open_nursery() as nursery:
-                with trio.CancelScope() as starting:
-                    nursery.start_soon(stop_at_signal, signals, stopping, starting, core)
-                    await children_answer(core)
-                if not stopping.is_set():
-                    await nursery.start(jobs.keep_running)
-                    nursery.start_soon(base_points.keep_cutting)
-                    nursery.start_soon(watch_wall_clock, core)
-                    nursery.start_soon(tails.watch, core, children.target)
-                    async with trio.open_nursery() as requests:
-                        await requests.start(_serve_api, core, app, roles, listener, stopping)
-                        core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
-                nursery.cancel_scope.cancel()
-                with trio.CancelScope(shield=True):
-                    await shut_target(core)
-    finally:
-        listener.close()
-        core.state.api_socket.unlink(missing_ok=True)
-        children.close()
+    roles = Roles.of(core.config)
+    # Who may do what is asked of each connection.
+    core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
+    stop = Stop()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with children.running(lambda: disks.link_sockets(core)), trio.open_nursery() as nursery:
+            nursery.start_soon(kept_by.stay)
+            nursery.start_soon(notify.feed_watchdog)
+            with trio.CancelScope() as starting:
+                nursery.start_soon(stop_at_signal, signals, stop, starting, core)
+                api: Any = await trio.to_thread.run_sync(_load_api, abandon_on_cancel=True)
+                await children_answer(core, children)
+                await core.thread(all_disks.finish_what_was_left)
+            if not stop.asked.is_set():
+                await nursery.start(jobs.keep_running)
+                nursery.start_soon(base_points.keep_cutting)
+                nursery.start_soon(watch_wall_clock, core)
+                nursery.start_soon(tails.watch, core, children.targets)
+                app = api.build(core, children, all_disks, instants, base_points, jobs, roles, stop.asked)
+                async with trio.open_nursery() as requests:
+                    await requests.start(_serve_api, api, app, core, roles, listeners, stop)
+                    core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())
+                    notify.ready()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                if stop.again:
+                    children.keep_for_next()
+                    notify.reloading()
+                else:
+                    notify.stopping()
+                    await shut_targets(core)
+    return stop.again
+
+
+def _load_api() -> Any:
+    """FastAPI takes half a second to import; the children start meanwhile."""
+    return importlib.import_module("cdpserver.service.api")
 
 
 async def _serve_api(
+    api: Any,
+    app: Any,
     core: Core,
-    app: FastAPI,
     roles: Roles,
-    listener: socket.socket,
-    stopping: trio.Event,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    listeners: Listeners,
+    stop: Stop,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await api.serve(app, listener, roles, core.log, until=stopping, task_status=task_status)
+    await api.serve(app, listeners.api, roles, core.log, until=stop.asked, task_status=task_status)
 
 
 async def stop_at_signal(
-    signals: AsyncIterator[int], stopping: trio.Event, starting: trio.CancelScope, core: Core
+    signals: AsyncIterator[int], stop: Stop, starting: trio.CancelScope, core: Core
 ) -> None:
-    """At the first SIGTERM or SIGINT: set the event, and don't wait for children that are still starting."""
+    """At the first signal ask for the end, and don't wait for children that are still starting."""
     async for number in signals:
-        core.log.emit("service.stopping", signal=signal.Signals(number).name)
-        stopping.set()
+        stop.again = number == signal.SIGHUP
+        core.log.emit(
+            "service.restarting" if stop.again else "service.stopping", signal=signal.Signals(number).name
+        )
+        stop.asked.set()
         starting.cancel()
         return
 
 
-async def children_answer(core: Core) -> None:
-    """Wait until both NBD servers speak; a child that doesn't is said aloud and the service goes on, to be asked about it."""
+async def children_answer(core: Core, children: Children) -> None:
+    """Wait until the NBD servers serve; a child that doesn't is said aloud and the service goes on, to be asked about it."""
     with trio.move_on_after(READY_S) as scope:
-        await wait_for_greeting(core.state.target_socket)
-        await wait_for_greeting(core.state.export_socket)
+        await children.ready()
     if scope.cancelled_caught:
         core.log.emit("service.children-silent", level="error", seconds=READY_S)
 
@@ -188,20 +152,34 @@ async def watch_wall_clock(core: Core) -> None:
         before = now
 
 
-async def shut_target(core: Core) -> None:
-    """Let the target make everything durable and close; killing it afterwards is clean."""
+async def shut_targets(core: Core) -> None:
+    """Let the workers make everything durable and close; killing them afterwards is clean."""
+    count, failed = await core.targets.shut_all(ping_s=PING_S, shut_s=SHUT_S)
+    core.log.emit("service.journals-closed", disks=count)
+    for reason in failed:
+        core.log.emit("service.journals-left-open", level="warning", reason=reason)
+
+
+def open_sockets(listeners: Listeners, orphans: list[Path], log: events.EventLog) -> list[Path]:
+    """Take or make the listening sockets; the orphans that still serve.
+
+    A port that is taken may be held by a child of the earlier service, whose keeper is gone: then that one ends first.
+    """
     try:
-        with trio.fail_after(PING_S):
-            await core.target.call("ping")
-        with trio.fail_after(SHUT_S):
-            count = await core.target.call("shut-all")
-            core.log.emit("service.journals-closed", disks=count)
-    except (CdpError, trio.TooSlowError) as error:
-        core.log.emit("service.journals-left-open", level="warning", reason=str(error) or "it took too long")
+        kept = listeners.open()
+    except RefusedError:
+        if not orphans:
+            raise
+        for name in processes.kill_orphans(orphans):
+            log.emit("service.orphan-killed", level="warning", child=name)
+        kept, orphans = listeners.open(), []
+    if kept:
+        log.emit("service.sockets-kept", sockets=kept)
+    return orphans
 
 
-def run(chosen: argparse.Namespace) -> None:
-    """The whole life of the service. Raises CdpError for what stands in its way at the start."""
+def run(chosen: argparse.Namespace) -> bool:
+    """The life of the service. True when a new program is to go on. Raises CdpError for what stands in its way at the start."""
     config = Settings.collect(chosen.config, chosen).config
     # Segments, indexes and connections of many disks; the children inherit it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -215,15 +193,28 @@ def run(chosen: argparse.Namespace) -> None:
             "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
         )
         Roles.of(config).open_up(state)
-        bring_up_to_date(state, log, allowed=not chosen.no_upgrade, had_events=had_events)
+        if not had_events:
+            inventory.say_events_lost(log)
+        if chosen.no_upgrade:
+            check_current(state)
+        orphans = end_orphans(state, log)
+        upgrade(state, log)
         if chosen.upgrade_only:
-            return
+            return False
         clock, catalog = prepare(state, log)
-        with catalog:
-            children = Children(state, config, log)
-            core = Core(state, config, clock, catalog, log, TargetControl(state.run / "target.ctl"))
-            trio.run(serve, core, children, strict_exception_groups=True)
+        kept_by = keeper.choose(state.run, linger_s=config.socket_linger_ns / SECOND_NS, log=log)
+        listeners = Listeners(state, config, kept_by)
+        again = False
+        try:
+            with catalog:
+                orphans = open_sockets(listeners, orphans, log)
+                children = Children(state, config, log, listeners, orphans)
+                core = Core(state, config, clock, catalog, log, Targets(state, config.workers))
+                again = trio.run(serve, core, children, listeners, kept_by, strict_exception_groups=True)
+        finally:
+            listeners.close(for_self=again)
         log.emit("service.stopped")
+    return again
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,8 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = options(arguments)
         if chosen.show_config:
             sys.stdout.write(Settings.collect(chosen.config, chosen).to_toml())
-        else:
-            run(chosen)
+        elif run(chosen):
+            # The interpreter and its options as they were given: the new program may be a newer version.
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except CdpError as error:
         sys.stderr.write(f"cdpserver: {error}\n")
         sys.exit(error.exit_code)

@@ -21,6 +21,7 @@ from cdpserver.service import behind, facts
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
+from cdpserver.target.placement import worker_name
 from cdpserver.view.view import History
 
 TARGET_S = 2.0
@@ -50,7 +51,11 @@ class _Look:
 
     now_ns: int
     said: dict[str, Any]
-    silent: bool
+    answered: dict[str, bool]
+
+    def asked(self, entry: Entry) -> bool:
+        """Did the worker of this disk answer?"""
+        return self.answered[worker_name(entry.id, len(self.answered))]
 
 
 class Overview:
@@ -68,23 +73,13 @@ class Overview:
         """The whole, as plain values."""
         async with self._one:
             began = time.monotonic()
-            said, silent = await self._ask_target()
-            look = _Look(self._core.clock.now_ns(), said, silent)
+            said, answered = await self._core.targets.status(within_s=TARGET_S)
+            look = _Look(self._core.clock.now_ns(), said, answered)
             found = await self._core.thread(self._collect, look)
-            found["targets"] = {"target": not silent}
+            found["targets"] = answered
             found["warnings"] = warnings(found)
             found["look_s"] = time.monotonic() - began
             return found
-
-    async def _ask_target(self) -> tuple[dict[str, Any], bool]:
-        """(what the target says of its open disks, whether it said nothing in time)."""
-        with trio.move_on_after(TARGET_S):
-            try:
-                answer: dict[str, Any] = await self._core.target.call("status")
-            except CdpError:
-                return {}, True
-            return answer, False
-        return {}, True
 
     def _collect(self, look: _Look) -> dict[str, Any]:
         core = self._core
@@ -139,7 +134,7 @@ class Overview:
                 "size": found.size,
                 "state": facts.state_of(found, status),
                 # What only the target can say is not known while it says nothing.
-                "clients": None if look.silent else status.get("clients", 0),
+                "clients": status.get("clients", 0) if look.asked(entry) else None,
                 "broken": status.get("broken", ""),
                 "counts": status.get("counts"),
             }
@@ -155,7 +150,7 @@ class Overview:
         complete = behind.complete_ns(journal)
         return {
             "lag_ns": 0 if complete is None else max(0, now_ns - (complete or entry.created_ns)),
-            "durable_lag_ns": None if look.silent else status.get("lag_ns", 0),
+            "durable_lag_ns": status.get("lag_ns", 0) if look.asked(entry) else None,
             "tail_records": tail.records,
             "index_lag_ns": 0 if tail.oldest_ns is None else max(0, now_ns - tail.oldest_ns),
             "last_base_point": self._base_point(entry, history),

@@ -1,6 +1,6 @@
 """Starting a process of ours so that the next service finds it, whatever happens to this one.
 
-A shell in front of every process writes its own line of /proc/PID/stat to `run/NAME.pid` before it becomes the program, so
+A shell in front of every process writes its own line of /proc/PID/stat to `run/NAME*.pid` before it becomes the program, so
 there is no instant at which a process runs unknown. A pid and a start time name one process for good: `kill_orphans` kills
 exactly those that a service of this state directory started, and waits until they are gone.
 Listening sockets are handed over as systemd does (sd_listen_fds(3)): file descriptors from 3 on, LISTEN_FDS and LISTEN_PID.
@@ -9,12 +9,14 @@ Listening sockets are handed over as systemd does (sd_listen_fds(3)): file descr
 import contextlib
 import fcntl
 import functools
+import itertools
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +30,12 @@ SHELL = 'read -r stat </proc/$$/stat; printf "%s\\n" "$stat" >"$1"; shift; expor
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
+
+READY_FD = "CDP_READY_FD"
+"""Environment variable: the file descriptor on which a child says how far it has come."""
+
+MANAGERS = ("LISTEN_", "NOTIFY_", "WATCHDOG_")
+"""What a service manager says to this process is not for its children."""
 
 SAFE_FD = 64
 """Sockets live above this here, so that putting them at 3, 4, ... of a child never overwrites one still to be put."""
@@ -43,20 +51,41 @@ def wrapped(pid_file: Path, command: Sequence[str]) -> list[str]:
 
 def environment() -> dict[str, str]:
     """What our processes get: the interpreter's own directory first on PATH, since nbdkit's Python is found there."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("LISTEN_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(MANAGERS)}
     path = inherited.get("PATH", os.defpath)
     return inherited | {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{path}"}
 
 
 def keep_for_children(listener: socket.socket) -> socket.socket:
     """The same socket at a file descriptor from which `spawn` can hand it over; the given one is closed."""
-    fd = fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD_CLOEXEC, SAFE_FD)
+    fd = _safe(listener.fileno())
     listener.close()
     return socket.socket(fileno=fd)
 
 
-def spawn(pid_file: Path, command: Sequence[str], sockets: Sequence[socket.socket] = ()) -> int:
-    """Start `command` in a process group of its own with `sockets` to listen on; its pid."""
+def ready_pipe() -> tuple[int, int]:
+    """(end to read, end for `spawn`)."""
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    safe = _safe(writing)
+    os.close(writing)
+    return reading, safe
+
+
+def _safe(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SAFE_FD)
+
+
+def spawn(
+    pid_file: Path,
+    command: Sequence[str],
+    sockets: Sequence[socket.socket] = (),
+    *,
+    ready_fd: int | None = None,
+) -> int:
+    """Start `command` in a process group of its own with `sockets` to listen on; its pid.
+
+    `ready_fd` is the end of a pipe on which it says how far it has come (`nbdplugin.serving`).
+    """
     actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
     ]
@@ -66,6 +95,10 @@ def spawn(pid_file: Path, command: Sequence[str], sockets: Sequence[socket.socke
     variables = environment()
     if sockets:
         variables["LISTEN_FDS"] = str(len(sockets))
+    if ready_fd is not None:
+        assert ready_fd >= SAFE_FD
+        actions.append((os.POSIX_SPAWN_DUP2, ready_fd, FIRST_FD + len(sockets)))
+        variables[READY_FD] = str(FIRST_FD + len(sockets))
     # Its own group: a Ctrl-C at the terminal is for the service, and SIGINT would turn a live mirror's writes into errors.
     return os.posix_spawn(
         "/bin/sh",
@@ -143,32 +176,53 @@ def _start_time(stat: str) -> tuple[int, str]:
     return int(pid), rest.rpartition(")")[2].split()[19]
 
 
-def kill_orphans(run_directory: Path) -> list[str]:
-    """Kill what a service that is gone has left running, and wait until it is gone; the names.
+def orphans(run_directory: Path) -> list[Path]:
+    """The files of processes that a service which is gone may have left running. Ask before the first start."""
+    return sorted(run_directory.glob("*.pid"))
+
+
+def name_of(pid_file: Path) -> str:
+    """The name under which a process was started."""
+    return pid_file.name.partition(".")[0]
+
+
+def new_pid_file(run_directory: Path, name: str) -> Path:
+    """A file for one more process of this name: an earlier one may still run."""
+    numbers = itertools.count(1)
+    return next(path for n in numbers if not (path := run_directory / f"{name}.{n}.pid").exists())
+
+
+def kill_orphans(pid_files: Sequence[Path]) -> list[str]:
+    """Kill those that run, and wait until they are gone; their names.
 
     BrokenError if one doesn't go: its file descriptors could still write.
     """
-    killed = []
-    for pid_file in sorted(run_directory.glob("*.pid")):
-        if _kill_noted(pid_file):
-            killed.append(pid_file.stem)
-        pid_file.unlink(missing_ok=True)
-    return killed
+    with contextlib.ExitStack() as stack:
+        dying = [(file, fd) for file in pid_files if (fd := _kill_noted(file, stack)) is not None]
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        for file, fd in dying:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise BrokenError(
+                    f"process {file.read_text().split()[0]} ({name_of(file)}) of an earlier cdpserver does not end",
+                    hint="look at the kernel log and the store's disk",
+                )
+            # Ours, when this process is what the earlier service became.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(int(file.read_text().split()[0]), os.WNOHANG)
+    for file in pid_files:
+        file.unlink(missing_ok=True)
+    return [name_of(file) for file, _ in dying]
 
 
-def _kill_noted(pid_file: Path) -> bool:
+def _kill_noted(pid_file: Path, stack: contextlib.ExitStack) -> int | None:
+    """Send SIGKILL; a pidfd that becomes readable when the process is gone. None when it is already."""
     try:
         pid, started = _start_time(pid_file.read_text())
         # The pidfd first: from then on the pid cannot come to mean another process.
-        with _pidfd(pid) as fd:
-            if _start_time(Path(f"/proc/{pid}/stat").read_text()) != (pid, started):
-                return False
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-            if not select.select([fd], [], [], ORPHAN_SECONDS)[0]:
-                raise BrokenError(
-                    f"process {pid} ({pid_file.stem}) of an earlier cdpserver does not end",
-                    hint="look at the kernel log and the store's disk",
-                )
-            return True
+        fd = stack.enter_context(_pidfd(pid))
+        if _start_time(Path(f"/proc/{pid}/stat").read_text()) != (pid, started):
+            return None
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        return fd
     except (ValueError, IndexError, FileNotFoundError, ProcessLookupError):
-        return False
+        return None

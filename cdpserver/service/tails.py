@@ -4,6 +4,8 @@ A kill loses nothing acknowledged, but only an open journal is committed twice a
 leave its last records to the kernel's own writeback, and `lag_ns` unknown.
 """
 
+from collections.abc import Sequence
+
 import trio
 
 from cdpserver.catalog import Entry
@@ -12,27 +14,31 @@ from cdpserver.journal.log import Journal
 from cdpserver.journal.segment import OPEN
 from cdpserver.service.children import Child
 from cdpserver.service.core import Core
+from cdpserver.target.placement import worker_of
 
 LOOK_S = 0.5
 
 
-async def watch(core: Core, target: Child) -> None:
-    """Do it at each start of the target; for ever."""
-    seen = 0
+async def watch(core: Core, targets: Sequence[Child]) -> None:
+    """Do it at each start of a worker; for ever."""
+    seen = [0] * len(targets)
     while True:
-        if target.starts != seen:
-            seen = target.starts
-            await settle(core)
+        for number, target in enumerate(targets):
+            if target.starts != seen[number]:
+                seen[number] = target.starts
+                await settle(core, number, len(targets))
         await trio.sleep(LOOK_S)
 
 
-async def settle(core: Core) -> None:
-    """Make every journal durable that was left open. What fails is an event: the disk's own clients will meet it too."""
+async def settle(core: Core, worker: int, workers: int) -> None:
+    """Make every journal of a worker durable that was left open. What fails is an event: the disk's clients will meet it too."""
     for entry in (await core.thread(core.catalog.names)).values():
-        if entry.state != "live" or not await core.thread(_left_open, core, entry):
+        if entry.state != "live" or worker_of(entry.id, workers) != worker:
+            continue
+        if not await core.thread(_left_open, core, entry):
             continue
         try:
-            await core.target.call("commit", disk=entry.name)
+            await core.targets.call(entry.id, "commit", disk=entry.name)
         except CdpError as error:
             core.log.emit("target.tail-not-durable", level="warning", disk=entry.name, reason=str(error))
 

@@ -320,9 +320,14 @@ class Connection:
         """What the plugin must give back when the connection ends."""
 
     @property
-    def disk(self) -> TargetDisk:
-        """The disk that this connection is open on."""
-        return self._disk
+    def name(self) -> str:
+        """The disk's name when it was opened."""
+        return self._disk.timeline.full_name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._disk.size
 
     def _check(self, offset: int, length: int) -> None:
         disk = self._disk
@@ -339,8 +344,8 @@ class Connection:
         self._disk.begin_session("first write")
         self.wrote = True
 
-    def write(self, payload: memoryview, offset: int) -> None:
-        """On return the write survives a kill of any process."""
+    def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
+        """On return the write survives a kill of any process; with `fua` a power loss."""
         if not payload:
             return
         with self.lock:
@@ -362,9 +367,11 @@ class Connection:
             if started:
                 counts.timed += 1
                 counts.timed_ns += perf_counter_ns() - started
+        if fua:
+            disk.sync()
 
-    def zero(self, offset: int, length: int, *, trim: bool = False) -> None:
-        """Make a range read as zeros: one record, whatever its length."""
+    def zero(self, offset: int, length: int, *, trim: bool = False, fua: bool = False) -> None:
+        """Make a range read as zeros: one record, whatever its length. `fua` as for `write`."""
         if length == 0:
             return
         with self.lock:
@@ -384,6 +391,8 @@ class Connection:
             else:
                 counts.zeros += 1
                 counts.zero_bytes += length
+        if fua:
+            disk.sync()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """What was written last."""
@@ -414,10 +423,6 @@ class Connection:
             raise RemovedError(f"{self._disk.timeline.full_name} is closed")
         self._disk.flush()
         self.counts.flushes += 1
-
-    def sync(self) -> None:
-        """As `flush`, without the meaning that a FLUSH has in a first copy."""
-        self._disk.sync()
 
     def close(self) -> None:
         """The client is gone."""

@@ -1,8 +1,8 @@
 """Every disk that the target has open, the thread that commits them, and what the service may ask.
 
-The target opens a timeline when its first client or the service asks for it, and keeps it: opening takes the writer lock,
-and there is one target process. Timelines that another host boot left open are opened at the start, so that nobody reads
-a tail that may have holes.
+A worker opens a timeline when its first client or the service asks for it, and keeps it: opening takes the writer lock, and
+each disk is with one worker. Timelines that another host boot left open are opened at the start, so that nobody reads a tail
+that may have holes.
 """
 
 import os
@@ -24,16 +24,26 @@ from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.target.leftover import needs_recovery
+from cdpserver.target.placement import worker_of
 
 COMMITTERS = 4
 """Commits under way at once: disks wait for the same device, but not for each other's system calls."""
 
 
 class Registry:
-    """The target process's disks."""
+    """The disks of one target process: number `worker` of `workers`."""
 
-    def __init__(self, state: StateDir, *, durable_lag_ns: int = limits.COMMIT_LAG_NS) -> None:
+    def __init__(
+        self,
+        state: StateDir,
+        *,
+        durable_lag_ns: int = limits.COMMIT_LAG_NS,
+        worker: int = 0,
+        workers: int = 1,
+    ) -> None:
         self.state = state
+        self._worker = worker
+        self._workers = workers
         self._durable_lag_ns = durable_lag_ns
         self.clock = Clock.load(state.clock)
         self.boot_id = boot_id()
@@ -47,7 +57,9 @@ class Registry:
     def start(self) -> None:
         """Recover what another boot left, then commit and listen. Call after the fork."""
         for name, entry in self.catalog.names().items():
-            if entry.state == "live" and needs_recovery(self.state.timeline(entry.id), self.boot_id):
+            if entry.state != "live" or worker_of(entry.id, self._workers) != self._worker:
+                continue
+            if needs_recovery(self.state.timeline(entry.id), self.boot_id):
                 try:
                     self.disk(name)
                 except CdpError as error:
@@ -137,7 +149,7 @@ class Registry:
     # -- the service's requests ------------------------------------------------------------------------------
 
     def _listen(self) -> socket.socket:
-        path = self.state.run / "target.ctl"
+        path = self.state.worker_control(self._worker)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))

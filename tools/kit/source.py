@@ -18,10 +18,12 @@ JOB, TARGET = "cdp0", "cdp0-target"
 
 
 def nbd_server(uri: str) -> tuple[dict[str, Any], str]:
-    """The `server` and `export` of a `blockdev-add` for an `nbd+unix` URI."""
+    """The `server` and `export` of a `blockdev-add` for an `nbd+unix` or `nbd` URI."""
     parts = urlsplit(uri)
-    socket = parse_qs(parts.query)["socket"][0]
-    return {"type": "unix", "path": socket}, unquote(parts.path.removeprefix("/"))
+    export = unquote(parts.path.removeprefix("/"))
+    if parts.scheme == "nbd":
+        return {"type": "inet", "host": parts.hostname, "port": str(parts.port)}, export
+    return {"type": "unix", "path": parse_qs(parts.query)["socket"][0]}, export
 
 
 class Source:

@@ -213,7 +213,7 @@ class Protection:
         workload.progress(seconds=self._seconds / 4)
         workload.longest_s = 0.0
         for _ in range(KILLS):
-            old = until(lambda: self._server.child("target"), "target")
+            old = until(lambda: self._server.child("target-0"), "target")
             done = workload.done
             report.say(f"$ kill -9 {old}")
             os.kill(old, signal.SIGKILL)
@@ -228,7 +228,7 @@ class Protection:
         self._cdp("point", "list", DISK, "--limit", "2")
 
     def _other_target(self, old: int) -> int | None:
-        pid = self._server.child("target")
+        pid = self._server.child("target-0")
         return pid if pid != old else None
 
     def end(self) -> None:

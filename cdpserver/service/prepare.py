@@ -1,0 +1,65 @@
+"""Before anything listens: the state directory is made ready, with the server's lock held.
+
+Children that an earlier service left may still serve; nothing here disturbs them.
+"""
+
+from pathlib import Path
+
+from cdpserver import durable, events
+from cdpserver.catalog import Catalog
+from cdpserver.clock import Clock, fix_clock
+from cdpserver.errors import CdpError
+from cdpserver.journal.log import Journal
+from cdpserver.names import format_time
+from cdpserver.service import inventory, processes
+from cdpserver.service.children import serves
+from cdpserver.state import VERSION, StateDir
+
+
+def last_stored_ns(state: StateDir) -> int:
+    """The newest time in any journal. A damaged one is passed over: its writer goes by its own last time anyway."""
+    newest = 0
+    for directory in state.timelines.iterdir():
+        try:
+            journal = Journal(directory)
+            if not journal.empty:
+                newest = max(newest, journal.last().time_ns)
+            journal.close()
+        except (CdpError, OSError) as error:
+            events.EventLog(state.events).emit(
+                "service.time-unknown", level="warning", timeline=directory.name, reason=str(error)
+            )
+    return newest
+
+
+def sweep(state: StateDir) -> None:
+    """Take away what crashes left over."""
+    for directory in (state.path, state.bases, state.timelines, *state.timelines.iterdir()):
+        if directory.is_dir():
+            durable.sweep(directory)
+
+
+def end_orphans(state: StateDir, log: events.EventLog) -> list[Path]:
+    """End what an earlier service left running, but for what serves clients: the files of those, to be taken over.
+
+    Those of an older version go as well, before its format is upgraded: they would read on in it.
+    """
+    left = processes.orphans(state.run)
+    current = state.version() == VERSION
+    kill = [file for file in left if not (current and serves(processes.name_of(file)))]
+    for name in processes.kill_orphans(kill):
+        log.emit("service.orphan-killed", level="warning", child=name)
+    return [file for file in left if file.exists()]
+
+
+def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
+    """Make the directory ready: the clock is fixed, the catalog is whole."""
+    sweep(state)
+    inventory.look_at_clock(state, log)
+    clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
+    if fresh:
+        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
+    for sentence in Catalog.recover(state):
+        log.emit("service.catalog-recovered", level="warning", said=sentence)
+    inventory.look(state, log)
+    return clock, Catalog.open(state, writable=True)
