@@ -209,7 +209,7 @@ def test_samples_as_json(server: Server) -> None:
 
 @pytest.mark.real
 def test_a_target_that_hangs_and_one_that_dies(server: Server) -> None:
-    pid = server.pids()["target"]
+    pid = server.pids()["target-0"]
     os.kill(pid, signal.SIGSTOP)
     try:
         found = families(scrape(server))
@@ -229,7 +229,7 @@ def test_a_target_that_hangs_and_one_that_dies(server: Server) -> None:
             s.labels["process"]: s.value for s in now["cdp_events"].samples if s.labels["level"] == "error"
         }
         return (
-            restarts["target"] == 1
+            restarts["target-0"] == 1
             and errors["cdpserver"] >= 1
             and now["cdp_target_up"].samples[0].value == 1
         )

@@ -30,12 +30,8 @@ TARGET_S = 2.0
 LITTLE_FREE = 0.1
 """Share of the store below which free space is a warning."""
 
-ALWAYS_COUNTED = tuple(
-    (process, level)
-    for process in ("cdpserver", "target", "export", "indexer")
-    for level in ("error", "warning")
-)
-"""Shown as 0 before the first, so that an alarm sees it come."""
+ALWAYS_COUNTED = ("error", "warning")
+"""Levels that are shown as 0 of each process before the first such event, so that an alarm sees it come."""
 
 NO_RECORDS: dict[str, Any] = {
     "durable_lag_ns": 0,
@@ -86,6 +82,8 @@ class Overview:
         self._events.update()
         disks = [self._disk(entry, look) for entry in core.catalog.names().values()]
         counts = self._events.counts
+        processes = ("cdpserver", *(child.name for child in self._children.all))
+        always = [(process, level) for process in processes for level in ALWAYS_COUNTED]
         return {
             "version": cdpserver.__version__,
             "state_dir": str(core.state.path),
@@ -96,7 +94,7 @@ class Overview:
             "store": _store(core.state.path),
             "events": [
                 {"process": process, "level": level, "count": counts[process, level]}
-                for process, level in sorted({*counts, *ALWAYS_COUNTED})
+                for process, level in sorted({*counts, *always})
             ],
             "last_error": self._events.last_error,
             "disks": disks,
