@@ -23,7 +23,7 @@ from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, read_events
 from cdpserver.service import inventory
-from cdpserver.service.main import bring_up_to_date, prepare
+from cdpserver.service.prepare import bring_up_to_date, prepare
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.target.leftover import needs_recovery
@@ -175,6 +175,8 @@ NOTHING_LOST = (
     "server.lock",
     "catalog/lock.mdb",
     "writer.lock",
+    "run/target-0.lock",
+    "run/export.lock",
     "base.synced",
     ".mdb",
     ".mdb-lock",

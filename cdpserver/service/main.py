@@ -39,10 +39,9 @@ from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.listeners import Listeners
 from cdpserver.service.options import options
-from cdpserver.service.prepare import end_orphans, prepare
+from cdpserver.service.prepare import bring_up_to_date, prepare
 from cdpserver.service.roles import Roles
 from cdpserver.state import StateDir, default_state_dir
-from cdpserver.upgrade import check_current, upgrade
 
 SHUT_S = 20.0
 """How long the target may take to make its journals durable at a stop; then it is killed all the same, losing nothing."""
@@ -193,12 +192,7 @@ def run(chosen: argparse.Namespace) -> bool:
             "service.starting", version=cdpserver.__version__, state_dir=str(state.path), pid=os.getpid()
         )
         Roles.of(config).open_up(state)
-        if not had_events:
-            inventory.say_events_lost(log)
-        if chosen.no_upgrade:
-            check_current(state)
-        orphans = end_orphans(state, log)
-        upgrade(state, log)
+        orphans = bring_up_to_date(state, log, allowed=not chosen.no_upgrade, had_events=had_events)
         if chosen.upgrade_only:
             return False
         clock, catalog = prepare(state, log)

@@ -14,6 +14,7 @@ from cdpserver.names import format_time
 from cdpserver.service import inventory, processes
 from cdpserver.service.children import serves
 from cdpserver.state import VERSION, StateDir
+from cdpserver.upgrade import check_current, upgrade
 
 
 def last_stored_ns(state: StateDir) -> int:
@@ -39,17 +40,36 @@ def sweep(state: StateDir) -> None:
             durable.sweep(directory)
 
 
-def end_orphans(state: StateDir, log: events.EventLog) -> list[Path]:
-    """End what an earlier service left running, but for what serves clients: the files of those, to be taken over.
+def bring_up_to_date(
+    state: StateDir, log: events.EventLog, *, allowed: bool, had_events: bool = True
+) -> list[Path]:
+    """Upgrade the directory's format, before anything reads it; the files of the children that still serve."""
+    if not allowed:
+        check_current(state)
+    if not had_events:
+        inventory.say_events_lost(log)
+    orphans = _end_orphans(state, log)
+    upgrade(state, log)
+    return orphans
 
-    Those of an older version go as well, before its format is upgraded: they would read on in it.
-    """
+
+def _end_orphans(state: StateDir, log: events.EventLog) -> list[Path]:
+    """End what an earlier service left running, but for what serves clients and can be taken over."""
     left = processes.orphans(state.run)
-    current = state.version() == VERSION
-    kill = [file for file in left if not (current and serves(processes.name_of(file)))]
+    go_on = _orphans_may_go_on(state)
+    kill = [file for file in left if not (go_on and serves(processes.name_of(file)))]
     for name in processes.kill_orphans(kill):
         log.emit("service.orphan-killed", level="warning", child=name)
     return [file for file in left if file.exists()]
+
+
+def _orphans_may_go_on(state: StateDir) -> bool:
+    """Will their files and their clock still be those of the service? Else they would write beside it."""
+    try:
+        Clock.load(state.clock)
+    except (CdpError, OSError):
+        return False
+    return state.version() == VERSION
 
 
 def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
