@@ -334,19 +334,23 @@ def test_a_client_waits_through_a_stop_and_a_start(directory: Path) -> None:
 def test_a_holder_that_is_killed_is_replaced(directory: Path) -> None:
     with Server(directory / "s") as server:
         uri = server.add()
-        # Its pid: whoever listens at run/holder.sock.
-        [pid] = [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdecimal() and _holds(entry, directory / "s")
-        ]
-        os.kill(pid, signal.SIGKILL)
+        kill_holder(directory / "s")
         until(lambda: server.events("service.holder-replaced"), "new holder")
         server.kill()
         with Server(directory / "s") as second:
             kept = second.events("service.sockets-kept")
             assert set(kept[-1]["sockets"]) == {"api", "export", "worker-0"}
             write(uri, pattern(1))
+
+
+def kill_holder(state_dir: Path) -> None:
+    """SIGKILL to whoever listens at run/holder.sock."""
+    [pid] = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and _holds(entry, state_dir)
+    ]
+    os.kill(pid, signal.SIGKILL)
 
 
 def _holds(process: Path, state_dir: Path) -> bool:
