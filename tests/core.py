@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from cdpserver.index import build, indexer, store
 from cdpserver.journal.begin import start_history
+from cdpserver.journal.log import Journal
 from cdpserver.journal.record import RECORD_SIZE
 from cdpserver.journal.segment import SegmentWriter
 from cdpserver.journal.writer import JournalWriter
@@ -176,6 +177,10 @@ class World:
         """A new timeline on top of a point."""
         assert parent.disk.journal is not None
         parent.disk.journal.commit()
+        # As the service resolves an instant: the last record at or before it, where seqs were jumped over.
+        journal = Journal(parent.directory)
+        seq = journal.at_seq(seq).seq
+        journal.close()
         base = PointBase(parent.timeline.id, seq, self.now_ns)
         made = self._timeline(parent.model.size, base, "point")
         return Line(self, made, Model(parent.model.size, parent.model, seq))

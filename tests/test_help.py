@@ -101,7 +101,7 @@ def test_the_exit_code_of_every_outcome(
 @pytest.mark.parametrize(
     ("obstacle", "arguments", "code", "says"),
     [
-        ("clock.json", [], 5, "the system refused"),
+        ("export.sock", [], 5, "the system refused"),
         ("", ["--config", "/nowhere.toml"], 2, "/nowhere.toml"),
         ("", ["--nonsense"], 2, "--nonsense"),
         ("", ["--listen", "127.0.0.1:1x"], 2, "ADDRESS:PORT"),
@@ -144,6 +144,6 @@ def test_every_error_names_the_next_step() -> None:
 
 def test_a_class_has_a_usual_hint_where_there_is_only_one_way_on() -> None:
     without = {name for name, kind in KINDS.items() if not kind.usual_hint}
-    assert without == {"CdpError", "UsageError", "NotFoundError", "RefusedError"}
+    assert without == {"CdpError", "UsageError", "NotFoundError", "RefusedError", "ForbiddenError"}
     assert str(errors.CorruptError("broken")) == f"broken ({errors.CorruptError.usual_hint})"
     assert str(errors.CorruptError("broken", hint="do that")) == "broken (do that)"
