@@ -22,7 +22,7 @@ import pytest
 from cdpserver.config import Config
 from cdpserver.errors import RefusedError
 from cdpserver.events import EventLog
-from cdpserver.service import holder
+from cdpserver.service import holder, notify
 from cdpserver.service.keeper import HolderProcess
 from cdpserver.service.listeners import Listeners
 from cdpserver.state import StateDir
@@ -31,6 +31,7 @@ from tests.test_service import (
     DEADLINE_S,
     SIZE,
     Server,
+    UnixConnection,
     connected,
     is_running,
     pattern,
@@ -240,6 +241,24 @@ def test_sockets_are_made_kept_and_let_go(short_path: Path) -> None:
     third.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a socket away")
+def test_beside_a_socket_of_another_user_there_is_none(short_path: Path) -> None:
+    """A socket unit's is root's, and the server is not: the kernel lets no other user share the port."""
+    state = StateDir.create_or_open(short_path / "s")
+    memory = _Memory()
+    memory.kept["target-tcp"] = unit = socket.create_server(("127.0.0.1", 0), reuse_port=True)
+    os.fchown(unit.fileno(), 65534, -1)
+    listeners = Listeners(state, Config(workers=3, listen=unit.getsockname()), memory)
+    assert listeners.open() == ["worker-0-tcp"]
+    assert set(listeners._sockets) == {"api", "export", "worker-0", "worker-0-tcp", "worker-1", "worker-2"}
+    listeners.close()
+    # A configuration that does not name its address has no use for it.
+    without = Listeners(state, Config(), memory)
+    without.open()
+    assert "worker-0-tcp" in without.dropped
+    without.close()
+
+
 def test_two_services_do_not_share_a_port(short_path: Path) -> None:
     port = free_port()
     states = [StateDir.create_or_open(short_path / name) for name in "ab"]
@@ -306,6 +325,26 @@ def test_a_mirror_rides_over_a_new_program(directory: Path) -> None:
             guest.__exit__()
             check_content(server, source, guest)
             source.end_mirror()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("worker = 2\n", "did you mean workers?"), ("[roles]\nadmin = 'no-such-group'\n", "no-such-group")],
+)
+def test_a_program_that_would_not_start_replaces_none(wrong: str, said: str, directory: Path) -> None:
+    config = directory / "c.toml"
+    config.write_text("workers = 1\n")
+    with Server(directory / "s", "--config", str(config)) as server:
+        before = server.pids()
+        config.write_text(wrong)
+        server.process.send_signal(signal.SIGHUP)
+        [refused] = until(lambda: server.events("service.restart-refused"), "refusal")
+        assert said in refused["reason"]
+        assert server.pids() == before
+        config.write_text("workers = 2\n")
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: len(server.events("service.ready")) == 2, "new program")
+        assert len(server.pids()) == len(before) + 1
 
 
 def test_a_client_waits_through_a_stop_and_a_start(directory: Path) -> None:
@@ -528,11 +567,12 @@ class Manager:
         self._path = directory / "notify"
         self._socket.bind(str(self._path))
         self._socket.settimeout(DEADLINE_S)
+        self.units: dict[str, int] = {}
         self.store: dict[str, int] = {}
         self.said: list[str] = []
 
-    def start(self, state_dir: Path) -> subprocess.Popen[bytes]:
-        names, fds = list(self.store), list(self.store.values())
+    def start(self, state_dir: Path, *arguments: str) -> subprocess.Popen[bytes]:
+        names, fds = [*self.units, *self.store], [*self.units.values(), *self.store.values()]
         # Out of the way of the numbers that they get in the child.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
 
@@ -540,7 +580,7 @@ class Manager:
             for number, fd in enumerate(high):
                 os.dup2(fd, 3 + number)
 
-        command = [sys.executable, "-m", "cdpserver.service.main", "--state-dir", str(state_dir)]
+        command = [sys.executable, "-m", "cdpserver.service.main", "--state-dir", str(state_dir), *arguments]
         process = subprocess.Popen(
             ["/bin/sh", "-c", 'LISTEN_PID=$$ WATCHDOG_PID=$$ exec "$@"', "sh", *command],
             env=os.environ
@@ -595,9 +635,71 @@ def test_systemd_hears_of_the_service_and_keeps_its_sockets(directory: Path) -> 
         # And at a reload: the same process says that it is at it, and that it is done.
         second.send_signal(signal.SIGHUP)
         manager.hear("RELOADING")
+        assert "WATCHDOG_USEC=600000000" in manager.said, "a program that starts has no event loop that turns"
         manager.hear("READY")
+        assert manager.said[-1] == "WATCHDOG_USEC=400000"
         assert second.poll() is None
         assert source.process.poll() is None
         second.terminate()
         manager.hear("STOPPING")
         assert second.wait(DEADLINE_S) == 0
+
+
+def test_a_manager_that_is_busy_for_a_moment_hears_everything(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(directory / "notify"))
+        manager.settimeout(DEADLINE_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
+        queued = 0
+        while notify.notify("WATCHDOG=1", within_s=0):
+            queued += 1
+        empty = threading.Timer(0.2, lambda: [manager.recv(64) for _ in range(queued)])
+        empty.start()
+        assert notify.notify("READY=1")
+        empty.join()
+        assert manager.recv(64) == b"READY=1"
+
+
+def unit_socket(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def test_sockets_of_units_are_served_and_go_before_stored_ones(directory: Path) -> None:
+    """The API's unit listens before the server ever runs; when it is started anew, its new socket counts."""
+    manager = Manager(directory)
+    state_dir = directory / "s"
+    state_dir.mkdir(mode=0o700)
+    api = unit_socket(state_dir / "api.sock")
+    tcp = socket.create_server(("127.0.0.1", 0), reuse_port=True)
+    address = f"127.0.0.1:{tcp.getsockname()[1]}"
+    manager.units = {"api": api.fileno(), "target-tcp": tcp.fileno()}
+    waiting = UnixConnection(state_dir / "api.sock")
+    waiting.request("GET", "/v1/status")
+    first = manager.start(state_dir, "--listen", address)
+    manager.hear("READY")
+    assert waiting.getresponse().status == 200, "it waited from before the start"
+    first.kill()
+    first.wait()
+    api.close()
+    with unit_socket(state_dir / "api.sock") as new:
+        manager.units["api"] = new.fileno()
+        assert {"api", "worker-0-tcp"} <= set(manager.store)
+        second = manager.start(state_dir, "--listen", address)
+        manager.hear("READY")
+        again = UnixConnection(state_dir / "api.sock")
+        again.request(
+            "POST", "/v1/disks", json.dumps({"name": "d", "size": SIZE}), {"Content-Type": "application/json"}
+        )
+        uri = json.loads(again.getresponse().read())["uri"]
+        assert uri == f"nbd://{address}/d"
+        write(uri, pattern(1))
+        assert read(uri, 4096) == pattern(1)
+        second.terminate()
+        assert second.wait(DEADLINE_S) == 0
+    tcp.close()

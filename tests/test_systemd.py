@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cdpserver.config import MAX_WORKERS, Config
+from cdpserver.service import notify
+from cdpserver.service.keeper import SystemdStore
+from cdpserver.service.listeners import Listeners
 from cdpserver.state import StateDir
 
 UNITS = Path(__file__).resolve().parent.parent / "systemd"
@@ -122,7 +126,7 @@ def test_the_service_is_told_apart_watched_and_never_given_up() -> None:
         "KillMode": "process",
         "Restart": "always",
         "StartLimitIntervalSec": "0",
-        "FileDescriptorStoreMax": "128",
+        "ExecReload": "/bin/kill -HUP $MAINPID",
         "NoNewPrivileges": "yes",
         "ProtectSystem": "strict",
         "PrivateTmp": "yes",
@@ -130,6 +134,10 @@ def test_the_service_is_told_apart_watched_and_never_given_up() -> None:
     }
     assert {key: service[key] for key in expected} == {key: [value] for key, value in expected.items()}
     assert "WatchdogSec" in service
+    most = Config(workers=MAX_WORKERS, listen=("::1", 1), listen_export=("::1", 2))
+    sockets = Listeners(STATE_DIR, most, SystemdStore())._wanted
+    assert len(sockets) == 2 * MAX_WORKERS + 3 <= int(service["FileDescriptorStoreMax"][0])
+    assert service["TimeoutStartSec"] == [f"{notify.START_S / 60:.0f}min"], "what a reload is given"
 
 
 def test_the_units_speak_of_the_same_user_directory_and_sockets() -> None:

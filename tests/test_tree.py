@@ -136,7 +136,8 @@ def text_files() -> Iterator[Path]:
             if name == ".ci"
             or not (name.startswith(".") or name in SKIPPED_DIRECTORIES or name.endswith(".egg-info"))
         ]
-        yield from (Path(folder, name) for name in files)
+        # A worktree's .git is a file.
+        yield from (Path(folder, name) for name in files if name != ".git")
 
 
 def test_every_module_parses() -> None:

@@ -162,7 +162,7 @@ def settle(layout: Layout) -> None:
             )
     if _systemctl("daemon-reload"):
         running = _systemctl("is-active", "--quiet", SERVICE)
-        say(f"next: systemctl restart {SERVICE}" if running else f"next: systemctl enable --now {SERVICE}")
+        say(f"next: systemctl reload {SERVICE}" if running else f"next: systemctl enable --now {SERVICE}")
     else:
         say(
             f"systemd does not run here; start it with: {layout.prefix}/bin/cdpserver --state-dir {layout.state_dir}"

@@ -68,7 +68,12 @@ class SystemdStore:
         if pid == str(os.getpid()):
             for number, name in zip(range(int(count or 0)), names.split(":"), strict=False):
                 os.set_inheritable(FIRST_FD + number, False)
-                taken[name] = socket.socket(fileno=FIRST_FD + number)
+                passed = socket.socket(fileno=FIRST_FD + number)
+                # Sockets of units come first, then the store: where the unit made a new one, the stored one is deaf.
+                if name in taken:
+                    passed.close()
+                else:
+                    taken[name] = passed
         return taken
 
     def put(self, name: str, listener: socket.socket) -> None:

@@ -6,7 +6,8 @@
 
 and, when configured, the same over TCP. Over TCP every worker has a socket of its own on the one port (SO_REUSEPORT): the kernel
 spreads clients over them, and a worker passes on those of another's disks. Two processes that accept from one socket would do
-worse: nbdkit blocks or spins in accept when the other one was quicker.
+worse: nbdkit blocks or spins in accept when the other one was quicker. A socket unit's TCP socket is root's, and shares its port
+with none of ours: then worker 0 takes every client, and passes on.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ class Listeners:
     def __init__(self, state: StateDir, config: Config, kept_by: Keeper) -> None:
         self._keeper = kept_by
         self._sockets: dict[str, socket.socket] = {}
+        self.dropped: list[str] = []
+        """What `open` found and let go of: the configuration names no such socket, or another address."""
         self._wanted: dict[str, Place] = {API: state.api_socket, EXPORT: state.export_socket}
         if config.listen_export is not None:
             self._wanted[f"{EXPORT}-tcp"] = config.listen_export
@@ -78,14 +81,23 @@ class Listeners:
             if place is None or not _listens_at(kept[name], place):
                 kept.pop(name).close()
                 self._keeper.drop(name)
+                self.dropped.append(name)
         # A port of which we hold no socket may be another program's, and SO_REUSEPORT would not say so.
         ours = {place for name, place in self._wanted.items() if name in kept}
+        # Only sockets of one user share a port. Beside one that systemd made as root there is none: its worker takes all clients.
+        foreign = {
+            place
+            for name, place in self._wanted.items()
+            if name in kept and os.fstat(kept[name].fileno()).st_uid != os.geteuid()
+        }
         for name, place in self._wanted.items():
             if name in kept:
                 made = kept[name]
             elif isinstance(place, Path):
                 made = bind_unix(place)
             else:
+                if place in foreign:
+                    continue
                 if place not in ours:
                     bind_tcp(place, shared=False).close()
                     ours.add(place)

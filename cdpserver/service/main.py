@@ -29,7 +29,7 @@ from cdpserver import events
 from cdpserver.clock import wall_difference_ns
 from cdpserver.config import SECOND_NS, Settings
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.service import disks, inventory, keeper, notify, processes, tails
+from cdpserver.service import again, disks, inventory, keeper, notify, processes, tails
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import READY_S, Children
 from cdpserver.service.control import Targets
@@ -121,9 +121,15 @@ async def _serve_api(
 async def stop_at_signal(
     signals: AsyncIterator[int], stop: Stop, starting: trio.CancelScope, core: Core
 ) -> None:
-    """At the first signal ask for the end, and don't wait for children that are still starting."""
+    """At a signal ask for the end, and don't wait for children that are still starting.
+
+    A new program that would not start is no reason to end: it is said, and the old one goes on.
+    """
     async for number in signals:
         stop.again = number == signal.SIGHUP
+        if stop.again and (wrong := await again.what_is_wrong()):
+            core.log.emit("service.restart-refused", level="error", reason=wrong)
+            continue
         core.log.emit(
             "service.restarting" if stop.again else "service.stopping", signal=signal.Signals(number).name
         )
@@ -174,6 +180,8 @@ def open_sockets(listeners: Listeners, orphans: list[Path], log: events.EventLog
         kept, orphans = listeners.open(), []
     if kept:
         log.emit("service.sockets-kept", sockets=kept)
+    if listeners.dropped:
+        log.emit("service.sockets-dropped", sockets=listeners.dropped)
     return orphans
 
 
@@ -198,17 +206,17 @@ def run(chosen: argparse.Namespace) -> bool:
         clock, catalog = prepare(state, log)
         kept_by = keeper.choose(state.run, linger_s=config.socket_linger_ns / SECOND_NS, log=log)
         listeners = Listeners(state, config, kept_by)
-        again = False
+        goes_on = False
         try:
             with catalog:
                 orphans = open_sockets(listeners, orphans, log)
                 children = Children(state, config, log, listeners, orphans)
                 core = Core(state, config, clock, catalog, log, Targets(state, config.workers))
-                again = trio.run(serve, core, children, listeners, kept_by, strict_exception_groups=True)
+                goes_on = trio.run(serve, core, children, listeners, kept_by, strict_exception_groups=True)
         finally:
-            listeners.close(for_self=again)
+            listeners.close(for_self=goes_on)
         log.emit("service.stopped")
-    return again
+    return goes_on
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,10 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen = options(arguments)
         if chosen.show_config:
-            sys.stdout.write(Settings.collect(chosen.config, chosen).to_toml())
+            settings = Settings.collect(chosen.config, chosen)
+            Roles.of(settings.config)  # a group that does not exist would stop the start
+            sys.stdout.write(settings.to_toml())
         elif run(chosen):
-            # The interpreter and its options as they were given: the new program may be a newer version.
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            again.go_on()
     except CdpError as error:
         sys.stderr.write(f"cdpserver: {error}\n")
         sys.exit(error.exit_code)

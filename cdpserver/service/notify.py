@@ -8,11 +8,17 @@ from collections.abc import Sequence
 
 import trio
 
+WAIT_S = 2.0
+"""A manager's queue is full for moments: the sockets of many workers go into it at once. READY must not be lost by that."""
 
-def notify(*lines: str, fds: Sequence[int] = ()) -> bool:
+START_S = 600.0
+"""How long a start may take: TimeoutStartSec= of the unit."""
+
+
+def notify(*lines: str, fds: Sequence[int] = (), within_s: float = WAIT_S) -> bool:
     """Send `lines` (such as `READY=1`) and file descriptors; False when nobody listens.
 
-    A manager that is gone or slow must not stop the service, so a message that cannot be sent is dropped.
+    A manager that is gone or hangs must not stop the service, so a message that cannot be sent within a while is dropped.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -21,8 +27,9 @@ def notify(*lines: str, fds: Sequence[int] = ()) -> bool:
         address = f"\0{address[1:]}"
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.settimeout(within_s)
         try:
-            client.sendmsg(["\n".join(lines).encode()], rights, socket.MSG_DONTWAIT, address)
+            client.sendmsg(["\n".join(lines).encode()], rights, 0, address)
         except OSError:
             return False
     return True
@@ -30,12 +37,14 @@ def notify(*lines: str, fds: Sequence[int] = ()) -> bool:
 
 def ready() -> None:
     """The service serves."""
-    notify("READY=1", "STATUS=serving")
+    limit = watchdog_s()
+    notify("READY=1", "STATUS=serving", *([_watchdog(limit)] if limit else []))
 
 
 def reloading() -> None:
-    """The service is about to replace itself by a new program in the same process."""
-    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    """The service is about to replace itself by a new program in the same process, whose event loop does not turn at once."""
+    monotonic = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
+    notify("RELOADING=1", monotonic, *([_watchdog(START_S)] if watchdog_s() else []))
 
 
 def stopping() -> None:
@@ -50,11 +59,15 @@ def watchdog_s() -> float | None:
     return int(wanted) / 1e6 if wanted.isdecimal() and int(wanted) and mine == str(os.getpid()) else None
 
 
+def _watchdog(seconds: float) -> str:
+    return f"WATCHDOG_USEC={seconds * 1e6:.0f}"
+
+
 async def feed_watchdog() -> None:
     """Say that the event loop turns, twice as often as is asked for. A loop that hangs says nothing, and systemd restarts it."""
     limit = watchdog_s()
     if limit is None:
         return
     while True:
-        notify("WATCHDOG=1")
+        notify("WATCHDOG=1", within_s=0)
         await trio.sleep(limit / 2)
