@@ -16,7 +16,7 @@ from rich.console import Console
 from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
-from tools.measure import costs, machine, opening, reads, result, writes
+from tools.measure import costs, machine, many, opening, reads, result, writes
 from tools.measure.context import QUICK, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
@@ -28,6 +28,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "open": opening.first_byte,
     "zero": costs.zero,
     "remirror": costs.remirror,
+    "disks": many.disks,
 }
 
 

@@ -23,6 +23,11 @@ class Sizes:
     openings: int = 5
     zero_disk: int = TIB
     remirror: int = 256 * MIB
+    disks: tuple[int, ...] = (1, 10, 100)
+    rate: int = 2000
+    load_seconds: float = 4.0
+    idle_disks: tuple[int, ...] = (100, 1000)
+    idle_seconds: float = 8.0
 
 
 QUICK = Sizes(
@@ -35,6 +40,11 @@ QUICK = Sizes(
     openings=2,
     zero_disk=16 * GIB,
     remirror=32 * MIB,
+    disks=(1, 4),
+    rate=200,
+    load_seconds=1.0,
+    idle_disks=(5,),
+    idle_seconds=1.0,
 )
 """Enough to see that everything works; the figures say little."""
 
