@@ -31,6 +31,14 @@ MEASURES = {
     "remirror-journal": 1,
     "remirror-delta": 1,
     "remirror-speed": 1,
+    "disks-writes": 2,
+    "disks-lag": 2,
+    "disks-lag-full": 2,
+    "disks-index-lag": 2,
+    "disks-memory": 2,
+    "disks-memory-all": 2,
+    "disks-files": 2,
+    "disks-cpu": 2,
 }
 """How many subjects each measure has."""
 

@@ -371,6 +371,11 @@ class JournalWriter:
 
     # -- durability ------------------------------------------------------------------------------------------
 
+    @property
+    def behind(self) -> bool:
+        """Is there anything acknowledged that is not durable? Takes no lock; what comes meanwhile is seen by the next look."""
+        return self.change_seq > self.durable_seq
+
     def lag_ns(self) -> int:
         """Age of the oldest acknowledged record that is not durable yet; 0 when all are."""
         with self._lock:

@@ -53,6 +53,8 @@ class TargetDisk:
         self._gone = False
         self._counts = Counts()
         """Of connections that are gone."""
+        self.indexed = 0
+        """How far the index had come when the committer looked last."""
         self.first_copy: FirstCopy | None = None
         self.journal: JournalWriter | None = None
         self.reads: LiveReads | None = None

@@ -7,8 +7,8 @@ What a disk costs may not grow with the number of disks, and what nobody writes 
 """
 
 import contextlib
-import json
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -31,8 +31,6 @@ from tools.measure.seed import SIZE, seed
 
 LOOK_S = 0.1
 LOOK_INDEX_S = 0.5
-RAMP_S = 2.0
-"""How long fio writes before its figures begin."""
 DEPTH = 100
 """Requests in flight over all disks, as fast as it goes."""
 WORKERS = (1, 2)
@@ -195,25 +193,25 @@ def _load(context: Context, server: Server, count: int, rate: int, workers: int)
     held = server.client.disks()[:count]
     asked = [Worker(StateDir.open(server.path), number) for number in range(workers)]
     processes = Processes.of(server)
-    output, seconds = context.directory / "disks.fio", context.sizes.load_seconds
-    job = output.with_suffix(".job")
-    job.write_text(_job([disk["uri"] for disk in held], rate, seconds))
+    job = context.directory / "disks.job"
+    job.write_text(_job([disk["uri"] for disk in held], rate))
     idle = processes.taken()
-    process = start(
-        ["fio", "--output-format=json", f"--output={output}", "--eta=never", job], output.with_suffix(".log")
-    )
+    process = start(["fio", "--eta=never", job], job.with_suffix(".log"))
     try:
-        for disk in held:
-            _say_synced(asked[worker_of(disk["id"], workers)], disk["name"])
-        index_lag_s = 0.0
-        began, started = processes.taken(), time.monotonic()
+        _all_synced(asked, {disk["name"]: worker_of(disk["id"], workers) for disk in held}, process)
+        written, began, started = _written(asked), processes.taken(), time.monotonic()
+        index_lag_s = 1e-9
         with Lags(asked) as lags:
-            while process.poll() is None and time.monotonic() < started + seconds:
+            while time.monotonic() < started + context.sizes.load_seconds or len(lags.seconds) < 2:
                 time.sleep(LOOK_INDEX_S)
+                if process.poll() is not None:
+                    said = job.with_suffix(".log").read_text(errors="replace")[-500:]
+                    raise FailedError(f"fio ended with status {process.returncode}: {said}")
                 shown = server.client.overview()["disks"]
                 index_lag_s = max(index_lag_s, *(disk["index_lag_ns"] / 1e9 for disk in shown))
         ended, spent = processes.taken(), time.monotonic() - started
-        return Loaded(rate, _writes_s(process, output), lags.seconds, index_lag_s, spent, idle, began, ended)
+        writes_s = (_written(asked) - written) / spent
+        return Loaded(rate, writes_s, lags.seconds, index_lag_s, spent, idle, began, ended)
     finally:
         process.kill()
         process.wait()
@@ -221,21 +219,15 @@ def _load(context: Context, server: Server, count: int, rate: int, workers: int)
             worker.close()
 
 
-def _job(uris: list[str], rate: int, seconds: float) -> str:
-    """fio's job file: a thread and a connection for each disk. Its figures begin when every session has been declared."""
-    lines = [
-        "[global]",
-        "ioengine=nbd",
-        "thread",
-        "rw=randwrite",
-        "norandommap",
-        "bs=4096",
-        f"size={SIZE}",
-        "time_based",
-        f"ramp_time={RAMP_S}",
-        f"runtime={seconds}",
-        "group_reporting",
-    ]
+def _written(workers: list[Worker]) -> int:
+    """Writes to all disks, as the workers count them."""
+    return sum(disk["counts"]["writes"] for worker in workers for disk in worker.ask("status").values())
+
+
+def _job(uris: list[str], rate: int) -> str:
+    """fio's job file: a thread and a connection for each disk, until it is killed."""
+    lines = ["[global]", "ioengine=nbd", "thread", "rw=randwrite", "norandommap", "bs=4096", f"size={SIZE}"]
+    lines += ["time_based", f"runtime={fio.LONGEST_S:.0f}"]
     # Few disks keep as many requests in flight as many do.
     lines += [f"rate_iops={max(1, rate // len(uris))}"] if rate else [f"iodepth={max(1, DEPTH // len(uris))}"]
     for number, uri in enumerate(uris):
@@ -243,24 +235,22 @@ def _job(uris: list[str], rate: int, seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _say_synced(worker: Worker, name: str) -> None:
-    """The session that began with fio's first write is in sync. Said to the worker: the service would write a base point now."""
+def _all_synced(workers: list[Worker], disks: dict[str, int], process: Process) -> None:
+    """The sessions that began with fio's first writes are in sync. fio rests meanwhile, since what comes before that is compared.
+
+    Said to the workers: the service would write each disk's first base point now.
+    """
 
     def wrote() -> bool:
-        status = worker.ask("status", disks=[name]).get(name)
-        return status is not None and not status["synced"]
+        said = [status for worker in workers for status in worker.ask("status").values()]
+        begun = sum(bool(status["clients"]) and not status["synced"] for status in said)
+        return begun == len(disks) or process.poll() is not None
 
-    until(wrote, f"first write to {name}")
-    worker.ask("synced", disk=name, session=None, write_blocking=True)
-
-
-def _writes_s(process: Process, output: Path) -> float:
-    if process.wait(fio.LONGEST_S):
-        said = output.with_suffix(".log").read_text(errors="replace")[-500:]
-        raise FailedError(f"fio ended with status {process.returncode}: {said}")
-    text = output.read_text()
-    jobs = json.loads(text[text.index("{") :])["jobs"]
-    return float(sum(job["write"]["iops"] for job in jobs))
+    until(wrote, f"first writes to {len(disks)} disks")
+    process.send_signal(signal.SIGSTOP)
+    for name, worker in disks.items():
+        workers[worker].ask("synced", disk=name, session=None, write_blocking=True)
+    process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
