@@ -44,6 +44,8 @@ from tools.kit.source import Source
 
 pytestmark = pytest.mark.real
 
+JSON = {"Content-Type": "application/json"}
+
 STALL_S = 1.0
 """The longest that a guest may wait while a new service takes over; tens of milliseconds, but for a machine that is busy."""
 
@@ -135,6 +137,19 @@ def test_the_holder_keeps_what_it_was_given(held: HolderProcess, short_path: Pat
     # A client that came while nobody was there is served now.
     client = socket.create_connection(addresses[1])
     assert taken["a"].accept()[0].getpeername() == client.getsockname()
+
+
+def test_a_service_that_hangs_keeps_no_other_from_the_holder(held: HolderProcess, short_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        held.put("a", listener)  # and its connection stays open
+        others = [
+            HolderProcess(short_path / "holder.sock", linger_s=0.3, log=EventLog(short_path / "events.jsonl"))
+            for _ in range(2)
+        ]
+        for other in others:
+            [kept] = other.take().values()
+            kept.close()
+    assert not (short_path / "events.jsonl").exists(), "a holder that does not answer is said"
 
 
 def test_the_holder_ends_when_nobody_comes_back(held: HolderProcess, short_path: Path) -> None:
@@ -443,6 +458,22 @@ def _connects(path: Path) -> bool:
     return False
 
 
+def test_every_name_in_run_is_in_the_document(directory: Path) -> None:
+    document = (Path(__file__).resolve().parent.parent / "docs/format.md").read_text()
+    [block] = re.findall(r"^    run/\n((?:      .*\n)+)", document, re.MULTILINE)
+    named = {name for line in block.splitlines() for name in re.match(r" +((?:\S+ )+)", line)[1].split()}  # type: ignore[index]
+    with Server(directory / "s", "--workers", "2") as server:
+        server.add()
+        job = UnixConnection(directory / "s" / "api.sock")
+        job.request("POST", "/v1/disks", '{"name": "e", "size": 4096}', JSON | {"Prefer": "respond-async"})
+        assert json.loads(job.getresponse().read())["name"] == "jobs/1"
+        found = {path.name for path in (directory / "s" / "run").iterdir()}
+    known = {re.sub(r"-\d+", "-K", name) for name in found}
+    known = {re.sub(r"^[a-zK-]+\.\d+\.pid$", "NAME.N.pid", name) for name in known}
+    assert {"NAME.N.pid", "target-K.ctl", "jobs.json"} <= known
+    assert known - named == set() and named - known <= {"NAME.pid"}
+
+
 def test_any_worker_takes_any_disk_over_tcp(directory: Path) -> None:
     port = free_port()
     with Server(directory / "s", "--workers", "3", "--listen", f"127.0.0.1:{port}") as server:
@@ -553,6 +584,7 @@ def test_a_port_that_orphans_hold_is_taken_from_them(directory: Path) -> None:
             "export",
             "indexer",
         }
+        assert not second.events("service.no-holder")
         assert read(uri, 4096) == pattern(1)
 
 
@@ -693,9 +725,7 @@ def test_sockets_of_units_are_served_and_go_before_stored_ones(directory: Path) 
         second = manager.start(state_dir, "--listen", address)
         manager.hear("READY")
         again = UnixConnection(state_dir / "api.sock")
-        again.request(
-            "POST", "/v1/disks", json.dumps({"name": "d", "size": SIZE}), {"Content-Type": "application/json"}
-        )
+        again.request("POST", "/v1/disks", json.dumps({"name": "d", "size": SIZE}), JSON)
         uri = json.loads(again.getresponse().read())["uri"]
         assert uri == f"nbd://{address}/d"
         write(uri, pattern(1))

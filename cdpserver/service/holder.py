@@ -14,10 +14,13 @@ import json
 import os
 import select
 import socket
+import struct
 import sys
 import time
 
 MESSAGE_BYTES = 4096
+SEND_S = 2
+FD = struct.Struct("i")
 
 
 class Holder:
@@ -46,22 +49,29 @@ class Holder:
                     self._services.remove(service)
                     alone_since = time.monotonic()
             if self._listener in readable:
-                self._services.append(self._listener.accept()[0])
+                service = self._listener.accept()[0]
+                # One that does not read what it asked for must not keep the holder from the next.
+                service.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
+                self._services.append(service)
 
     def _hear(self, service: socket.socket) -> bool:
         """Do all that a service has said; False when it is gone."""
-        try:
-            while True:
-                data, fds, _, _ = socket.recv_fds(service, MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
-                if not data:
-                    return False
+        while True:
+            try:
+                data, fds = _receive(service)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            try:
                 self._do(service, json.loads(data), fds)
+            except OSError:
+                return False
+            finally:
                 for fd in fds:
                     os.close(fd)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
 
     def _do(self, service: socket.socket, message: dict[str, str], fds: list[int]) -> None:
         if message["op"] == "take":
@@ -82,6 +92,15 @@ class Holder:
         fd = self._held.pop(name, -1)
         if fd >= 0:
             os.close(fd)
+
+
+def _receive(service: socket.socket) -> tuple[bytes, list[int]]:
+    """One message, or BlockingIOError. Not `socket.recv_fds`, which forgets its flags and would wait (Python 3.11)."""
+    data, ancillary, _, _ = service.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(FD.size), socket.MSG_DONTWAIT)
+    rights = [
+        rest for level, kind, rest in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+    ]
+    return data, [fd for rest in rights for (fd,) in FD.iter_unpack(rest)]
 
 
 if __name__ == "__main__":

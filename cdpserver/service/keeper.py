@@ -104,6 +104,9 @@ class HolderProcess:
 
     def take(self) -> dict[str, socket.socket]:
         """Connect, and ask. A holder that fails is a warning: the sockets are made anew."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         try:
             connection = self._connect()
             connection.settimeout(ANSWER_S)
