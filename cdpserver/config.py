@@ -23,21 +23,19 @@ from cdpserver.config_values import (
     GroupValue,
     Kind,
     NumberValue,
+    SizeValue,
     parse_listen,
 )
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import show
+from cdpserver.retention.policy import FIELDS as POLICY_FIELDS
+from cdpserver.retention.policy import MIN_SIZE_CAP, Layer, Policy, combine
+from cdpserver.retention.slots import Rule
 
 __all__ = ["KEYS", "Address", "Config", "Key", "Settings", "load_config", "parse_config", "parse_listen"]
 
 SECOND_NS = 1_000_000_000
-
-MIN_BP_EVERY_NS = 10 * SECOND_NS
-"""Cutting and verifying a base point takes seconds; closer ones would only queue."""
-
-MAX_BP_EVERY_NS = 7 * 86_400 * SECOND_NS
-"""A week in one interval already is a large index; longer is a forgotten unit."""
 
 MIN_LAG_NS = SECOND_NS
 """A group commit is promised once a second, so a limit below would slow every write."""
@@ -54,6 +52,8 @@ MAX_LINGER_NS = 3_600 * SECOND_NS
 
 MAX_CONFIG_BYTES = 1 << 20
 
+_DEFAULT = Policy()
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -63,11 +63,26 @@ class Config:
     listen_export: Address | None = None
     workers: int = 1
     socket_linger_ns: int = 60 * SECOND_NS
-    bp_every_ns: int = 20 * 60 * SECOND_NS
     durable_lag_limit_ns: int = COMMIT_LAG_NS
     role_viewer: str | None = None
     role_operator: str | None = None
     role_admin: str | None = None
+    store_size_cap: int | None = None
+    store_lock_quota: int = 50
+    policy_rp_every_ns: int = _DEFAULT.rp_every_ns
+    policy_bp_every_ns: int = _DEFAULT.bp_every_ns
+    policy_keep_rp_ns: int = _DEFAULT.keep_rp_ns
+    policy_keep_bp: tuple[Rule, ...] = _DEFAULT.keep_bp
+    policy_max_chain: int = _DEFAULT.max_chain
+    policy_size_cap: int | None = _DEFAULT.size_cap
+    policy_at_cap: str = _DEFAULT.at_cap
+
+    @property
+    def policy(self) -> Layer:
+        """The layer of policies that `[policy]` is: what differs from the defaults."""
+        values = {field.name: getattr(self, f"policy_{field.attribute}") for field in POLICY_FIELDS}
+        defaults = {field.name: getattr(_DEFAULT, field.attribute) for field in POLICY_FIELDS}
+        return Layer("configuration", {k: v for k, v in values.items() if v != defaults[k]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +149,6 @@ KEYS = (
         "How long the sockets outlive a stop of the service, so that a mirror that reconnects finds them.",
     ),
     Key(
-        "bp_every",
-        "bp_every_ns",
-        DurationValue(least=MIN_BP_EVERY_NS, most=MAX_BP_EVERY_NS),
-        "How often a base point of each changed disk is cut.",
-    ),
-    Key(
         "durable_lag_limit",
         "durable_lag_limit_ns",
         DurationValue(least=MIN_LAG_NS, most=MAX_LAG_NS),
@@ -168,6 +177,32 @@ KEYS = (
         "The group whose members may also add and remove disks; root and cdpserver's own user always may.",
         section="roles",
         absent="none",
+    ),
+    Key(
+        "size_cap",
+        "store_size_cap",
+        SizeValue(least=MIN_SIZE_CAP),
+        "How much room all disks together may take; each disk's policy says what happens then.",
+        section="store",
+        absent="none",
+    ),
+    Key(
+        "lock_quota",
+        "store_lock_quota",
+        NumberValue(least=1, most=100),
+        "How much of a cap, or of the file system, locked points may hold before new locks are refused, in percent.",
+        section="store",
+    ),
+    *(
+        Key(
+            field.name,
+            f"policy_{field.attribute}",
+            field.kind,
+            field.doc,
+            section="policy",
+            absent=field.absent,
+        )
+        for field in POLICY_FIELDS
     ),
 )
 
@@ -244,6 +279,8 @@ def _config(values: Mapping[str, Any]) -> Config:
     config = Config(**{key.attribute: values[key.full_name] for key in KEYS if key.full_name in values})
     if config.listen is not None and config.listen == config.listen_export:
         raise UsageError("listen and listen_export are the same", hint="give them different ports")
+    if problem := combine([config.policy]).problem:
+        raise UsageError(f"[policy]: {problem.message}", hint=problem.hint)
     return config
 
 
@@ -300,6 +337,10 @@ def _unknown(name: str, *, section: bool) -> UsageError:
     bare = name.rpartition(".")[2]
     if bare != name and bare in names:
         return UsageError(f"unknown key {show(name)}", hint=f"write {bare} above the first [section]")
+    sections = sorted(key.section for key in KEYS if key.name == bare and key.section)
+    if bare == name and sections:
+        hint = " or ".join(f"[{section}]" for section in sections)
+        return UsageError(f"unknown key {show(name)}", hint=f"write {name} under {hint}")
     return UsageError(f"unknown key {show(name)}", hint=_nearest(name, names, "keys"))
 
 

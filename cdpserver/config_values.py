@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from cdpserver.errors import UsageError
-from cdpserver.names import DURATION_FORMS, format_duration, parse_duration, show
+from cdpserver.names import (
+    DURATION_FORMS,
+    SIZE_FORMS,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+    show,
+)
 
 Address: TypeAlias = tuple[str, int]
 
@@ -138,6 +146,61 @@ class NumberValue:
 
     def write(self, value: int) -> str:
         return str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeValue:
+    """Bytes, at least `least`; or none."""
+
+    least: int
+    example: ClassVar[str] = '"500G"'
+
+    @property
+    def takes(self) -> str:
+        return f"a size from {format_size(self.least)}, or none"
+
+    def read(self, key: str, value: object) -> int | None:
+        return self.read_option(key, _text(key, value, SIZE_FORMS))
+
+    def read_option(self, key: str, text: str) -> int | None:
+        if text == "none":
+            return None
+        try:
+            size = parse_size(text)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error.message}", hint=error.hint) from None
+        if size < self.least:
+            raise UsageError(f"{key} is out of range: {show(text)}", hint=f"it takes {self.takes}")
+        return size
+
+    def write(self, value: int | None) -> str:
+        return '"none"' if value is None else f'"{format_size(value)}"'
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceValue:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    @property
+    def takes(self) -> str:
+        return " or ".join(self.words)
+
+    @property
+    def example(self) -> str:
+        return f'"{self.words[0]}"'
+
+    def read(self, key: str, value: object) -> str:
+        return self.read_option(key, _text(key, value, f"it takes {self.takes}"))
+
+    def read_option(self, key: str, text: str) -> str:
+        if text not in self.words:
+            raise UsageError(f"{key} cannot be {show(text)}", hint=f"it takes {self.takes}")
+        return text
+
+    def write(self, value: str) -> str:
+        return f'"{value}"'
 
 
 def parse_listen(text: str) -> Address:

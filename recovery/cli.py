@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery.output import printable
+from recovery.retention_tree import add_retention
 from recovery.tree import Commands, lazy
 
 INTERNAL = 1
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_disk(commands)
     _add_points(commands)
     _add_fork(commands)
+    add_retention(commands)
     _add_events(commands)
     _add_jobs(commands)
     _add_local(commands)

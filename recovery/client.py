@@ -127,6 +127,20 @@ class Client:
             raise self._strange("an answer without a URI")
         return uri
 
+    # -- policies ------------------------------------------------------------------------------------------------
+
+    def policy(self, name: str) -> Object:
+        """The policy of a disk or VM."""
+        return self._object("GET", f"policies/{quote(name)}")
+
+    def set_policy(self, name: str, values: Mapping[str, str]) -> Object:
+        """Change values of it."""
+        return self._object("PATCH", f"policies/{quote(name)}", body=dict(values))
+
+    def clear_policy(self, name: str) -> Object:
+        """Take back what was said of the disk or VM."""
+        return self._object("DELETE", f"policies/{quote(name)}")
+
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     def jobs(self) -> list[Object]:

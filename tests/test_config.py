@@ -12,18 +12,30 @@ from hypothesis import strategies as st
 
 from cdpserver import config as config_module
 from cdpserver.config import KEYS, Config, Key, Settings, add_options, load_config, parse_config, parse_listen
-from cdpserver.config_values import AddressValue, DurationValue, GroupValue, NumberValue
+from cdpserver.config_values import (
+    AddressValue,
+    ChoiceValue,
+    DurationValue,
+    GroupValue,
+    NumberValue,
+    SizeValue,
+)
 from cdpserver.errors import NotFoundError, UsageError
+from cdpserver.limits import MAX_DISK_SIZE
+from cdpserver.retention.policy import Policy, combine
+from cdpserver.retention.slots import Rule
 from cdpserver.service import main
 from tests.core import ROOT
 
 SECOND = 1_000_000_000
+SECTIONS = ("roles", "store", "policy")
 
 
 def test_everything_has_a_default() -> None:
     config = parse_config("")
     assert config == Config()
-    assert config.bp_every_ns == 1200 * SECOND
+    assert config.policy_bp_every_ns == 1200 * SECOND
+    assert combine([config.policy]).policy == Policy()
     assert config.listen is config.listen_export is None
 
 
@@ -31,7 +43,6 @@ def test_every_key_is_read() -> None:
     text = """
         listen = "127.0.0.1:10809"
         listen_export = "[::1]:10809"
-        bp_every = "1h"
         durable_lag_limit = "2s"
         workers = 4
         socket_linger = "90s"
@@ -39,20 +50,39 @@ def test_every_key_is_read() -> None:
         viewer = "games"
         operator = "cdp-operators"
         admin = "_cdp.admin"
+        [store]
+        size_cap = "2T"
+        lock_quota = 30
+        [policy]
+        rp_every = "5s"
+        bp_every = "1h"
+        keep_rp = "2d"
+        keep_bp = "3d 9w"
+        max_chain = 100
+        size_cap = "1G"
+        at_cap = "refuse"
     """
     given = tomllib.loads(text)
-    roles = {f"roles.{name}" for name in given.pop("roles")}
-    assert given.keys() | roles == {key.full_name for key in KEYS}
+    inner = {f"{section}.{name}" for section in SECTIONS for name in given.pop(section)}
+    assert given.keys() | inner == {key.full_name for key in KEYS}
     assert parse_config(text) == Config(
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
-        bp_every_ns=3600 * SECOND,
         durable_lag_limit_ns=2 * SECOND,
         workers=4,
         socket_linger_ns=90 * SECOND,
         role_viewer="games",
         role_operator="cdp-operators",
         role_admin="_cdp.admin",
+        store_size_cap=2 << 40,
+        store_lock_quota=30,
+        policy_rp_every_ns=5 * SECOND,
+        policy_bp_every_ns=3600 * SECOND,
+        policy_keep_rp_ns=48 * 3600 * SECOND,
+        policy_keep_bp=(Rule(3, "d"), Rule(9, "w")),
+        policy_max_chain=100,
+        policy_size_cap=1 << 30,
+        policy_at_cap="refuse",
     )
 
 
@@ -60,17 +90,26 @@ def test_every_key_is_read() -> None:
     ("text", "message"),
     [
         ("lisen = '127.0.0.1:1'", "did you mean listen?"),
-        ("bp-every = '1h'", "did you mean bp_every?"),
+        ("socket-linger = '1h'", "did you mean socket_linger?"),
         ("colour = 'red'", "known keys are listen"),
         ('"a\\u0000b" = 1', "unknown key"),
         ("listen = 10809", "listen is not a text"),
         ("listen = ['127.0.0.1:1']", "listen is not a text"),
-        ("bp_every = 1200", "bp_every is not a text"),
-        ("bp_every = true", "bp_every is not a text"),
-        ("bp_every = '20'", "bp_every: not a duration"),
-        ("bp_every = '0s'", "bp_every is out of range"),
-        ("bp_every = '1000d'", "bp_every is out of range"),
+        ("socket_linger = 1200", "socket_linger is not a text"),
+        ("socket_linger = true", "socket_linger is not a text"),
+        ("socket_linger = '20'", "socket_linger: not a duration"),
+        ("socket_linger = '0s'", "socket_linger is out of range"),
+        ("socket_linger = '1000d'", "socket_linger is out of range"),
         ("durable_lag_limit = '10ms'", "durable_lag_limit is out of range"),
+        ("bp_every = '1h'", "unknown key 'bp_every' (write bp_every under [policy])"),
+        ("size_cap = '1T'", "write size_cap under [policy] or [store]"),
+        ("[policy]\nkeep_rp = '5m'", "[policy]: bp_every 20m is longer than keep_rp 5m"),
+        ("[policy]\nkeep_bp = '1x'", "policy.keep_bp: not how base points are kept: '1x'"),
+        ("[policy]\nkeep_bp = 7", "policy.keep_bp is not a text"),
+        ("[policy]\nat_cap = 'panic'", "it takes shorten or refuse"),
+        ("[policy]\nsize_cap = '1M'", "it takes a size from 64M, or none"),
+        ("[policy]\nsize_cap = 5", "policy.size_cap is not a text"),
+        ("[store]\nsize_cap = '1.3x'", "store.size_cap: not a size"),
         ("socket_linger = '500ms'", "socket_linger is out of range"),
         ("socket_linger = '61m'", "it takes a duration from 1s to 1h"),
         ("workers = 0", "workers is out of range"),
@@ -161,8 +200,8 @@ def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "cdp.toml"
     with pytest.raises(NotFoundError):
         load_config(path)
-    path.write_text("bp_every = '5m'")
-    assert load_config(path).bp_every_ns == 300 * SECOND
+    path.write_text("socket_linger = '5m'")
+    assert load_config(path).socket_linger_ns == 300 * SECOND
     for data in (b"\xff", b"x = 1", b"#" * (1 << 21)):
         path.write_bytes(data)
         with pytest.raises(UsageError, match=r"cdp\.toml"):
@@ -184,10 +223,10 @@ def limits_section(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("limits_section")
 def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text("bp_every = '1h'\n[limits]\nworkers = 7\n")
+    path.write_text("socket_linger = '1h'\n[limits]\nworkers = 7\n")
     settings = Settings.collect(path)
-    assert settings.config == Config(bp_every_ns=3600 * SECOND, workers=7)
-    assert settings.sources == {"bp_every": str(path), "limits.workers": str(path)}
+    assert settings.config == Config(socket_linger_ns=3600 * SECOND, workers=7)
+    assert settings.sources == {"socket_linger": str(path), "limits.workers": str(path)}
     assert tomllib.loads(settings.to_toml())["limits"] == {"workers": 7}
     assert parse_config(settings.to_toml()) == settings.config
 
@@ -197,11 +236,11 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
-        ("[zzz]\nred = 1", "unknown section 'zzz' (known sections are [limits], [roles])"),
+        ("[zzz]\nred = 1", "unknown section 'zzz' (known sections are [limits], [roles], [store], [policy])"),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),
-        ("[limits]\nbp_every = '1h'", "write bp_every above the first [section]"),
-        ("workers = 1", "did you mean limits.workers?"),
+        ("[limits]\nsocket_linger = '1h'", "write socket_linger above the first [section]"),
+        ("workers = 1", "write workers under [limits]"),
         ("[limits]\nworkers = 99", "limits.workers is out of range"),
     ],
 )
@@ -257,7 +296,17 @@ ADDRESSES = st.none() | st.tuples(
 )
 
 
+TOGETHER: dict[str, st.SearchStrategy[object]] = {
+    "policy.bp_every": st.integers(3600 * SECOND, 7 * 86_400 * SECOND),
+    "policy.keep_rp": st.integers(7 * 86_400 * SECOND, 14 * 86_400 * SECOND),
+    "policy.keep_bp": st.just(()) | st.tuples(st.builds(Rule, st.integers(2, 9999), st.just("w"))),
+}
+"""Values of a policy that go together, whichever are chosen."""
+
+
 def values_of(key: Key) -> st.SearchStrategy[object]:
+    if key.full_name in TOGETHER:
+        return TOGETHER[key.full_name]
     match key.kind:
         case AddressValue():
             return ADDRESSES
@@ -265,6 +314,10 @@ def values_of(key: Key) -> st.SearchStrategy[object]:
             return st.integers(least, most)
         case GroupValue():
             return st.none() | st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", fullmatch=True)
+        case SizeValue(least=least):
+            return st.none() | st.integers(least // 512, MAX_DISK_SIZE // 512).map(lambda n: n * 512)
+        case ChoiceValue(words):
+            return st.sampled_from(words)
     raise AssertionError(f"say here what {key.full_name} can be")
 
 
@@ -283,14 +336,14 @@ def test_what_is_shown_is_read_as_the_same(config: Config, source: str) -> None:
 def test_show_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every key with its story and what set it; nothing is made on disk."""
     path = tmp_path / "c.toml"
-    path.write_text("bp_every = '5m'\n")
+    path.write_text("socket_linger = '5m'\n")
     state = tmp_path / "state"
     main.main(["--config", str(path), "--workers", "2", "--state-dir", str(state), "--show-config"])
     shown = capsys.readouterr().out
-    assert parse_config(shown) == Config(bp_every_ns=300 * SECOND, workers=2)
-    assert f'# Set by: {path}.\nbp_every = "5m"\n' in shown
+    assert parse_config(shown) == Config(socket_linger_ns=300 * SECOND, workers=2)
+    assert f'# Set by: {path}.\nsocket_linger = "5m"\n' in shown
     assert "# Set by: the option --workers.\nworkers = 2\n" in shown
-    assert '# Set by: default.\nsocket_linger = "1m"\n' in shown
+    assert '# Set by: default.\ndurable_lag_limit = "5s"\n' in shown
     flowing = shown.replace("\n# ", " ")
     assert all(key.doc in flowing and key.kind.takes in flowing for key in KEYS)
     assert not state.exists()

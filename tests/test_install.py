@@ -198,7 +198,7 @@ def test_an_upgrade_replaces_what_is_ours_and_drops_what_is_no_more(root: Path) 
 
 def test_a_changed_configuration_is_kept_by_upgrade_and_removal(root: Path) -> None:
     path = root / CONFIGURATION
-    changed = 'bp_every = "1h"\n'
+    changed = 'socket_linger = "1h"\n'
     path.write_text(changed)
     assert "kept" in install(root)
     assert path.read_text() == changed

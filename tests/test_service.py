@@ -552,7 +552,7 @@ def test_requests_wait_for_a_target_that_restarts(server: Server) -> None:
 
 def test_base_points_are_cut_by_themselves_when_data_changed(short_path: Path) -> None:
     config = short_path / "cdp.toml"
-    config.write_text("bp_every = '10s'\n")
+    config.write_text("[policy]\nbp_every = '10s'\n")
     with Server(short_path / "s", "--config", str(config)) as server:
         uri = server.add()
         write(uri, pattern(1))

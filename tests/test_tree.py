@@ -26,6 +26,8 @@ STAGES = (
     (
         "cdpserver.config",
         "cdpserver.config_values",
+        "cdpserver.retention.policy",
+        "cdpserver.retention.slots",
         "cdpserver.clock",
         "cdpserver.state",
         "cdpserver.catalog",
@@ -37,6 +39,7 @@ STAGES = (
     ("cdpserver.index",),
     ("cdpserver.view",),
     ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.qemu"),
+    ("cdpserver.retention",),
     ("cdpserver.target",),
     ("nbdplugin",),
     ("cdpserver.service",),

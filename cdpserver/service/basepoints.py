@@ -48,6 +48,7 @@ class BasePoints:
         self._publishing: dict[str, trio.Lock] = {}
         self._publishers = trio.CapacityLimiter(PUBLISHERS)
         self._schedules: dict[str, Schedule] = {}
+        self._changes = 0
 
     # -- on demand -------------------------------------------------------------------------------------------
 
@@ -80,7 +81,6 @@ class BasePoints:
 
     async def _cut(self, entry: Entry) -> int:
         number, seq, _ = await self._core.targets.call(entry.id, "cut", disk=entry.name)
-        self._schedule(entry).due_ns = self._core.clock.now_ns() + self._core.config.bp_every_ns
         self._core.log.emit("basepoint.cut", disk=entry.name, number=number, seq=seq)
         return int(number)
 
@@ -147,18 +147,26 @@ class BasePoints:
     def _schedule(self, entry: Entry) -> Schedule:
         return self._schedules.setdefault(entry.id, Schedule())
 
+    def look_again(self) -> None:
+        """Policies have changed: what was put off for a whole interval is due by the new one."""
+        self._changes += 1
+        for schedule in self._schedules.values():
+            schedule.due_ns = schedule.retry_at_ns
+
     def _forget(self, ids: set[str]) -> None:
         for id in self._schedules.keys() - ids:
             del self._schedules[id]
             self._publishing.pop(id, None)
 
     async def _look(self, entry: Entry, schedule: Schedule) -> None:
-        every_ns = self._core.config.bp_every_ns
+        changes = self._changes
         try:
-            due_ns, changed, pending = await self._core.thread(self._state_of, entry)
+            every_ns = (await self._core.thread(self._core.policy, entry)).bp_every_ns
+            due_ns, changed, pending = await self._core.thread(self._state_of, entry, every_ns)
             now_ns = self._core.clock.now_ns()
             # A disk at rest is looked at again soon after it is written to, not a whole interval later.
-            schedule.due_ns = max(due_ns, now_ns + max(SECOND_NS, every_ns // 20))
+            if changes == self._changes:
+                schedule.due_ns = max(due_ns, now_ns + max(SECOND_NS, every_ns // 20))
             if changed and now_ns >= due_ns:
                 await self._cut(entry)
                 pending = True
@@ -179,7 +187,7 @@ class BasePoints:
         finally:
             schedule.busy = False
 
-    def _state_of(self, entry: Entry) -> tuple[int, bool, bool]:
+    def _state_of(self, entry: Entry, every_ns: int) -> tuple[int, bool, bool]:
         """(when the next cut is due, has anything changed since the last one, are files missing)."""
         now_ns = self._core.clock.now_ns()
         with self._core.history(entry) as history:
@@ -188,6 +196,6 @@ class BasePoints:
                 return now_ns + SECOND_NS, False, False
             cuts = basepoint.all_cuts(history)
             last_ns = cuts[-1].time_ns if cuts else journal.first().time_ns
-            due_ns = last_ns + self._core.config.bp_every_ns
+            due_ns = last_ns + every_ns
             changed = now_ns >= due_ns and basepoint.changed_since_cut(history)
             return due_ns, changed, bool(basepoint.pending(history))

@@ -21,6 +21,8 @@ from cdpserver.events import EventLog
 from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
 from cdpserver.points import Timeline as Points
+from cdpserver.retention import policies
+from cdpserver.retention.policy import Policy
 from cdpserver.service import processes
 from cdpserver.service.control import Targets
 from cdpserver.state import StateDir
@@ -96,6 +98,10 @@ class Core:
         """The points of a disk; holds its lease. For threads."""
         with self.history(entry) as history:
             yield Points(history)
+
+    def policy(self, entry: Entry) -> Policy:
+        """The policy of a disk as it is now. For threads."""
+        return policies.effective(self.catalog, self.config, entry).policy
 
     def resolve(self, entry: Entry, when: When) -> tuple[Position, int]:
         """(place of an instant, size of the disk). For threads."""

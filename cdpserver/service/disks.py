@@ -19,6 +19,7 @@ from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
+from cdpserver.retention import policies
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
@@ -258,6 +259,7 @@ class Disks:
             (core.state.nbd / f"{entry.id}.sock").unlink(missing_ok=True)
             durable.remove_tree(directory)
         core.catalog.remove(entry.name)
+        policies.forget(core.catalog, entry)
 
     # -- starting --------------------------------------------------------------------------------------------
 

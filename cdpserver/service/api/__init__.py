@@ -17,6 +17,7 @@ from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import models, seeing
+from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
@@ -27,6 +28,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.overview import Overview
+from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
 
 __all__ = ["build", "serve"]
@@ -39,7 +41,7 @@ def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
-ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork"}
+ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork", "set_policy", "clear_policy"}
 """What loses history, or lets a disk use the store."""
 
 
@@ -92,6 +94,7 @@ def build(
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))
+    app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -1,0 +1,196 @@
+"""What a policy says: how often points come, how long they stay, how much room they may take. Pure.
+
+A policy is made of layers, each giving some values: built-in defaults, `[policy]` of the configuration, the VM's, the disk's.
+Each value is sound by itself; whether they go together is asked of the sum (`contradiction`), since layers change one by one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cdpserver.config_values import ChoiceValue, DurationValue, Kind, NumberValue, SizeValue
+from cdpserver.errors import UsageError
+from cdpserver.names import format_duration, format_size
+from cdpserver.retention.slots import Rule, SlotsValue, format_slots, parse_slots, span_ns
+
+SECOND_NS = 1_000_000_000
+HOUR_NS = 3600 * SECOND_NS
+DAY_NS = 24 * HOUR_NS
+
+MIN_BP_EVERY_NS = 10 * SECOND_NS
+"""Cutting and verifying a base point takes seconds; closer ones would only queue."""
+
+MAX_BP_EVERY_NS = 7 * DAY_NS
+"""A week in one interval already is a large index; longer is a forgotten unit."""
+
+MAX_KEEP_RP_NS = 3650 * DAY_NS
+
+CHAIN_LIMIT = 128
+"""Files that a chain may have: past this QEMU takes seconds to open one, and reads slow down."""
+
+CHAIN_WARNING = 64
+
+MIN_SIZE_CAP = 64 << 20
+"""The newest base point, the interval after it and its index need tens of MiB on the smallest disk."""
+
+SHORTEN, REFUSE = "shorten", "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A whole policy."""
+
+    rp_every_ns: int = SECOND_NS
+    bp_every_ns: int = 20 * 60 * SECOND_NS
+    keep_rp_ns: int = DAY_NS
+    keep_bp: tuple[Rule, ...] = parse_slots("48h 7d 4w 12m")
+    max_chain: int = CHAIN_LIMIT
+    size_cap: int | None = None
+    at_cap: str = SHORTEN
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value of a policy: its name for operators, the attribute of Policy that holds it, what it takes and means."""
+
+    name: str
+    attribute: str
+    kind: Kind
+    doc: str
+    absent: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The option of `cdp policy set`."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def write(self, policy: Policy) -> str:
+        """The value as an operator writes it."""
+        value = getattr(policy, self.attribute)
+        return "none" if value is None else self.kind.write(value).strip('"')
+
+
+FIELDS = (
+    Field(
+        "rp_every",
+        "rp_every_ns",
+        DurationValue(least=SECOND_NS, most=HOUR_NS),
+        "How far apart recovery points are listed; any instant between them opens as well.",
+    ),
+    Field(
+        "bp_every",
+        "bp_every_ns",
+        DurationValue(least=MIN_BP_EVERY_NS, most=MAX_BP_EVERY_NS),
+        "How often a base point of each changed disk is cut.",
+    ),
+    Field(
+        "keep_rp",
+        "keep_rp_ns",
+        DurationValue(least=MIN_BP_EVERY_NS, most=MAX_KEEP_RP_NS),
+        "How long every instant is kept.",
+    ),
+    Field(
+        "keep_bp",
+        "keep_bp",
+        SlotsValue(),
+        "How many base points are kept after that: one of each hour, day, week and month.",
+    ),
+    Field(
+        "max_chain",
+        "max_chain",
+        NumberValue(least=2, most=CHAIN_LIMIT),
+        "How many files a base point and what it stands on may be; they are merged before it is more.",
+    ),
+    Field(
+        "size_cap",
+        "size_cap",
+        SizeValue(least=MIN_SIZE_CAP),
+        "How much room the history of one disk may take.",
+        absent="none",
+    ),
+    Field(
+        "at_cap",
+        "at_cap",
+        ChoiceValue((SHORTEN, REFUSE)),
+        "What happens at a cap: the oldest history goes before its time, or writes are refused (ENOSPC).",
+    ),
+)
+
+assert {field.attribute for field in FIELDS} == {field.name for field in fields(Policy)}
+
+BY_NAME = {field.name: field for field in FIELDS}
+
+Values = Mapping[str, Any]
+"""Some values of a policy, by the fields' names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Where values come from, in words, and the values."""
+
+    source: str
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """The sum of the layers, and by a field's name where its value comes from; what is not named is a default."""
+
+    policy: Policy
+    sources: Mapping[str, str]
+
+    @property
+    def problem(self) -> UsageError | None:
+        """Why the values do not go together."""
+        return contradiction(self.policy)
+
+
+def parse_values(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Checked values from what an operator wrote. UsageError."""
+    return {name: _field(name).kind.read_option(_field(name).flag, text) for name, text in texts.items()}
+
+
+def _field(name: str) -> Field:
+    if name not in BY_NAME:
+        raise UsageError(f"a policy has no {name}", hint=f"it has {', '.join(BY_NAME)}")
+    return BY_NAME[name]
+
+
+def combine(layers: Sequence[Layer]) -> Effective:
+    """The sum of the layers, later ones going before earlier ones."""
+    policy, sources = Policy(), {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            policy = replace(policy, **{BY_NAME[name].attribute: value})
+            sources[name] = layer.source
+    return Effective(policy, sources)
+
+
+def contradiction(policy: Policy) -> UsageError | None:
+    """What in a policy cannot be meant together; None if it is sound."""
+    every, keep = format_duration(policy.bp_every_ns), format_duration(policy.keep_rp_ns)
+    if policy.rp_every_ns > policy.bp_every_ns:
+        return UsageError(
+            f"rp_every {format_duration(policy.rp_every_ns)} is longer than bp_every {every}",
+            hint="recovery points lie between base points: make rp_every shorter",
+        )
+    if policy.bp_every_ns > policy.keep_rp_ns:
+        return UsageError(
+            f"bp_every {every} is longer than keep_rp {keep}",
+            hint="history goes in the steps that base points make: make keep_rp longer, or bp_every shorter",
+        )
+    if policy.keep_bp and span_ns(policy.keep_bp) < policy.keep_rp_ns:
+        return UsageError(
+            f"keep_bp {format_slots(policy.keep_bp)} ends before keep_rp {keep}",
+            hint="make keep_bp reach further back, or say keep_bp none",
+        )
+    return None
+
+
+def check_cap(policy: Policy, *, fixed_bytes: int) -> None:
+    """UsageError if the cap has no room for what can never go: the newest base point and what came after it."""
+    if policy.size_cap is not None and policy.size_cap < fixed_bytes:
+        raise UsageError(
+            f"size_cap {format_size(policy.size_cap)} is less than the {fixed_bytes} bytes that always stay",
+            hint="the newest base point with the interval after it: choose a larger cap, or a shorter bp_every",
+        )

@@ -1,0 +1,42 @@
+"""The commands of retention in the tree: policies."""
+
+from cdpserver import names
+from recovery.tree import Commands, lazy
+
+POLICY_OPTIONS = (
+    ("rp_every", "SPAN", "how far apart recovery points are listed: 1s"),
+    ("bp_every", "SPAN", "how often a base point is cut: 20m"),
+    ("keep_rp", "SPAN", "how long every instant is kept: 24h"),
+    ("keep_bp", "SLOTS", "how many base points after that: '48h 7d 4w 12m' (months), or none"),
+    ("max_chain", "N", "how many files a base point and what it stands on may be: 128"),
+    ("size_cap", "SIZE", "how much room the history may take: 500G, or none"),
+    ("at_cap", "WHAT", "what happens at the cap: shorten (history), or refuse (writes)"),
+)
+"""As in cdpserver.retention.policy, which is loaded only when it is needed."""
+
+
+def add_retention(commands: Commands) -> None:
+    """`cdp policy`."""
+    policy = commands.group("policy", "how long history is kept")
+    set_ = policy.leaf(
+        "set",
+        lazy("policies", "policy_set"),
+        "Change values of a disk's policy, or of a VM's for all its disks. In effect at once.",
+        "cdp policy set web/vda --keep-rp 3d --keep-bp '7d 4w 12m' --size-cap 500G",
+    )
+    show = policy.leaf(
+        "show",
+        lazy("policies", "policy_show"),
+        "Show a policy as it works, and where each value comes from.",
+        "cdp policy show web/vda",
+    )
+    clear = policy.leaf(
+        "clear",
+        lazy("policies", "policy_clear"),
+        "Take back what was said of a disk or VM: what stands above it holds again.",
+        "cdp policy clear web/vda",
+    )
+    for command in (set_, show, clear):
+        command.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
+    for name, metavar, summary in POLICY_OPTIONS:
+        set_.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=summary)
