@@ -1,11 +1,13 @@
 """The indexer process: follows every journal and keeps the intervals' indexes up to date.
 
 One process writes all indexes (LMDB has one writer per environment, and SIGKILL may hit it at any time: an unfinished
-transaction is invisible). It finds work by looking at tail words: often while a timeline is busy, seldom while it rests.
+transaction is invisible). It finds work by looking at tail words: often while a timeline is busy, seldom while it rests, and
+then with all its files closed.
 Stopped or killed it costs reading speed, never truth. A flock per timeline keeps a rebuild and the indexer apart.
 """
 
 import argparse
+import ctypes
 import fcntl
 import os
 import signal
@@ -20,6 +22,7 @@ from cdpserver import events
 from cdpserver.clock import boot_id
 from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.index.build import catch_up, close_index
+from cdpserver.index.rest import Newest, Rest
 from cdpserver.index.store import CLOSED_NAME, IndexFile, open_name
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.limits import INDEX_BATCH
@@ -28,8 +31,28 @@ from cdpserver.state import StateDir
 BUSY_S = 0.05
 """Pause between looks at timelines that had work lately."""
 
+CALM_S = 0.5
+"""Longest pause for a timeline with few records at a time: a transaction costs as much as hundreds of them."""
+
+FEW = 1000
+"""Records of a look that are few."""
+
 IDLE_S = 1.0
-"""Longest pause for a timeline at rest; a view folds what was written meanwhile."""
+"""Pause from which on a timeline is at rest and its files are closed."""
+
+REST_S = 2.0
+"""Longest pause for a timeline at rest; a view folds what was written meanwhile, and it cannot be too much."""
+
+OPEN_TIMELINES = 512
+"""Timelines with open files, six each and 64 GiB of address space; beyond that those looked at longest ago are closed."""
+
+M_MMAP_THRESHOLD = -3
+"""mallopt(3)."""
+
+LARGE_BLOCK = 256 << 10
+
+NAP_S = 0.02
+"""Shortest pause of the process: looks at many timelines come together."""
 
 LIST_S = 1.0
 """How often new timelines are looked for."""
@@ -57,20 +80,49 @@ class TimelineIndexer:
     def __init__(self, timeline: Path, boot: str) -> None:
         self.timeline = timeline
         self.due = 0.0
+        self.looked = 0.0
+        """When its files were used last."""
         self.damage = ""
         self._boot = boot
         self._pause = BUSY_S
         self._journal: Journal | None = None
         self._open: IndexFile | None = None
         self._interval = 0
+        self._rest: Rest | None = None
 
     def step(self, now: float) -> int:
         """Index at most one batch; how many records. Sets when to look again."""
+        added = 0
+        if self._rest is None or not self._rest.lasts():
+            added = self._look(now)
+        self._pause = self._next_pause(added)
+        self.due = now if added >= INDEX_BATCH else now + self._pause
+        if self._rest is not None and self._pause >= IDLE_S:
+            self._close_files()
+        return added
+
+    def _look(self, now: float) -> int:
+        if self._rest is not None and self._open is None and not self._rest.index_stands():
+            self._interval = 0  # as when it is replaced while open: older ones may be missing too
+        self.looked, self._rest = now, None
+        newest = Newest.of(self._journal)
         with index_lock(self.timeline) as mine:
             added = self._advance() if mine else 0
-        self._pause = BUSY_S if added else min(IDLE_S, self._pause * 1.5)
-        self.due = now if added >= INDEX_BATCH else now + self._pause
+        if mine and not added:
+            self._rest = Rest.of(newest, self._journal, self._open)
         return added
+
+    def _next_pause(self, added: int) -> float:
+        if added >= FEW:
+            return BUSY_S
+        if added:
+            return min(CALM_S, self._pause * 1.5) if self._pause <= CALM_S else BUSY_S
+        return min(REST_S, self._pause * 1.5)
+
+    @property
+    def is_open(self) -> bool:
+        """Does it hold files?"""
+        return self._journal is not None
 
     def _advance(self) -> int:
         journal = self._journal
@@ -140,6 +192,10 @@ class TimelineIndexer:
 
     def close(self) -> None:
         """Close everything; nothing is made durable, since nothing needs to be."""
+        self._rest = None
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._let_go()
         if self._journal is not None:
             self._journal.close()
@@ -179,16 +235,34 @@ def run(state: StateDir) -> None:
         now = time.monotonic()
         if now - listed >= LIST_S:
             listed = now
-            present = {path.name for path in state.timelines.iterdir() if (path / "timeline.json").exists()}
-            for name in present - timelines.keys():
-                timelines[name] = TimelineIndexer(state.timelines / name, boot)
-            for name in timelines.keys() - present:
-                timelines.pop(name).close()
+            _list(state, timelines, boot)
         for name, indexer in list(timelines.items()):
             if indexer.due <= now:
                 _step(name, indexer, now, log)
+        _close_some(timelines)
         due = min((indexer.due for indexer in timelines.values()), default=now + LIST_S)
-        time.sleep(max(0.0, min(due, listed + LIST_S) - time.monotonic()))
+        pause = min(due, listed + LIST_S) - time.monotonic()
+        if pause > 0:
+            time.sleep(max(NAP_S, pause))
+
+
+def _list(state: StateDir, timelines: dict[str, TimelineIndexer], boot: str) -> None:
+    """Take up timelines that are new, and let go of those that are gone."""
+    present = set(os.listdir(state.timelines))
+    for name in present - timelines.keys():
+        if (state.timelines / name / "timeline.json").exists():
+            timelines[name] = TimelineIndexer(state.timelines / name, boot)
+    for name in timelines.keys() - present:
+        timelines.pop(name).close()
+
+
+def _close_some(timelines: dict[str, TimelineIndexer]) -> None:
+    """Keep to the limit: close what has been looked at longest ago."""
+    held = [indexer for indexer in timelines.values() if indexer.is_open]
+    if len(held) > OPEN_TIMELINES:
+        held.sort(key=lambda indexer: indexer.looked)
+        for indexer in held[: len(held) - OPEN_TIMELINES]:
+            indexer.close()
 
 
 def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog) -> None:
@@ -196,7 +270,8 @@ def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog)
         indexer.step(now)
         indexer.damage = ""
     except FileNotFoundError:
-        indexer.due = now + IDLE_S  # being removed: the next listing drops it
+        indexer.due = now + IDLE_S  # being removed: a listing drops it when it is gone
+        indexer.close()
     except CorruptError as error:
         indexer.due = now + 10 * IDLE_S
         if indexer.damage != str(error):
@@ -209,12 +284,24 @@ def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog)
         indexer.close()
 
 
+def _return_memory() -> None:
+    """Let glibc keep large blocks off its heap for good.
+
+    LMDB allocates 3 MiB for a writable environment and touches little of it. Once one of those was freed, glibc would take
+    later ones from its heap, where all of it is touched and little is returned: 2 MiB for each timeline.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, and no such habit
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 def main() -> None:
     """Entry point of `python -m cdpserver.index.indexer`."""
     parser = argparse.ArgumentParser(description="index every journal of a state directory")
     parser.add_argument("--state-dir", type=Path, required=True)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _return_memory()
     events.configure("indexer")
     run(StateDir.open(options.state_dir))
 
