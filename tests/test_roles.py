@@ -16,6 +16,7 @@ import pytest
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import ForbiddenError, UsageError
 from cdpserver.service.roles import Role, Roles
+from cdpserver.state import StateDir
 from tests.test_service import Server
 
 STRANGER = 54321
@@ -114,6 +115,20 @@ def test_nothing_but_the_socket_is_opened(server: Server) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in paths}
     assert modes.pop("api.sock") == 0o666
     assert {name for name, mode in modes.items() if mode & 0o077} == set()
+
+
+def test_a_socket_that_is_kept_stays_open_while_the_service_starts(short_path: Path) -> None:
+    state = StateDir.create_or_open(short_path / "s")
+    for path in (state.api_socket, state.events):
+        path.touch(mode=0o666)
+        path.chmod(0o666)
+    before = os.umask(0o022)
+    try:
+        Roles.of(Config(role_viewer="games")).open_up(state)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(state.api_socket.stat().st_mode) == 0o666
+    assert stat.S_IMODE(state.events.stat().st_mode) == 0o600
 
 
 def test_without_roles_the_directory_is_shut_again(short_path: Path) -> None:

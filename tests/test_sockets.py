@@ -337,6 +337,7 @@ def test_a_mirror_rides_over_a_new_program(directory: Path) -> None:
                 assert sum(name.startswith("target-") for name in server.pids()) == workers
                 assert server.get("/v1/disks/d")["uri"] == uri
             assert max(guest.times) < STALL_S, f"stalled {max(guest.times):.3f} s"
+            assert not server.events("service.orphan-killed"), "nothing is left that is not taken over"
             guest.__exit__()
             check_content(server, source, guest)
             source.end_mirror()

@@ -109,7 +109,7 @@ class Children:
         return {child.name: {"pid": child.pid, "starts": child.starts} for child in self.all}
 
     def keep_for_next(self) -> None:
-        """At the end of `running` leave the children to the next service."""
+        """At the end of `running` leave the children that serve clients to the next service."""
         self._kept = True
 
     @asynccontextmanager
@@ -179,7 +179,7 @@ class Children:
             await _listen_to(child, reading)
             status = await processes.wait(pid)
         except trio.Cancelled:
-            if not self._kept:
+            if not (self._kept and serves(child.name)):
                 os.kill(pid, signal.SIGKILL)
                 with trio.CancelScope(shield=True):
                     await processes.wait(pid)

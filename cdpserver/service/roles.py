@@ -89,7 +89,8 @@ class Roles:
             return
         os.umask(0o077)
         for path in state.path.iterdir():
-            if not path.is_symlink() and path.stat().st_uid == os.geteuid():
+            # The API's socket may be kept from before, with clients that wait; `serve` sees to it.
+            if path != state.api_socket and not path.is_symlink() and path.stat().st_uid == os.geteuid():
                 path.chmod(path.stat().st_mode & 0o700)
         state.path.chmod(0o711)
 
