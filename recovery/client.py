@@ -249,8 +249,7 @@ class Client:
         said = dict(headers or {}) | ({} if sent is None else {"Content-Type": "application/json"})
         connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
-            connection.request(method, target, body=sent, headers=said)
-            reply = connection.getresponse()
+            reply = _reply(connection, method, target, sent, said)
             raw = reply.read(MAX_REPLY_BYTES + 1)
             if reply.length and len(raw) <= MAX_REPLY_BYTES:
                 raise http.client.IncompleteRead(raw, reply.length)
@@ -283,6 +282,21 @@ class Client:
             f"what answers at {self._state.api_socket} is no cdpserver of this version: {what}",
             hint="restart cdpserver after an upgrade",
         )
+
+
+def _reply(
+    connection: _Connection, method: str, target: str, body: bytes | None, headers: Mapping[str, str]
+) -> http.client.HTTPResponse:
+    """The head of the answer. A service that ended as it took the connection is asked once more: the next one is near."""
+    connection.request(method, target, body=body, headers=dict(headers))
+    try:
+        return connection.getresponse()
+    except ConnectionResetError:  # also http.client.RemoteDisconnected: not a byte came
+        if method != "GET":  # what changes something may have been done
+            raise
+        connection.close()
+        connection.request(method, target, body=body, headers=dict(headers))
+        return connection.getresponse()
 
 
 def _disk(name: str, action: str = "") -> str:

@@ -71,6 +71,7 @@ class Service:
     status: int = 200
     answer: Any = field(default_factory=dict)
     raw: bytes | None = None
+    hang_ups: int = 0
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def fail(self, status: int, **fields: Any) -> None:
@@ -96,6 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         service.asked.append((self.command, self.path, body))
+        if service.hang_ups:
+            service.hang_ups -= 1
+            self.close_connection = True
+            return
         if service.raw is not None:
             self.wfile.write(service.raw)
             self.close_connection = True
@@ -424,6 +429,18 @@ def test_what_is_no_answer_of_the_service(
     code, out, err = call(service, capsys, "disk", "list", "--json")
     assert (code, out) == (6, "")
     assert str(service.state_dir) in one_line(err)
+
+
+def test_looking_is_repeated_when_the_service_ended_just_then_and_changing_is_not(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.answer, service.hang_ups = [], 1
+    assert call(service, capsys, "disk", "list", "--json")[0] == 0
+    assert len(service.asked) == 2
+    service.hang_ups = 1
+    code, _, err = call(service, capsys, "disk", "add", "d", "--size", "1M")
+    assert code == 6 and "closed the connection" in one_line(err)
+    assert len(service.asked) == 3
 
 
 def test_an_error_without_our_fields(service: Service, capsys: pytest.CaptureFixture[str]) -> None:

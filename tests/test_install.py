@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cdpserver import __version__
 from tools.packaging.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +196,27 @@ def test_an_upgrade_replaces_what_is_ours_and_drops_what_is_no_more(root: Path) 
     assert after.keys() == before.keys()
     install(root, "--remove")
     assert not list(root.iterdir())
+
+
+def test_a_reload_after_an_upgrade_runs_the_new_version(root: Path, state_dir: Path) -> None:
+    service = Service(root, state_dir)
+    try:
+        tree = root / "usr/local/lib/cdpserver"
+        new = tree.with_name("new")
+        shutil.copytree(tree, new, symlinks=True)
+        (module,) = new.glob("lib/python3.*/site-packages/cdpserver/__init__.py")
+        module.write_text(module.read_text().replace(f'"{__version__}"', '"99.0"'))
+        shutil.rmtree(tree)
+        new.rename(tree)
+        assert answer(state_dir / "api.sock", "/v1/status")["version"] == __version__
+        service.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while __version__ in (shown := run(root, "cdp", "--state-dir", str(state_dir), "status")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "99.0" in shown and service.process.poll() is None
+    finally:
+        service.stop()
 
 
 def test_a_changed_configuration_is_kept_by_upgrade_and_removal(root: Path) -> None:
