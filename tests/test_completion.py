@@ -208,11 +208,28 @@ def test_a_tab_in_an_interactive_bash(environment: dict[str, str], service: Stat
     assert at_a_prompt("cdp uri web/vda\tmon\t#", variables) == "cdp uri web/vda@monday #"
 
 
-def at_a_prompt(keys: str, environment: dict[str, str]) -> str:
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is missing: apt-get install zsh")
+def test_a_tab_in_an_interactive_zsh(environment: dict[str, str], service: StateDir) -> None:
+    variables = environment | {"CDP_STATE_DIR": str(service.path), "HOME": str(service.path)}
+    assert at_a_prompt("cdp uri web/vda@mon\t#", variables, "zsh") == "cdp uri web/vda@monday #"
+    assert at_a_prompt("cdp che\tdb#", variables, "zsh") == "cdp check db#"
+
+
+PROMPTS = {
+    "bash": (["bash", "--norc", "--noprofile", "-i"], ""),
+    "zsh": (
+        ["zsh", "-f", "-i", "-o", "no_prompt_cr", "-o", "no_prompt_sp"],
+        "autoload -U compinit; compinit -D; ",
+    ),
+}
+
+
+def at_a_prompt(keys: str, environment: dict[str, str], shell: str = "bash") -> str:
     """What stands on the screen once the last of `keys` does."""
+    command, first = PROMPTS[shell]
     main, end = pty.openpty()
     process = subprocess.Popen(
-        ["bash", "--norc", "--noprofile", "-i"],
+        command,
         env=environment | {"TERM": "dumb", "PS1": "ready> ", "INPUTRC": os.devnull, "HISTFILE": ""},
         stdin=end,
         stdout=end,
@@ -222,7 +239,7 @@ def at_a_prompt(keys: str, environment: dict[str, str]) -> str:
     os.close(end)
     try:
         read_until(main, "ready> ")
-        os.write(main, b'eval "$(cdp completion bash)"; echo load""ed\n')
+        os.write(main, f'{first}eval "$(cdp completion {shell})"; echo load""ed\n'.encode())
         read_until(main, "loaded\r\nready> ")
         os.write(main, keys.encode())
         return shown(read_until(main, keys[-1]))

@@ -603,6 +603,7 @@ class Manager:
         self.units: dict[str, int] = {}
         self.store: dict[str, int] = {}
         self.said: list[str] = []
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, state_dir: Path, *arguments: str) -> subprocess.Popen[bytes]:
         names, fds = [*self.units, *self.store], [*self.units.values(), *self.store.values()]
@@ -628,6 +629,7 @@ class Manager:
         )
         for fd in high:
             os.close(fd)
+        self.started.append(process)
         return process
 
     def hear(self, wanted: str) -> None:
@@ -646,8 +648,16 @@ class Manager:
         raise AssertionError(f"{wanted} was not said: {self.said}")
 
 
-def test_systemd_hears_of_the_service_and_keeps_its_sockets(directory: Path) -> None:
-    manager = Manager(directory)
+@pytest.fixture
+def manager(directory: Path) -> Iterator[Manager]:
+    running = Manager(directory)
+    yield running
+    for process in running.started:
+        process.kill()
+        process.wait()
+
+
+def test_systemd_hears_of_the_service_and_keeps_its_sockets(directory: Path, manager: Manager) -> None:
     first = manager.start(directory / "s")
     manager.hear("READY")
     for _ in range(3):
@@ -703,9 +713,8 @@ def unit_socket(path: Path) -> socket.socket:
     return listener
 
 
-def test_sockets_of_units_are_served_and_go_before_stored_ones(directory: Path) -> None:
+def test_sockets_of_units_are_served_and_go_before_stored_ones(directory: Path, manager: Manager) -> None:
     """The API's unit listens before the server ever runs; when it is started anew, its new socket counts."""
-    manager = Manager(directory)
     state_dir = directory / "s"
     state_dir.mkdir(mode=0o700)
     api = unit_socket(state_dir / "api.sock")
