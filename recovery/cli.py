@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery.output import printable
-from recovery.retention_tree import add_retention
+from recovery.retention_tree import add_locks, add_retention
 from recovery.tree import Commands, lazy
 
 INTERNAL = 1
@@ -153,6 +153,7 @@ def _add_points(commands: Commands) -> None:
     )
     mark.add_argument("disk", metavar="DISK", type=names.check_disk_name)
     mark.add_argument("--name", required=True, type=names.check_bookmark)
+    add_locks(point)
     bp = commands.group("bp", "base points: QCOW2 snapshots that need no server")
     cut = bp.leaf(
         "cut", lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"

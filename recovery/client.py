@@ -127,6 +127,21 @@ class Client:
             raise self._strange("an answer without a URI")
         return uri
 
+    # -- locks ---------------------------------------------------------------------------------------------------
+
+    def add_lock(self, point: str, *, until: str | None, reason: str | None, immutable: bool) -> Object:
+        """Lock a point."""
+        body = {"point": point, "until": until, "reason": reason, "immutable": immutable}
+        return self._object("POST", "locks", body={k: v for k, v in body.items() if v is not None})
+
+    def locks(self, disk: str | None) -> list[Object]:
+        """Every lock, or those of one disk."""
+        return self._list("GET", "locks", query={"disk": disk})
+
+    def remove_lock(self, which: str) -> Object:
+        """Take a lock back, by its id or by DISK@WHEN."""
+        return self._object("DELETE", f"locks/{quote(which)}")
+
     # -- policies ------------------------------------------------------------------------------------------------
 
     def policy(self, name: str) -> Object:

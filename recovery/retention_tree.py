@@ -1,7 +1,7 @@
-"""The commands of retention in the tree: policies."""
+"""The commands of retention in the tree: policies, and locks on points."""
 
 from cdpserver import names
-from recovery.tree import Commands, lazy
+from recovery.tree import Commands, Group, lazy
 
 POLICY_OPTIONS = (
     ("rp_every", "SPAN", "how far apart recovery points are listed: 1s"),
@@ -40,3 +40,30 @@ def add_retention(commands: Commands) -> None:
         command.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
     for name, metavar, summary in POLICY_OPTIONS:
         set_.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=summary)
+
+
+def add_locks(point: Group) -> None:
+    """`cdp point lock`, `unlock`, `locks`."""
+    lock = point.leaf(
+        "lock",
+        lazy("locks", "lock"),
+        "Hold a point: it outlives every policy. A point that is locked already gets the new terms.",
+        "cdp point lock web/vda@before-upgrade --until 90d --reason 'ticket 4711'",
+    )
+    lock.add_argument("point", metavar="DISK@WHEN", type=_point)
+    lock.add_argument(
+        "--until", metavar="TIME", help="2027-01-31T00:00:00Z, or from now: 30d; else until it is unlocked"
+    )
+    lock.add_argument("--reason", metavar="TEXT", help="shown beside it")
+    lock.add_argument("--immutable", action="store_true", help="nobody can end it before --until")
+    unlock = point.leaf(
+        "unlock", lazy("locks", "unlock"), "Take a lock back.", "cdp point unlock lock-5a0c93d1"
+    )
+    unlock.add_argument("lock", metavar="LOCK|DISK@WHEN", help="its id, or the point that it holds")
+    listing = point.leaf("locks", lazy("locks", "locks"), "List the locks.", "cdp point locks web/vda")
+    listing.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
+
+
+def _point(text: str) -> str:
+    names.parse_point(text)
+    return text

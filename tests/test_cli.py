@@ -596,7 +596,8 @@ def test_help_has_an_example_of_every_command() -> None:
     assert [" ".join(words) for words in commands] == [
         *("status", "metrics"),
         *("disk add", "disk list", "disk show", "disk remove", "disk synced"),
-        *("point list", "point mark", "bp cut", "bp list", "uri", "fork add", "fork list", "fork remove"),
+        *("point list", "point mark", "point lock", "point unlock", "point locks"),
+        *("bp cut", "bp list", "uri", "fork add", "fork list", "fork remove"),
         *("policy set", "policy show", "policy clear"),
         *("event list", "job list", "job show", "job cancel"),
         *("segment show", "index rebuild", "index show", "timeline show", "catalog show", "clock show"),

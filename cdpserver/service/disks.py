@@ -19,7 +19,7 @@ from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
-from cdpserver.retention import policies
+from cdpserver.retention import locks, policies
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
@@ -208,6 +208,10 @@ class Disks:
                 hint="remove the forks first: cdp fork remove NAME",
             )
 
+    def _check_no_locks(self, entry: Entry) -> None:
+        held = [lock for lock in locks.all_locks(self._core.catalog) if lock.timeline == entry.id]
+        locks.check_unlocked(held, entry.name, now_ns=self._core.clock.now_ns())
+
     def _stands_on(self, other: Entry, id: str) -> bool:
         try:
             base = timeline.load(self._core.state.timeline(other.id)).base
@@ -220,6 +224,7 @@ class Disks:
         core = self._core
         await core.thread(core.catalog.set_state, entry.name, "removing")
         try:
+            await core.thread(self._check_no_locks, entry)
             clients = (await core.target_status(entry)).get("clients", 0)
             if clients:
                 raise RefusedError(
@@ -252,6 +257,12 @@ class Disks:
         """Remove the files under the exclusive lease, then the name."""
         core = self._core
         directory = core.state.timeline(entry.id)
+        try:
+            # A crash may have come between saying *removing* and this look.
+            self._check_no_locks(entry)
+        except RefusedError:
+            core.catalog.set_state(entry.name, "live")
+            raise
         with exclusive_lease(directory) as free:
             if not free:
                 core.catalog.set_state(entry.name, "live")
@@ -260,6 +271,7 @@ class Disks:
             durable.remove_tree(directory)
         core.catalog.remove(entry.name)
         policies.forget(core.catalog, entry)
+        locks.forget(core.catalog, entry.id)
 
     # -- starting --------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.names import At
 from cdpserver.points import KINDS, Point
+from cdpserver.retention.locks import locked_seqs
 from cdpserver.service.core import Core
 
 SECOND_NS = 1_000_000_000
@@ -81,7 +82,11 @@ class Instants:
                 window = points.points(now_ns=now_ns, since_ns=start_ns, until_ns=stop_ns, kind=kind)
                 found += [point for point in window if after is None or _key(point) > after[1:]]
                 start_ns, width_ns = stop_ns + 1, 2 * width_ns
-        return [point.as_dict() for point in found[:count]]
+        return self._shown(entry, found[:count], now_ns)
+
+    def _shown(self, entry: Entry, found: list[Point], now_ns: int) -> list[dict[str, Any]]:
+        locked = locked_seqs(self._core.catalog, entry.id, now_ns=now_ns)
+        return [point.as_dict() | {"locked": point.seq in locked} for point in found]
 
     def _points(
         self, entry: Entry, since: str | None, until: str | None, kind: str | None, limit: int | None
@@ -91,7 +96,7 @@ class Instants:
         until_ns = self._time(entry, until, now_ns) if until is not None else None
         with self._core.points(entry) as points:
             found = points.points(now_ns=now_ns, since_ns=since_ns, until_ns=until_ns, kind=kind, limit=limit)
-        return [point.as_dict() for point in found]
+        return self._shown(entry, found, now_ns)
 
     def _time(self, entry: Entry, text: str, now_ns: int) -> int:
         """The time that WHEN means as the end of a range: an instant before the history is a good one."""

@@ -16,6 +16,7 @@ import cdpserver
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import jobs as job_routes
+from cdpserver.service.api import locks as lock_routes
 from cdpserver.service.api import models, seeing
 from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
@@ -27,6 +28,7 @@ from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
+from cdpserver.service.locks import Locks
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
@@ -41,7 +43,7 @@ def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
-ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork", "set_policy", "clear_policy"}
+ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork", "set_policy", "clear_policy", "remove_lock"}
 """What loses history, or lets a disk use the store."""
 
 
@@ -94,6 +96,7 @@ def build(
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))
+    app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))

@@ -87,6 +87,15 @@ class SetPolicy(Body):
     at_cap: Text | None = Field(None, examples=["shorten"])
 
 
+class AddLock(Body):
+    """POST /v1/locks"""
+
+    point: Text = Field(description="DISK@WHEN")
+    until: Text | None = Field(None, description="A time, or how long from now.", examples=["30d"])
+    reason: Text | None = None
+    immutable: bool = Field(False, description="Nobody can end it before `until`.")
+
+
 # --- answers
 
 
@@ -222,6 +231,23 @@ class PointUri(Answer):
     uri_unix: str | None = None
     seq: Count
     time_ns: Count
+
+
+class Lock(Answer):
+    """A point that is held against everything that takes history away."""
+
+    id: str
+    disk: str
+    point: str = Field(description="DISK@seq:N")
+    seq: Count
+    time: str
+    time_ns: Count
+    until: str | None = Field(description="None: until it is taken back.")
+    until_ns: Count | None
+    immutable: bool
+    reason: str
+    expired: bool = Field(description="It holds nothing any more, and goes with the next pass.")
+    created_ns: Count
 
 
 class Policy(Answer):

@@ -1,0 +1,234 @@
+"""Locks on points: what can be said of them, what nobody can take back, and that they hold against a removal."""
+
+import fcntl
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdpserver.catalog import Catalog, Row
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.names import MAX_TIME_NS, format_time
+from cdpserver.retention import locks
+from cdpserver.retention.locks import Lock
+from cdpserver.retention.still import FILE, stays
+from cdpserver.state import StateDir
+from tests.test_policy import cdp
+from tests.test_service import ApiError, Server, pattern, write
+
+SECOND_NS = 1_000_000_000
+DAY_NS = 86_400 * SECOND_NS
+NOW_NS = 1_800_000_000 * SECOND_NS
+
+LOCK = Lock("lock-00000001", "t1", 12, NOW_NS - DAY_NS, NOW_NS + DAY_NS, True, "audit", NOW_NS - 5)
+
+TIMES = st.integers(NOW_NS - DAY_NS, NOW_NS + 9 * DAY_NS)
+LOCKS = st.builds(
+    Lock,
+    st.just("lock-1"),
+    st.just("t1"),
+    st.integers(0, 99),
+    TIMES,
+    st.none() | TIMES,
+    st.booleans(),
+    st.text(max_size=9),
+    TIMES,
+)
+
+
+@given(LOCKS.filter(lambda lock: lock.reason.isprintable()))
+def test_a_lock_is_read_as_it_was_kept(lock: Lock) -> None:
+    assert locks.read_lock(lock.row()) == lock
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seq": "1"},
+        {"until_ns": "soon"},
+        {"immutable": 1},
+        {"timeline": None},
+        {"reason": None},
+        {"time_ns": True},
+    ],
+)
+def test_a_lock_that_cannot_be_read_is_damage_not_nothing(change: dict[str, Any]) -> None:
+    row = LOCK.row()
+    with pytest.raises(CorruptError, match="lock-00000001"):
+        locks.read_lock(replace(row, fields={**row.fields, **change}))
+    with pytest.raises(CorruptError):
+        locks.read_lock(replace(row, schema=2))
+
+
+@given(LOCKS, st.none() | TIMES, st.booleans(), TIMES)
+def test_nothing_makes_an_immutable_lock_shorter(
+    old: Lock, until_ns: int | None, immutable: bool, now_ns: int
+) -> None:
+    try:
+        new = locks.renew(old, until_ns=until_ns, immutable=immutable, reason=None, now_ns=now_ns)
+    except RefusedError:
+        assert old.immutable and old.holds(now_ns)
+        return
+    assert (new.id, new.seq, new.timeline) == (old.id, old.seq, old.timeline)
+    for later_ns in (now_ns, now_ns + SECOND_NS, old.until_ns or MAX_TIME_NS, (old.until_ns or 1) - 1):
+        if later_ns >= now_ns and old.immutable and old.holds(now_ns) and old.holds(later_ns):
+            assert new.immutable and new.holds(later_ns)
+
+
+@given(LOCKS, TIMES)
+def test_only_an_immutable_lock_before_its_time_is_kept_from_removal(lock: Lock, now_ns: int) -> None:
+    try:
+        locks.check_removable(lock, now_ns=now_ns)
+    except RefusedError:
+        assert lock.immutable and lock.holds(now_ns)
+    else:
+        assert not (lock.immutable and lock.holds(now_ns))
+
+
+def test_when_a_lock_ends() -> None:
+    assert locks.parse_until("30d", now_ns=NOW_NS) == NOW_NS + 30 * DAY_NS
+    assert locks.parse_until(format_time(NOW_NS + 1), now_ns=NOW_NS) == NOW_NS + 1
+    for text in ("0s", "yesterday", "-5m", "", format_time(NOW_NS), "1970-01-01T00:00:00Z", "latest"):
+        with pytest.raises(UsageError) as caught:
+            locks.parse_until(text, now_ns=NOW_NS)
+        assert "30d" in caught.value.hint
+    assert LOCK.holds(NOW_NS) and not LOCK.holds(NOW_NS + DAY_NS)
+    assert replace(LOCK, until_ns=None).holds(MAX_TIME_NS)
+
+
+@pytest.mark.parametrize("text", ["x" * 501, "two\nlines", "\x1b[2J"])
+def test_what_is_no_reason(text: str) -> None:
+    with pytest.raises(UsageError):
+        locks.check_reason(text)
+
+
+def test_locked_disks_are_not_removed() -> None:
+    locks.check_unlocked([replace(LOCK, until_ns=NOW_NS)], "d", now_ns=NOW_NS)
+    with pytest.raises(RefusedError, match="1 immutable"):
+        locks.check_unlocked([LOCK, replace(LOCK, immutable=False)], "d", now_ns=NOW_NS)
+    with pytest.raises(RefusedError, match="1 locked") as caught:
+        locks.check_unlocked([replace(LOCK, immutable=False)], "d", now_ns=NOW_NS)
+    assert "cdp point unlock" in caught.value.hint
+
+
+def test_rows_of_a_disk_go_with_it(tmp_path: Path) -> None:
+    with Catalog.open(StateDir.create_or_open(tmp_path / "s"), writable=True) as catalog:
+        for number, line in enumerate(("t1", "t2", "t1")):
+            lock = replace(LOCK, id=f"lock-{number}", timeline=line, seq=number)
+            catalog.put_row("locks", lock.row())
+        catalog.put_row("locks", Row("lock-9", 2, {"timeline": "t2", "of": "a newer version"}))
+        assert locks.locked_seqs(catalog, "t1", now_ns=NOW_NS) == {0, 2}
+        assert locks.locked_seqs(catalog, "t2", now_ns=NOW_NS) == {1}
+        assert locks.locked_seqs(catalog, "t1", now_ns=NOW_NS + 2 * DAY_NS) == set()
+        with pytest.raises(CorruptError, match="lock-9"):
+            locks.all_locks(catalog)
+        locks.forget(catalog, "t1")
+        assert sorted(catalog.rows("locks")) == ["lock-1", "lock-9"]
+        with pytest.raises(NotFoundError):
+            locks.find([LOCK], "lock-77")
+    assert locks.new_id(["lock-1"]) != locks.new_id([])
+
+
+def test_a_lock_waits_for_a_pass_that_drops_and_says_so_in_vain(tmp_path: Path) -> None:
+    dropping = os.open(tmp_path / FILE, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(dropping, fcntl.LOCK_EX)
+    with pytest.raises(RefusedError, match="being dropped"), stays(tmp_path, wait_s=0.05):
+        raise AssertionError("somebody drops history")
+    done = threading.Timer(0.1, os.close, [dropping])
+    done.start()
+    with stays(tmp_path, wait_s=30), stays(tmp_path, wait_s=0):
+        other = os.open(tmp_path / FILE, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    done.join()
+
+
+@pytest.mark.real
+def test_locks_of_a_service(short_path: Path) -> None:
+    with Server(short_path / "s") as server:
+        uri = server.add("d")
+        for number in range(3):
+            write(uri, pattern(number))
+        server.post("/v1/disks/d:synced")
+        server.post("/v1/disks/d:mark", name="good")
+        write(uri, pattern(9))
+
+        done = cdp(
+            server,
+            "point",
+            "lock",
+            "d@good",
+            "--until",
+            "1h",
+            "--reason",
+            "ticket 5",
+            "--immutable",
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        lock = json.loads(done.stdout)
+        seq = lock["seq"]
+        assert (lock["point"], lock["immutable"], lock["reason"]) == (f"d@seq:{seq}", True, "ticket 5")
+        # What is locked survives a power loss.
+        assert server.get("/v1/disks/d")["durable_seq"] >= seq
+        locked = {point["seq"]: point["locked"] for point in server.get("/v1/disks/d:points?kind=bookmark")}
+        assert locked == {seq: True}
+
+        for arguments, code, says in (
+            (["lock", "d@good"], 3, "immutable until"),
+            (["lock", "d@good", "--until", "10m", "--immutable"], 3, "made longer"),
+            (["lock", "d@good", "--until", "3h"], 3, "made longer"),
+            (["lock", "d@latest", "--immutable"], 2, "add --until"),
+            (["lock", "d@latest", "--until", "1970-01-01T00:00:00Z"], 2, "that is over"),
+            (["lock", "d@seq:99999"], 2, "after the newest record"),
+            (["lock", "nobody@latest"], 2, "no disk nobody"),
+            (["lock", "d@latest", "--reason", "a\nb"], 2, "not a reason"),
+            (["unlock", lock["id"]], 3, "no command can end it"),
+            (["unlock", "d@good"], 3, "no command can end it"),
+            (["unlock", "d@seq:1"], 2, "is not locked"),
+            (["unlock", "lock-0"], 2, "no lock 'lock-0'"),
+        ):
+            done = cdp(server, "point", *arguments)
+            assert (done.returncode, says in done.stderr) == (code, True), (arguments, done.stderr)
+        with pytest.raises(ApiError, match=r"409: .*immutable lock"):
+            server.delete("/v1/disks/d")
+        assert server.get("/v1/disks/d")["state"] != "removing"
+
+        longer = server.post("/v1/locks", point="d@good", until="2h", immutable=True)
+        assert (longer["id"], longer["reason"]) == (lock["id"], "ticket 5")
+        assert longer["until_ns"] > lock["until_ns"]
+        plain = server.post("/v1/locks", point="d@seq:2", reason="for now")
+        assert len(server.get("/v1/locks")) == len(server.get("/v1/locks?disk=d")) == 2
+        shown = cdp(server, "point", "locks", "d").stdout
+        assert "ticket 5" in shown and plain["id"] in shown
+        assert cdp(server, "point", "unlock", "d@seq:2").returncode == 0
+        assert [found["id"] for found in server.get("/v1/locks")] == [lock["id"]]
+
+        # Killed just after it said *removing*: the next start must not go on with that.
+        server.stop()
+        with Catalog.open(StateDir.open(short_path / "s"), writable=True) as catalog:
+            catalog.set_state("d", "removing")
+    with Server(short_path / "s") as server:
+        assert server.get("/v1/disks/d")["state"] not in ("removing", "damaged")
+        assert [found["id"] for found in server.get("/v1/locks")] == [lock["id"]]
+        assert server.events("disk.removal-waits")
+
+
+@pytest.mark.real
+def test_a_removed_lock_lets_its_disk_go(short_path: Path) -> None:
+    with Server(short_path / "s") as server:
+        write(server.add("d"), pattern(1))
+        server.post("/v1/disks/d:synced")
+        made = server.post("/v1/locks", point="d@latest")
+        with pytest.raises(ApiError, match="cdp point unlock"):
+            server.delete("/v1/disks/d")
+        server.delete(f"/v1/locks/{made['id']}")
+        server.delete("/v1/disks/d")
+        assert server.get("/v1/locks") == []
