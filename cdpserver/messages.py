@@ -13,8 +13,8 @@ from cdpserver import errors
 from cdpserver.errors import CdpError, CorruptError
 
 LENGTH = struct.Struct(">I")
-MAX_MESSAGE = 1 << 20
-"""Longest message: a status of every disk fits many times over."""
+MAX_MESSAGE = 16 << 20
+"""Longest message: the status of 40,000 open disks, and a worker has files for fewer."""
 
 _ERRORS = {
     value.kind: value

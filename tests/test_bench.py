@@ -39,6 +39,14 @@ MEASURES = {
     "disks-memory-all": 2,
     "disks-files": 2,
     "disks-cpu": 2,
+    "idle-start-cold": 1,
+    "idle-start": 1,
+    "idle-cpu": 1,
+    "idle-memory": 1,
+    "idle-files": 1,
+    "forward-1": 2,
+    "forward-16": 2,
+    "takeover": 1,
 }
 """How many subjects each measure has."""
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
-from tools.measure import costs, machine, many, opening, reads, result, writes
+from tools.measure import costs, idle, machine, many, opening, reads, result, workers, writes
 from tools.measure.context import QUICK, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
@@ -29,6 +29,9 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "zero": costs.zero,
     "remirror": costs.remirror,
     "disks": many.disks,
+    "idle": idle.idle,
+    "forward": workers.forward,
+    "takeover": workers.takeover,
 }
 
 

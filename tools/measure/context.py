@@ -28,6 +28,8 @@ class Sizes:
     load_seconds: float = 4.0
     idle_disks: tuple[int, ...] = (100, 1000)
     idle_seconds: float = 8.0
+    forward_seconds: float = 2.0
+    takeovers: int = 3
 
 
 QUICK = Sizes(
@@ -45,6 +47,8 @@ QUICK = Sizes(
     load_seconds=1.0,
     idle_disks=(5,),
     idle_seconds=1.0,
+    forward_seconds=0.3,
+    takeovers=1,
 )
 """Enough to see that everything works; the figures say little."""
 

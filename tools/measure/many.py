@@ -6,28 +6,21 @@
 What a disk costs may not grow with the number of disks, and what nobody writes to should cost nothing.
 """
 
-import contextlib
-import shutil
-import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
-from typing import Any, Self
+from typing import Self
 
-from cdpserver import messages
 from cdpserver.state import StateDir
 from cdpserver.target.placement import worker_of
-from tools.kit.processes import FailedError, Process, start, until
+from tools.kit.processes import FailedError, start
 from tools.kit.server import Server
-from tools.measure import fio
+from tools.measure import endless
 from tools.measure.context import Context
 from tools.measure.processes import Processes, Taken
 from tools.measure.result import Goal, Measure
-from tools.measure.seed import SIZE, seed
+from tools.measure.seed import SIZE, seeded
 
 LOOK_S = 0.1
 LOOK_INDEX_S = 0.5
@@ -37,31 +30,10 @@ WORKERS = (1, 2)
 MIB = 1 << 20
 
 
-class Worker:
-    """The control socket of a worker, asked as the service asks it."""
-
-    def __init__(self, state: StateDir, number: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(str(state.worker_control(number)))
-
-    def ask(self, op: str, **fields: Any) -> Any:
-        """One question, one answer."""
-        self._socket.sendall(messages.pack({"op": op, **fields}))
-        reply = messages.receive(self._socket)
-        if reply is None:
-            raise FailedError("a worker ended while it was measured")
-        messages.raise_error(reply)
-        return reply["ok"]
-
-    def close(self) -> None:
-        """Hang up."""
-        self._socket.close()
-
-
 class Lags:
     """Looks at every open disk's durable lag again and again, in a thread of its own."""
 
-    def __init__(self, workers: list[Worker]) -> None:
+    def __init__(self, workers: list[endless.Worker]) -> None:
         self._workers = workers
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -92,7 +64,7 @@ def disks(context: Context) -> list[Measure]:
     """1, 10 and 100 disks written to at once, at a fixed rate in all and as fast as it goes."""
     sizes = context.sizes
     found = Figures(sizes.rate)
-    with _seeded(context, max(sizes.disks)) as directory:
+    with seeded(context, max(sizes.disks)) as directory:
         for _ in range(context.rounds):
             for workers in WORKERS:
                 for count in sizes.disks:
@@ -191,15 +163,18 @@ def _note(measure: Measure, name: str, subject: str, value: float) -> None:
 def _load(context: Context, server: Server, count: int, rate: int, workers: int) -> Loaded:
     """fio on the first `count` disks: `rate` writes a second in all, 0 for as many as it can."""
     held = server.client.disks()[:count]
-    asked = [Worker(StateDir.open(server.path), number) for number in range(workers)]
+    asked = [endless.Worker(StateDir.open(server.path), number) for number in range(workers)]
     processes = Processes.of(server)
     job = context.directory / "disks.job"
-    job.write_text(_job([disk["uri"] for disk in held], rate))
+    # Few disks keep as many requests in flight as many do.
+    depth = max(1, DEPTH // count)
+    uris = [disk["uri"] for disk in held]
+    job.write_text(endless.job(uris, size=SIZE, depth=depth, rate=max(1, rate // count) if rate else 0))
     idle = processes.taken()
     process = start(["fio", "--eta=never", job], job.with_suffix(".log"))
     try:
-        _all_synced(asked, {disk["name"]: worker_of(disk["id"], workers) for disk in held}, process)
-        written, began, started = _written(asked), processes.taken(), time.monotonic()
+        endless.all_synced(asked, {disk["name"]: worker_of(disk["id"], workers) for disk in held}, process)
+        written, began, started = endless.written(asked), processes.taken(), time.monotonic()
         index_lag_s = 1e-9
         with Lags(asked) as lags:
             while time.monotonic() < started + context.sizes.load_seconds or len(lags.seconds) < 2:
@@ -210,57 +185,10 @@ def _load(context: Context, server: Server, count: int, rate: int, workers: int)
                 shown = server.client.overview()["disks"]
                 index_lag_s = max(index_lag_s, *(disk["index_lag_ns"] / 1e9 for disk in shown))
         ended, spent = processes.taken(), time.monotonic() - started
-        writes_s = (_written(asked) - written) / spent
+        writes_s = (endless.written(asked) - written) / spent
         return Loaded(rate, writes_s, lags.seconds, index_lag_s, spent, idle, began, ended)
     finally:
         process.kill()
         process.wait()
         for worker in asked:
             worker.close()
-
-
-def _written(workers: list[Worker]) -> int:
-    """Writes to all disks, as the workers count them."""
-    return sum(disk["counts"]["writes"] for worker in workers for disk in worker.ask("status").values())
-
-
-def _job(uris: list[str], rate: int) -> str:
-    """fio's job file: a thread and a connection for each disk, until it is killed."""
-    lines = ["[global]", "ioengine=nbd", "thread", "rw=randwrite", "norandommap", "bs=4096", f"size={SIZE}"]
-    lines += ["time_based", f"runtime={fio.LONGEST_S:.0f}"]
-    # Few disks keep as many requests in flight as many do.
-    lines += [f"rate_iops={max(1, rate // len(uris))}"] if rate else [f"iodepth={max(1, DEPTH // len(uris))}"]
-    for number, uri in enumerate(uris):
-        lines += [f"[disk{number}]", f"uri={uri}"]
-    return "\n".join(lines) + "\n"
-
-
-def _all_synced(workers: list[Worker], disks: dict[str, int], process: Process) -> None:
-    """The sessions that began with fio's first writes are in sync. fio rests meanwhile, since what comes before that is compared.
-
-    Said to the workers: the service would write each disk's first base point now.
-    """
-
-    def wrote() -> bool:
-        said = [status for worker in workers for status in worker.ask("status").values()]
-        begun = sum(bool(status["clients"]) and not status["synced"] for status in said)
-        return begun == len(disks) or process.poll() is not None
-
-    until(wrote, f"first writes to {len(disks)} disks")
-    process.send_signal(signal.SIGSTOP)
-    for name, worker in disks.items():
-        workers[worker].ask("synced", disk=name, session=None, write_blocking=True)
-    process.send_signal(signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def _seeded(context: Context, count: int) -> Iterator[Path]:
-    """A state directory with so many disks; removed at the end."""
-    directory = context.directory / f"many{count}"
-    started = time.monotonic()
-    seed(directory, count)
-    context.say(f"{count} disks made in {time.monotonic() - started:.0f} s")
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)

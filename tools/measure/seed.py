@@ -1,5 +1,9 @@
 """Many disks with a small history each, made by the target's own code without a service: what a large host has at its start."""
 
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from cdpserver.clock import fix_clock
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.timeline import EmptyBase, Timeline
+from tools.measure.context import Context
 
 SIZE = 16 << 20
 BLOCK = 4096
@@ -46,3 +51,16 @@ def seed(directory: Path, count: int, *, records: int = 20) -> None:
 
     with ThreadPoolExecutor(MAKERS) as makers:
         list(makers.map(fill, made))
+
+
+@contextlib.contextmanager
+def seeded(context: Context, count: int) -> Iterator[Path]:
+    """A state directory with so many disks; removed at the end."""
+    directory = context.directory / f"many{count}"
+    started = time.monotonic()
+    seed(directory, count)
+    context.say(f"{count} disks made in {time.monotonic() - started:.0f} s")
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
