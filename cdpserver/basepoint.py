@@ -21,12 +21,14 @@ from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.record import CHANGES
-from cdpserver.points import Cut, base_point_path, cuts, find_cut
+from cdpserver.nodes import Node, base_point_path, newest_at, nodes, note_path, published, write_note
+from cdpserver.points import Cut, cuts, find_cut
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
 from cdpserver.timeline import ImageBase, PointBase
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 
 COMPARE_BYTES = 4 << 20
 """Read back at a time: twice this is held in memory."""
@@ -62,16 +64,23 @@ class DeltaViews:
 
 def backing(history: History, cut: Cut) -> Backing:
     """What base point `cut` stands on now. RefusedError while that is not published or not durable yet."""
-    if cut.number > 0:
-        before = find_cut(history.journal, cut.number - 1)
-        path = base_point_path(history.directory, cut.number - 1)
-        if before is None or not path.exists():
-            raise RefusedError(
-                f"base point {cut.number - 1} of {history.timeline.full_name} is not published yet",
-                hint="base points are published in order; look at the events for why it failed",
-            )
-        return Backing(path, "qcow2", history, before.seq)
+    published = nodes(history.directory)
+    waiting = next((c for c in _after(published, history) if c.number < cut.number), None)
+    if waiting is not None:
+        raise RefusedError(
+            f"base point {waiting.number} of {history.timeline.full_name} is not published yet",
+            hint="base points are published in order; look at the events for why it failed",
+        )
+    below = [node for node in published if node.number < cut.number]
+    if below:
+        return Backing(base_point_path(history.directory, below[-1].number), "qcow2", history, below[-1].seq)
     return _root(history)
+
+
+def _after(published: list[Node], history: History) -> list[Cut]:
+    """Cuts after the newest published base point. An older one that has no file was taken away."""
+    newest = published[-1].number if published else -1
+    return [cut for cut in all_cuts(history) if cut.number > newest]
 
 
 def _root(history: History) -> Backing:
@@ -91,10 +100,9 @@ def _root(history: History) -> Backing:
 
 def _newest_before(history: History, seq: int) -> Backing:
     """The newest published base point at or before `seq`, in this timeline or one that it was forked from."""
-    for cut in reversed(cuts(history.journal)):
-        path = base_point_path(history.directory, cut.number)
-        if cut.seq <= seq and path.exists():
-            return Backing(path, "qcow2", history, cut.seq)
+    node = newest_at(history.directory, seq)
+    if node is not None:
+        return Backing(base_point_path(history.directory, node.number), "qcow2", history, node.seq)
     return _root(history)
 
 
@@ -123,22 +131,24 @@ def _cut(history: History, number: int) -> Cut:
 
 def pending(history: History) -> list[Cut]:
     """Cuts whose base point is not published yet, oldest first."""
-    return [cut for cut in all_cuts(history) if not base_point_path(history.directory, cut.number).exists()]
+    return _after(nodes(history.directory), history)
 
 
 def list_base_points(history: History) -> list[dict[str, Any]]:
     """The published base points, oldest first, as the CLI and the API show them."""
-    return [
-        describe(history, cut)
-        for cut in all_cuts(history)
-        if base_point_path(history.directory, cut.number).exists()
-    ]
+    return [describe(history, node) for node in nodes(history.directory)]
 
 
-def describe(history: History, cut: Cut) -> dict[str, Any]:
+def describe(history: History, node: Node | Cut) -> dict[str, Any]:
     """One base point as the CLI and the API show it."""
-    path = base_point_path(history.directory, cut.number)
-    return {"number": cut.number, "path": str(path.resolve()), "time_ns": cut.time_ns, "seq": cut.seq}
+    path = base_point_path(history.directory, node.number)
+    return {"number": node.number, "path": str(path.resolve()), "time_ns": node.time_ns, "seq": node.seq}
+
+
+def note(history: History, cut: Cut) -> Node:
+    """What is noted of a cut: everything that the journal says of it."""
+    state = history.journal.state_at(cut.seq)
+    return Node(cut.number, cut.seq, cut.time_ns, cut.interval, state.grade, state.session, state.evidence)
 
 
 def all_cuts(history: History) -> list[Cut]:
@@ -159,6 +169,32 @@ def changed_since_cut(history: History) -> bool:
         ((run.records["kind"] >= CHANGES[0]) & (run.records["kind"] <= CHANGES[-1])).any()
         for run in history.journal.runs(after, history.journal.last().seq)
     )
+
+
+def note_base_points(state: StateDir) -> None:
+    """2 -> 3: a note beside every published base point, from the journal. May be repeated.
+
+    A timeline that cannot be read is left alone: it has no base points until `note_what_is_missing` finds it readable.
+    """
+    for directory in sorted(state.timelines.glob("t*")):
+        with contextlib.suppress(CdpError, FileNotFoundError):
+            note_what_is_missing(state, directory)
+
+
+def note_what_is_missing(state: StateDir, directory: Path) -> list[int]:
+    """Write lost notes of a timeline's base points anew, as far as the journal has their cuts; the numbers of the others."""
+    numbers = [n for n in published(directory) if not note_path(directory, n).exists()]
+    if not numbers:
+        return []
+    history = History(state.path, timeline.load(directory))
+    try:
+        held = {cut.number: cut for cut in all_cuts(history)}
+        for number in numbers:
+            if number in held:
+                write_note(directory, note(history, held[number]))
+    finally:
+        history.close()
+    return [number for number in numbers if number not in held]
 
 
 # --- publishing
@@ -197,6 +233,7 @@ def publish(
         with qemu.serve(building, state.run / f"bp-{history.timeline.id}.sock") as served:
             compare(served, delta, part(progress, 0.5, 1.0))
         building.chmod(0o444)
+        write_note(history.directory, note(history, cut))
         durable.publish(building, final)
     except BaseException:
         with contextlib.suppress(OSError):

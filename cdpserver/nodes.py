@@ -3,12 +3,14 @@
     bp-N.json    which instant the file holds: written first, never changed
     bp-N.qcow2   the content; its header names the file that it stands on
 
-The journal says the same of a cut as long as it holds the interval; the note says it after that. So a base point can be named, placed
-and graded when nothing is left of the history around it.
-Invariants: a published file has a note; a note without a file means nothing. Any node may stand on any older one, by relative name, so
-nodes between can go.
+The journal says the same of a cut as long as it holds the interval; the note says it after that. So a base point can be named,
+placed and graded when nothing is left of the history around it.
+Invariants: a published file has a note; a note without a file means nothing. Any node may stand on any older one, by relative
+name, so nodes between can go.
 """
 
+import contextlib
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -17,15 +19,16 @@ from pathlib import Path
 from cdpserver import durable
 from cdpserver.errors import CorruptError
 from cdpserver.journal.control import Grade
-from cdpserver.timeline import take_keys
 
-_NOTE = re.compile(r"bp-(0|[1-9][0-9]{0,17})\.json")
+NUMBERED = re.compile(r"bp-(0|[1-9][0-9]{0,17})\.qcow2")
+"""The name of a published base point."""
 
-HEADER = struct.Struct(">4sIQI")
-"""QCOW2: magic, version, offset and length of the backing file's name (docs/interop/qcow2.txt of QEMU)."""
+HEADER = struct.Struct(">4sIQIIQ")
+"""Start of a QCOW2 file: magic, version, backing file's offset, its length, cluster bits, size of the disk."""
 
 MAGIC = b"QFI\xfb"
-MAX_NAME = 1023
+MAX_BACKING_NAME = 1023
+"""QEMU's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def read_note(timeline: Path, number: int) -> Node:
     path = note_path(timeline, number)
     value = durable.read_json(path)
     keys = {"number", "seq", "time_ns", "interval", "grade", "session", "evidence"}
-    take_keys(value, keys, path)
+    durable.take_keys(value, keys, path)
     if any(type(value[key]) is not int or value[key] < 0 for key in keys) or value["number"] != number:
         raise CorruptError(f"{path} is damaged", hint="cdp check says what it touches")
     try:
@@ -80,11 +83,19 @@ def read_note(timeline: Path, number: int) -> Node:
     return Node(**{**value, "grade": grade})
 
 
+def published(timeline: Path) -> list[int]:
+    """Numbers of the base points whose files are there."""
+    names = (NUMBERED.fullmatch(name) for name in os.listdir(timeline))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def nodes(timeline: Path) -> list[Node]:
-    """Every published base point with its note, oldest first. CorruptError for a damaged note."""
-    names = (_NOTE.fullmatch(path.name) for path in timeline.iterdir())
-    numbers = sorted(int(match[1]) for match in names if match)
-    return [read_note(timeline, n) for n in numbers if base_point_path(timeline, n).exists()]
+    """Every published base point that has a note, oldest first. CorruptError for a damaged note."""
+    found = []
+    for number in published(timeline):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(read_note(timeline, number))
+    return found
 
 
 def newest_at(timeline: Path, seq: int) -> Node | None:
@@ -92,14 +103,17 @@ def newest_at(timeline: Path, seq: int) -> Node | None:
     return next((node for node in reversed(nodes(timeline)) if node.seq <= seq), None)
 
 
-def backing_name(path: Path) -> str | None:
-    """The relative name of the file that a QCOW2 file stands on, as its header says; None if it stands alone. CorruptError."""
+def read_header(path: Path) -> tuple[str, int]:
+    """(backing file's relative name, empty if there is none, size of the disk) of a QCOW2 file; CorruptError."""
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
-        magic, _, offset, length = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)
-        if magic != MAGIC or length > MAX_NAME:
-            raise CorruptError(f"{path} is not a QCOW2 file", hint="cdp check says what it touches")
-        if not offset:
-            return None
+        if len(head) < HEADER.size or head[:4] != MAGIC:
+            raise CorruptError(f"{path.name} is no QCOW2 file")
+        _, version, offset, length, _, size = HEADER.unpack(head)
+        if version != 3 or length > MAX_BACKING_NAME or offset > 1 << 21:
+            raise CorruptError(f"{path.name} has a header that no base point has")
         file.seek(offset)
-        return file.read(length).decode(errors="surrogateescape")
+        name = file.read(length) if offset else b""
+    if offset and len(name) < length:
+        raise CorruptError(f"{path.name} is cut short")
+    return name.decode(errors="replace"), size

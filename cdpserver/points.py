@@ -5,9 +5,9 @@ that second; what is not indexed yet is counted from the header log.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
@@ -15,10 +15,11 @@ from cdpserver.index.build import SECOND_NS, merge_rows, point_rows, split_at_co
 from cdpserver.index.store import PointRow, Snapshot, find_index, open_index, release
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade, State
-from cdpserver.journal.log import Journal, Position, interval_path
+from cdpserver.journal.log import FIRST_INTERVAL, Journal, Position, interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
-from cdpserver.view.view import History
+from cdpserver.nodes import Node, nodes
+from cdpserver.view.history import History
 
 KINDS = ("rp", "bp", "bookmark")
 
@@ -54,51 +55,57 @@ class Point:
         }
 
 
-def base_point_path(timeline: Path, number: int) -> Path:
-    """Where base point `number` is once it is published."""
-    return timeline / f"bp-{number}.qcow2"
-
-
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a base point was cut: its number and place."""
+    """Where a base point was cut: its number and place, the last of an interval."""
 
     number: int
     seq: int
     time_ns: int
+    interval: int
 
 
 def cuts(journal: Journal) -> list[Cut]:
-    """Every cut, oldest first: a cut is the last record of its interval."""
+    """Every cut that the journal holds, oldest first."""
     found = []
-    for before, after in zip(journal.intervals, journal.intervals[1:], strict=False):
-        cut = _cut_between(journal, before, after)
-        if cut is not None:
-            found.append(cut)
+    for interval, after in pairwise(journal.intervals):
+        # Most intervals end with a cut; a count that did not move saves a look.
+        if after != interval + 1 or _cuts_at(journal, after) != _cuts_at(journal, interval):
+            cut = _cut_at_end(journal, interval)
+            if cut is not None:
+                found.append(cut)
     return found
 
 
 def find_cut(journal: Journal, number: int) -> Cut | None:
-    """Cut `number`; costs a bisection over the intervals."""
+    """Cut `number`, if the journal holds it; costs a bisection over the intervals."""
     held = journal.intervals
-    index = bisect_left(held, number + 1, key=lambda n: journal.first_reader(n).header.carry.cuts)
+    index = bisect_left(held, number + 1, key=lambda interval: _cuts_at(journal, interval))
     if index == 0 or index == len(held):
         return None
-    cut = _cut_between(journal, held[index - 1], held[index])
+    cut = _cut_at_end(journal, held[index - 1])
     return cut if cut is not None and cut.number == number else None
 
 
-def _cut_between(journal: Journal, before: int, after: int) -> Cut | None:
-    held = journal.first_reader(before).header.carry.cuts
-    now = journal.first_reader(after).header.carry.cuts
-    if now == held:
-        return None  # the writer closed this interval for its size
-    reader = journal.reader(before, journal.segments(before)[-1])
+def _cuts_at(journal: Journal, interval: int) -> int:
+    """Cuts before an interval began."""
+    return journal.first_reader(interval).header.carry.cuts
+
+
+def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
+    """The cut that ended an interval; None if the writer closed it for its size."""
+    reader = journal.reader(interval, journal.segments(interval)[-1])
     for number in range(reader.count - 1, -1, -1):
         record = reader.records(number, number + 1)[0]
-        if record["kind"] == Kind.CONTROL and reader.control(record)["type"] == "cut":
-            return Cut(now - 1, int(record["seq"]), int(record["time"]))
+        if record["kind"] == Kind.CONTROL:
+            message = reader.control(record)
+            if message["type"] == "cut":
+                return Cut(int(message["number"]), int(record["seq"]), int(record["time"]), interval)
     return None
+
+
+def _place(node: Node) -> Position:
+    return Position(node.interval, 0, node.seq, node.time_ns)
 
 
 def _point(row: PointRow) -> Point:
@@ -198,9 +205,11 @@ class Timeline:
         span = (since_ns // SECOND_NS, min(until // SECOND_NS + 1, now_ns // SECOND_NS))
         rows: dict[int, PointRow] = {}
         named: list[Point] = []
+        base_points = [p for p in self._base_points() if since_ns <= p.time_ns <= until]
         wanted: list[Point] = []
         for interval in reversed(self.journal.intervals):
             started = self._first_time(interval) // SECOND_NS
+            first_seq = self.journal.first_reader(interval).first_seq
             if started <= until // SECOND_NS:
                 found, controls = self._interval(interval, *span)
                 # One second may lie in several intervals: it is one point all the same.
@@ -208,28 +217,30 @@ class Timeline:
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
             points = named + [_point(r) for r in rows.values() if since_ns <= r.last_time_ns <= until]
             wanted = [p for p in points if kind is None or p.kind == kind]
-            enough = started < span[0] or (limit is not None and len(wanted) >= limit)
+            held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
+            enough = started < span[0] or (limit is not None and len(wanted) + len(held) >= limit)
             if enough and started < min(rows, default=started + 1):
                 break
+        if kind in (None, "bp"):
+            wanted += base_points
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
     def _named(self, interval: int, controls: list[tuple[int, int, dict[str, Any]]]) -> Iterator[Point]:
-        """The bookmarks and published base points of an interval."""
+        """The bookmarks of an interval."""
         state = self.journal.first_reader(interval).header.carry
         for seq, time_ns, message in controls:
             state = control.fold(state, message, seq=seq, time_ns=time_ns)
             if message["type"] == "mark":
-                name, kind = message["name"], "bookmark"
-            elif message["type"] == "cut" and self.published(message["number"]):
-                name, kind = f"bp:{message['number']}", "bp"
-            else:
-                continue
-            yield Point(kind, time_ns, seq, 0, 0, state.grade, name, state.session, state.evidence)
+                name = message["name"]
+                yield Point("bookmark", time_ns, seq, 0, 0, state.grade, name, state.session, state.evidence)
 
-    def published(self, number: int) -> bool:
-        """Is base point `number` there to be read?"""
-        return base_point_path(self.history.directory, number).exists()
+    def _base_points(self) -> list[Point]:
+        """Those whose files are there, whether the history around them is or not."""
+        return [
+            Point("bp", n.time_ns, n.seq, 0, 0, n.grade, f"bp:{n.number}", n.session, n.evidence)
+            for n in nodes(self.history.directory)
+        ]
 
     def count(self, *, now_ns: int) -> int:
         """Recovery points held."""
@@ -288,10 +299,10 @@ class Timeline:
             case Seq(seq):
                 return self._at_exact_seq(seq)
             case BasePoint(number):
-                cut = find_cut(self.journal, number)
+                cut = find_cut(self.journal, number) or self._node(number)
                 if cut is None:
                     raise NotFoundError(f"{name} has no base point {number}", hint=f"cdp bp list {name}")
-                return self.journal.at_seq(cut.seq)
+                return Position(cut.interval, 0, cut.seq, cut.time_ns)
             case Mark(mark):
                 found = self.bookmark(mark)
                 if found is None:
@@ -301,27 +312,55 @@ class Timeline:
                 return found
 
     def _at_exact_seq(self, seq: int) -> Position:
-        first, last = self.journal.first(), self.journal.last()
-        if seq < first.seq:
-            raise self._nowhere(Seq(seq), "before the history", None, first)
+        last = self.journal.last()
         if seq > last.seq:
             raise self._nowhere(Seq(seq), "after the newest record", last, None)
-        position = self.journal.at_seq(seq)
-        if position.seq != seq:
-            raise self._nowhere(Seq(seq), "inside a gap", position, self._after(position))
-        return position
+        position = self.journal.at_seq(seq) if seq >= self.journal.first().seq else None
+        if position is not None and position.seq == seq:
+            return position
+        kept = next((_place(n) for n in nodes(self.history.directory) if n.seq == seq), None)
+        if kept is not None:
+            return kept
+        if position is None or self.journal.ends_with(position):
+            raise self._dropped(Seq(seq), position, lambda place: place.seq <= seq)
+        raise self._nowhere(Seq(seq), "inside a gap", position, self._after(position))
 
     def _at_time(self, time_ns: int, now_ns: int, when: When) -> Position:
         if time_ns > now_ns:
             raise self._nowhere(when, "after now", self.journal.last(), None)
         position = self.journal.at_time(time_ns)
-        if position is None:
-            raise self._nowhere(when, "before the history", None, self.journal.first())
-        if position.time_ns < time_ns:
-            following = self._after(position)
-            if following is not None and self._is_gap(following):
-                raise self._nowhere(when, "inside a gap", position, following)
+        if position is not None and position.time_ns == time_ns:
+            return position
+        if position is None or self.journal.ends_with(position):
+            kept = next((_place(n) for n in nodes(self.history.directory) if n.time_ns == time_ns), None)
+            if kept is not None:
+                return kept
+            raise self._dropped(when, position, lambda place: place.time_ns <= time_ns)
+        following = self._after(position)
+        if following is not None and self._is_gap(following):
+            raise self._nowhere(when, "inside a gap", position, following)
         return position
+
+    def _node(self, number: int) -> Node | None:
+        return next((node for node in nodes(self.history.directory) if node.number == number), None)
+
+    def _dropped(
+        self, when: When, before: Position | None, is_before: Callable[[Position], bool]
+    ) -> UsageError:
+        """The refusal of an instant around which the history was dropped; `before` is the last record ahead of that."""
+        held = [before] if before is not None else []
+        held += [_place(node) for node in nodes(self.history.directory)]
+        after = self._after(before) if before is not None else self.journal.first()
+        held += [after] if after is not None else []
+        held.sort(key=lambda place: place.seq)
+        older = [place for place in held if is_before(place)]
+        newer = [place for place in held if not is_before(place)]
+        why = (
+            "not kept any more"
+            if older or self.journal.intervals[0] > FIRST_INTERVAL
+            else "before the history"
+        )
+        return self._nowhere(when, why, older[-1] if older else None, newer[0] if newer else None)
 
     def _after(self, position: Position) -> Position | None:
         for run in self.journal.runs(position.seq, 1 << 63, limit=1):

@@ -172,6 +172,34 @@ def check(path: Path) -> None:
         raise CorruptError(error.message, hint="it is written anew") from None
 
 
+def own_parts(image: Path) -> Iterator[tuple[int, int, int]]:
+    """(start, end, place) of what a QCOW2 file holds itself, without its backing file: bytes of the disk, and where they
+    are in the file, or -1 for zeros. BrokenError, CorruptError.
+    """
+    options = {
+        "driver": "qcow2",
+        "backing": None,
+        "file": {"driver": "file", "filename": str(image.absolute())},
+    }
+    said = _run(
+        ["qemu-img", "map", "-U", "--output=json", f"json:{json.dumps(options)}"],
+        doing=f"mapping {image.name}",
+    )
+    for part in json.loads(said):
+        if not part["present"]:
+            continue
+        start, end = part["start"], part["start"] + part["length"]
+        if part["zero"]:
+            yield start, end, -1
+        elif "offset" in part:
+            yield start, end, part["offset"]
+        else:
+            raise CorruptError(
+                f"{image.name} holds bytes that are compressed or encrypted",
+                hint="no base point of ours does",
+            )
+
+
 def import_base(source: Path, target: Path, *, format: str, progress: Progress = nobody) -> None:
     """Copy the image `source` with its backing files to the sparse raw file `target`, durable on return.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cdpserver import durable
+from cdpserver.basepoint import note_base_points
 from cdpserver.catalog.upgrade import add_locks_and_policies
 from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.events import EventLog
@@ -24,7 +25,10 @@ class Step:
     run: Callable[[StateDir], None]
 
 
-STEPS = (Step(1, "the catalog gets tables for locks and policies", add_locks_and_policies),)
+STEPS = (
+    Step(1, "the catalog gets tables for locks and policies", add_locks_and_policies),
+    Step(2, "each base point gets a note of what it holds", note_base_points),
+)
 
 
 def upgrade(state: StateDir, log: EventLog) -> None:

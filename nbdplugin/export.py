@@ -24,7 +24,8 @@ from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
 from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 from nbdplugin import serving, thread_state
 
 API_VERSION = 2

@@ -30,7 +30,8 @@ from cdpserver.state import StateDir
 from cdpserver.target.disk import Connection, TargetDisk
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline, create_timeline
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 from tests.model import BLOCK, Model, clip, read_log
 
 ROOT = Path(__file__).resolve().parent.parent

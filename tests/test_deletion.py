@@ -27,7 +27,8 @@ from cdpserver.service.prepare import bring_up_to_date, prepare
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.target.leftover import needs_recovery
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 from tests import whole
 from tests.core import forget_indexes
 from tests.whole import IDS, Instants, read_all

@@ -24,7 +24,7 @@ from cdpserver import limits
 from cdpserver.errors import CdpError
 from cdpserver.journal import segment
 from cdpserver.names import At, Latest, Mark, Seq
-from cdpserver.view import delta, extent, tail, view
+from cdpserver.view import delta, extent, history, tail, view
 from tests.core import INDEXER, PIECE, SECOND_NS, Line, World, check_log, check_view, replay_at, scratch
 from tests.model import BLOCK, LogRecord, read_log, seconds
 
@@ -264,8 +264,8 @@ class Histories(RuleBasedStateMachine):
         instants = line.model.instants
         if instants and len(self.opened) < 4:
             seq = instants[-1 - back % len(instants)]
-            history = view.History(self.world.state.path, line.timeline, self.world.boot)
-            self.opened.append((line, view.View(history, seq), seq))
+            opened = history.History(self.world.state.path, line.timeline, self.world.boot)
+            self.opened.append((line, view.View(opened, seq), seq))
         for held_line, held, seq in self.opened:
             check_view(held, held_line.model, seq)
 

@@ -15,7 +15,8 @@ from cdpserver.journal.control import Grade
 from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import CHANGES, Kind
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 from tests.core import INDEXER, Line, World, scratch
 
 MIB = 1 << 20

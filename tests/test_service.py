@@ -23,7 +23,7 @@ from cdpserver import basepoint, messages, qemu, timeline
 from cdpserver.errors import CorruptError
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 pytestmark = pytest.mark.real
 

@@ -21,9 +21,10 @@ from cdpserver.journal.record import Kind
 from cdpserver.view import view as view_module
 from cdpserver.view.delta import subtract, union
 from cdpserver.view.extent import Extent, coalesce
+from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Piece, _lay, advance
 from cdpserver.view.tail import Tail
-from cdpserver.view.view import History, View
+from cdpserver.view.view import View
 from tests.core import INDEXER, Line, World, check_view, path_of, scratch
 from tests.model import BLOCK
 

@@ -20,7 +20,8 @@ from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
 from cdpserver.state import StateDir
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 from tests.core import forget_indexes
 from tools.kit.processes import until
 from tools.kit.server import Server

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import timeline
-from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point, published
+from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point
 from cdpserver.check.damage import Damage, Effects, Finding
 from cdpserver.check.isolated import check_indexes
 from cdpserver.check.segments import SegmentCheck, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments
 from cdpserver.journal.segment import SegmentReader
+from cdpserver.nodes import published
 from cdpserver.timeline import Timeline
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 __all__ = ["Damage", "Report", "check_timeline"]
 

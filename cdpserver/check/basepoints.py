@@ -4,10 +4,8 @@ A base point is a file of QEMU's, so QEMU says whether it is whole; of its heade
 size are read here, because they decide what the chain means.
 """
 
-import os
 import re
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,19 +14,12 @@ from cdpserver import basepoint, qemu, timeline
 from cdpserver.check.damage import Finding
 from cdpserver.errors import BrokenError, CorruptError, NotFoundError
 from cdpserver.journal.firstcopy import base_lost
-from cdpserver.points import base_point_path
+from cdpserver.nodes import NUMBERED, base_point_path, published, read_header
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.view.delta import Delta
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 
-HEADER = struct.Struct(">4sIQIIQ")
-"""Start of a QCOW2 file: magic, version, backing file's offset, its length, cluster bits, size of the disk."""
-
-MAGIC = b"QFI\xfb"
-MAX_BACKING_NAME = 1023
-"""QEMU's own limit."""
-
-_NUMBERED = re.compile(r"bp-([0-9]{1,18})\.qcow2")
 _FORKED = re.compile(r"\.\./(t[0-9]{1,18})/bp-([0-9]{1,18})\.qcow2")
 
 AGAIN = "the journal still has this instant: the view DISK@bp:N is read from it"
@@ -67,12 +58,6 @@ def check_base(
                 yield Finding(what, state_dir / "timelines" / parent, 1, 0, hint="restore it")
 
 
-def published(directory: Path) -> list[int]:
-    """Numbers of the base points whose files are there."""
-    names = (_NUMBERED.fullmatch(name) for name in os.listdir(directory))
-    return sorted(int(match[1]) for match in names if match)
-
-
 def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS) -> Iterator[Finding]:
     """What is wrong with a published base point. BrokenError if qemu-img cannot be run."""
     directory = state_dir / "timelines" / timeline_.id
@@ -107,26 +92,11 @@ def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CU
         yield finding(f"qemu-img does not find base point {number} whole: {error.message}")
 
 
-def read_header(path: Path) -> tuple[str, int]:
-    """(backing file's name, size of the disk) of a QCOW2 file; CorruptError."""
-    with open(path, "rb") as file:
-        head = file.read(HEADER.size)
-        if len(head) < HEADER.size or head[:4] != MAGIC:
-            raise CorruptError(f"{path.name} is no QCOW2 file")
-        _, version, offset, length, _, size = HEADER.unpack(head)
-        if version != 3 or length > MAX_BACKING_NAME or offset > 1 << 21:
-            raise CorruptError(f"{path.name} has a header that no base point has")
-        file.seek(offset)
-        name = file.read(length)
-    if len(name) < length:
-        raise CorruptError(f"{path.name} is cut short")
-    return name.decode(errors="replace"), size
-
-
 def _is_backing(state_dir: Path, timeline_: Timeline, number: int, backing: str) -> bool:
     """May base point `number` stand on this file?"""
-    if number > 0:
-        return backing == f"bp-{number - 1}.qcow2"
+    match = NUMBERED.fullmatch(backing)
+    if match:
+        return int(match[1]) < number
     root = timeline_
     while isinstance(root.base, PointBase):
         # Which of its ancestors' base points was the newest depends on when this one was written.

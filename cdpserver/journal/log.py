@@ -17,6 +17,9 @@ from cdpserver.journal import control
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.journal.segment import SegmentReader
 
+FIRST_INTERVAL = 1
+"""A history begins with it; when it is not there, older history was dropped."""
+
 CACHED_READERS = 64
 """Open segments per journal reader: bounds file descriptors."""
 
@@ -229,6 +232,14 @@ class Journal:
         if number < 0:  # a segment without records
             return self.at_seq(reader.first_seq - 1)
         return Position(interval, segment, reader.first_seq + number, reader.time_of(number))
+
+    def ends_with(self, position: Position) -> bool:
+        """Is this the last record before a stretch of history that was dropped?"""
+        following = position.interval + 1
+        if position.interval == self._intervals[-1] or following in self._intervals:
+            return False
+        last = self.reader(position.interval, self.segments(position.interval)[-1])
+        return position.seq >= last.last_seq
 
     def at_time(self, time_ns: int) -> Position | None:
         """The newest record at or before a time; None before the first one."""

@@ -26,7 +26,7 @@ from cdpserver.retention.policy import Policy
 from cdpserver.service import processes
 from cdpserver.service.control import Targets
 from cdpserver.state import StateDir
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")

@@ -15,7 +15,7 @@ from cdpserver.names import format_time
 from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
 from cdpserver.timeline import PointBase, Timeline
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 UNSEALED = 2
 """Segments at the end of a journal whose logs may be allocated further than they are filled."""

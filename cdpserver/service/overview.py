@@ -22,7 +22,7 @@ from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
 from cdpserver.target.placement import worker_name
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 TARGET_S = 2.0
 """How long the target may take to answer: it takes milliseconds, and Prometheus gives up after ten seconds."""

@@ -27,7 +27,7 @@ from cdpserver.target import leftover
 from cdpserver.target.counts import NOT_TIMED, Counts, total
 from cdpserver.target.reads import LiveReads
 from cdpserver.timeline import Timeline
-from cdpserver.view.view import History
+from cdpserver.view.history import History
 
 Emit: TypeAlias = Callable[..., None]
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from cdpserver.limits import BLOCK
-from cdpserver.view.view import History, LiveView, View
+from cdpserver.view.history import History
+from cdpserver.view.view import LiveView, View
 
 
 class LiveReads:

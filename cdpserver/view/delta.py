@@ -14,7 +14,8 @@ from cdpserver.journal.record import CHANGES, Kind
 from cdpserver.limits import SECTOR
 from cdpserver.timeline import PointBase
 from cdpserver.view.extent import Extent
-from cdpserver.view.view import History, View
+from cdpserver.view.history import History
+from cdpserver.view.view import View
 
 Ranges: TypeAlias = npt.NDArray[np.int64]
 """Shape (n, 2): disjoint, ascending byte ranges [start, end)."""

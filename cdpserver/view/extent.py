@@ -37,11 +37,14 @@ class Files:
 
     def __init__(self) -> None:
         self._fds: OrderedDict[str, int] = OrderedDict()
+        self._kept: dict[str, int] = {}
 
     def fd(self, path: str) -> int:
         """The open file."""
         fd = self._fds.get(path)
         if fd is None:
+            if path in self._kept:
+                return self._kept[path]
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -53,7 +56,16 @@ class Files:
             self._fds.move_to_end(path)
         return fd
 
+    def keep(self, key: str, fd: int) -> None:
+        """Take over an open file that may have lost its name: it stays open, and is found as `key`."""
+        if key in self._kept:
+            os.close(fd)
+        else:
+            self._kept[key] = fd
+
     def close(self) -> None:
         """Close all."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
         while self._fds:
             os.close(self._fds.popitem()[1])

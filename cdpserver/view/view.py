@@ -8,20 +8,19 @@ A *same* piece sends the lookup back to the seq that it names; the writer made s
 Threads: none; every connection has a view of its own.
 """
 
-import fcntl
 import os
 from bisect import bisect_right
-from pathlib import Path
 
-from cdpserver import timeline as timeline_file
-from cdpserver.clock import boot_id
-from cdpserver.errors import CorruptError, RemovedError
+from cdpserver.errors import CorruptError
 from cdpserver.index.pieces import BLOCK_MASK, KIND_BITS, REST_MASK, SEGMENT_BITS
-from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.limits import BLOCK
-from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.nodes import Node, base_point_path
+from cdpserver.timeline import EmptyBase, ImageBase, PointBase
+from cdpserver.view.chain import Chain
 from cdpserver.view.extent import Extent, Files, coalesce
+from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Layer, Piece
 from cdpserver.view.tail import Tail
 
@@ -33,52 +32,6 @@ STATUS_RUNS = 64
 
 KEPT_REFS = 16
 """Views of older seqs kept for *same* records."""
-
-
-class History:
-    """A timeline opened for reading: its journal, its base, and a shared lease that holds it against removal."""
-
-    def __init__(self, state_dir: Path, timeline: Timeline, boot: str | None = None) -> None:
-        self.state_dir = state_dir
-        self.timeline = timeline
-        self.boot_id = boot or boot_id()
-        self.directory = state_dir / "timelines" / timeline.id
-        self._lease = _take_lease(self.directory)
-        self.journal = Journal(self.directory)
-        self.parent: History | None = None
-        if isinstance(timeline.base, PointBase):
-            parent_directory = state_dir / "timelines" / timeline.base.timeline
-            self.parent = History(state_dir, timeline_file.load(parent_directory), self.boot_id)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk."""
-        return self.timeline.size
-
-    def close(self) -> None:
-        """Close the journal and give the lease back."""
-        self.journal.close()
-        os.close(self._lease)
-        if self.parent is not None:
-            self.parent.close()
-
-
-def _take_lease(directory: Path) -> int:
-    try:
-        fd = os.open(directory / "lease", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if (directory / timeline_file.FILE).exists():
-            raise CorruptError(
-                f"{directory / 'lease'} is missing",
-                hint="nothing is lost: restart cdpserver, it makes it anew",
-            ) from None
-        raise RemovedError(f"timeline {directory.name} is gone") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise RemovedError(f"timeline {directory.name} is being removed") from error
-    return fd
 
 
 class View:
@@ -93,17 +46,17 @@ class View:
         self._older: list[int] = []
         self._refs: dict[int, View] = {}
         self._base_view: View | None = None
+        self._floor: Node | None = None
+        self._chain: Chain | None = None
         self._status: list[tuple[int, int, bool]] = []
         self._status_seq = -1
         self._open_layers()
 
     def _open_layers(self) -> None:
         """The newest interval, and every further one that its index does not hold whole."""
-        journal = self.history.journal
         if self.seq == 0:
             return
-        newest = journal.at_seq(self.seq).interval
-        self._older = [number for number in reversed(journal.intervals) if number <= newest]
+        self._older, self._floor = self.history.standing(self.seq)
         while self._older:
             if self._next_layer():
                 # The indexer goes in order: what is older than an indexed record is indexed.
@@ -213,6 +166,8 @@ class View:
         return runs
 
     def _base(self, offset: int, end: int, *, holes: bool) -> list[Extent]:
+        if self._floor is not None:
+            return self._node(self._floor, offset, end, holes=holes)
         base = self.history.timeline.base
         if isinstance(base, PointBase):
             if self._base_view is None:
@@ -231,6 +186,20 @@ class View:
         assert isinstance(base, EmptyBase)
         path = f"{self.history.directory}/base.raw"
         return self._raw(path, offset, end, least=self.size, holes=holes)
+
+    def _node(self, node: Node, offset: int, end: int, *, holes: bool) -> list[Extent]:
+        """The base point that stands where older history was."""
+        if self._chain is None:
+            path = base_point_path(self.history.directory, node.number)
+            self._chain = Chain(path, self.size, self.files)
+        extents: list[Extent] = []
+        root = self._chain.root
+        for part in self._chain.resolve(offset, end):
+            if root is not None and part[2] == root[0]:
+                extents.extend(self._raw(root[0], part[0], part[1], least=root[1], holes=holes))
+            else:
+                extents.append(part)
+        return extents
 
     def _raw(self, path: str, offset: int, end: int, *, least: int, holes: bool) -> list[Extent]:
         fd = self.files.fd(path)
@@ -321,6 +290,7 @@ class View:
         if self._base_view is not None:
             self._base_view._close_layers()
         self._layers, self._older, self._refs, self._base_view = [], [], {}, None
+        self._floor, self._chain = None, None
 
     def close(self) -> None:
         """Give everything back but the history."""
@@ -347,7 +317,8 @@ def fill(fd: int, part: memoryview, place: int, path: str) -> None:
     if done < len(part):
         if -(-os.fstat(fd).st_size // BLOCK) * BLOCK < place + len(part):
             raise CorruptError(
-                f"{path} ends before {place + len(part)}", hint="cdp check says what is missing"
+                f"{path.partition('#')[0]} ends before {place + len(part)}",
+                hint="cdp check says what is missing",
             )
         part[done:] = bytes(len(part) - done)
 
