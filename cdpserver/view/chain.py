@@ -119,7 +119,7 @@ class Chain:
             key = f"{path}#{os.fstat(fd).st_ino}"
             files.keep(key, fd)
             if path.suffix == ".raw":
-                self.root = (key, os.fstat(fd).st_size)
+                self.root = (key, os.fstat(files.fd(key)).st_size)
             else:
                 self._keys.append(key)
 

@@ -125,6 +125,26 @@ class View:
 
     def resolve(self, offset: int, end: int, *, holes: bool = False) -> list[Extent]:
         """Where bytes [offset, end) are. With `holes`, holes of the base come out as zeros."""
+        try:
+            return self._resolve(offset, end, holes=holes)
+        except (CorruptError, FileNotFoundError):
+            if not self._lost_ground():
+                raise
+            return self._resolve(offset, end, holes=holes)
+
+    def _lost_ground(self) -> bool:
+        """Was history that this view reads from dropped meanwhile? Then it stands on a base point from now on."""
+        self.history.journal.refresh()
+        used = {*(layer.interval for layer in self._layers), *self._older}
+        others = [*self._refs.values()] + ([self._base_view] if self._base_view is not None else [])
+        # Of all, not just of the first one.
+        lost = [not used <= set(self.history.journal.intervals), *(view._lost_ground() for view in others)]
+        if lost[0]:
+            self._close_layers()
+            self._open_layers()
+        return any(lost)
+
+    def _resolve(self, offset: int, end: int, *, holes: bool) -> list[Extent]:
         extents: list[Extent] = []
         for layer, (start, stop, _, value) in self.pieces(offset // BLOCK, -(-end // BLOCK)):
             low, high = max(start * BLOCK, offset), min(stop * BLOCK, end)
@@ -173,6 +193,7 @@ class View:
             if self._base_view is None:
                 assert self.history.parent is not None
                 parent = self.history.parent
+                parent.journal.refresh()  # it was listed when the fork was opened; some of it may be dropped
                 if parent.journal.at_seq(base.seq).seq != base.seq:
                     raise CorruptError(
                         f"{parent.timeline.full_name} has lost seq {base.seq}, which {self.history.timeline.full_name} stands on",
@@ -233,6 +254,14 @@ class View:
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         """Fill the buffer with the bytes from `offset` on."""
         target = memoryview(buffer)
+        try:
+            self._fill(target, offset)
+        except CorruptError:
+            if not self._lost_ground():
+                raise
+            self._fill(target, offset)
+
+    def _fill(self, target: memoryview, offset: int) -> None:
         for start, end, path, place in self.resolve(offset, offset + len(target)):
             part = target[start - offset : end - offset]
             if path is None:

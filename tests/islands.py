@@ -1,0 +1,95 @@
+"""Published base points for timelines of `core.World`, without a service: QCOW2 files by stock tools, notes by ours."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbd
+
+from cdpserver import basepoint, qemu
+from cdpserver.nodes import base_point_path, newest_at, write_note
+from cdpserver.points import find_cut
+from cdpserver.view.chain import write_map
+from cdpserver.view.history import History
+from tests.core import Line, remove
+from tests.model import BLOCK
+
+
+@contextmanager
+def writable(image: Path) -> Iterator[nbd.NBD]:
+    """An image, served for writing by qemu-nbd."""
+    with tempfile.TemporaryDirectory(prefix="cdp-") as room:
+        socket = f"{room}/s"
+        server = subprocess.Popen(
+            ["qemu-nbd", "-f", "qcow2", "-t", "-k", socket, "--discard=unmap", str(image)]
+        )
+        try:
+            while True:
+                client = nbd.NBD()
+                try:
+                    client.connect_unix(socket)
+                    break
+                except nbd.Error:
+                    assert server.poll() is None
+                    time.sleep(0.005)
+            yield client
+            client.flush()
+            client.shutdown()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def publish(line: Line, number: int) -> Path:
+    """Write base point `number` of a line as the service would: what differs from the node below, and a note."""
+    history = History(line.world.state.path, line.timeline, line.world.boot)
+    try:
+        cut = find_cut(history.journal, number)
+        assert cut is not None
+        under = basepoint.backing(history, cut)
+        path = base_point_path(line.directory, number)
+        backing = os.path.relpath(under.path, line.directory)
+        subprocess.run(
+            [
+                *("qemu-img", "create", "-q", "-f", "qcow2", "-o", qemu.OPTIONS, "-F", under.format),
+                *("-b", backing, str(path), str(line.timeline.size)),
+            ],
+            check=True,
+        )
+        below = line.model
+        seq = under.seq
+        if under.history.timeline.id != line.timeline.id:
+            assert line.model.parent is not None
+            below = line.model.parent
+        with writable(path) as image:
+            for at in range(0, line.timeline.size, BLOCK):
+                length = min(BLOCK, line.timeline.size - at)
+                new = line.model.read(cut.seq, at, length)
+                if new != below.read(seq, at, length):
+                    if new.strip(b"\0"):
+                        image.pwrite(new, at)
+                    else:
+                        image.zero(length, at)
+        path.chmod(0o444)
+        write_note(line.directory, basepoint.note(history, cut))
+        write_map(path)
+        return path
+    finally:
+        history.close()
+        if under.history is not history and under.history is not history.parent:
+            under.history.close()
+
+
+def drop(line: Line, interval: int) -> None:
+    """Take an interval away, as retention does."""
+    remove(line.directory / "intervals" / f"{interval:06d}")
+
+
+def newest(line: Line, seq: int) -> int:
+    """Number of the newest node at or before a seq; -1 without one."""
+    node = newest_at(line.directory, seq)
+    return node.number if node is not None else -1
