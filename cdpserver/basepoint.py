@@ -21,7 +21,7 @@ from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.record import CHANGES
-from cdpserver.nodes import Node, base_point_path, newest_at, nodes, note_path, published, write_note
+from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
 from cdpserver.points import Cut, cuts, find_cut
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
@@ -174,18 +174,21 @@ def changed_since_cut(history: History) -> bool:
 def note_base_points(state: StateDir) -> None:
     """2 -> 3: a note beside every published base point, from the journal. May be repeated.
 
-    A timeline that cannot be read is left alone: it has no base points until `note_what_is_missing` finds it readable.
+    A timeline that cannot be read is left alone: every start of the service tries again.
     """
     for directory in sorted(state.timelines.glob("t*")):
         with contextlib.suppress(CdpError, FileNotFoundError):
             note_what_is_missing(state, directory)
 
 
-def note_what_is_missing(state: StateDir, directory: Path) -> list[int]:
-    """Write lost notes of a timeline's base points anew, as far as the journal has their cuts; the numbers of the others."""
-    numbers = [n for n in published(directory) if not note_path(directory, n).exists()]
+def note_what_is_missing(state: StateDir, directory: Path) -> tuple[list[int], list[int]]:
+    """Write lost notes of a timeline's base points anew, as far as the journal has their cuts.
+
+    Returns (numbers of those, numbers of those that nobody can tell any more).
+    """
+    numbers = without_note(directory)
     if not numbers:
-        return []
+        return [], []
     history = History(state.path, timeline.load(directory))
     try:
         held = {cut.number: cut for cut in all_cuts(history)}
@@ -194,7 +197,7 @@ def note_what_is_missing(state: StateDir, directory: Path) -> list[int]:
                 write_note(directory, note(history, held[number]))
     finally:
         history.close()
-    return [number for number in numbers if number not in held]
+    return [n for n in numbers if n in held], [n for n in numbers if n not in held]
 
 
 # --- publishing

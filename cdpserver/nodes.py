@@ -90,12 +90,21 @@ def published(timeline: Path) -> list[int]:
 
 
 def nodes(timeline: Path) -> list[Node]:
-    """Every published base point that has a note, oldest first. CorruptError for a damaged note."""
+    """Every published base point that has a note, oldest first.
+
+    One whose note is lost or damaged is no node until the service's next start or `cdp check` finds it.
+    """
     found = []
     for number in published(timeline):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, CorruptError):
             found.append(read_note(timeline, number))
     return found
+
+
+def without_note(timeline: Path) -> list[int]:
+    """Numbers of the published base points that have no note, or a damaged one."""
+    noted = {node.number for node in nodes(timeline)}
+    return [number for number in published(timeline) if number not in noted]
 
 
 def newest_at(timeline: Path, seq: int) -> Node | None:

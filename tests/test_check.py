@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdpserver.basepoint import note_what_is_missing
 from cdpserver.check import Report, check_timeline
 from cdpserver.check.damage import Effects, Finding
 from cdpserver.check.segments import SegmentCheck
@@ -527,6 +528,7 @@ def make_base_point(disk: Disk, number: int, backing: str, *, fill: int = 0) -> 
     command = [part for write in writes for part in ("-c", write)]
     if command:
         subprocess.run(["qemu-io", *command, path.name], cwd=disk.directory, check=True)
+    note_what_is_missing(disk.state, disk.directory)
     return path
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cdpserver.check import check_timeline
 from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.journal.log import Journal
 from cdpserver.names import At, BasePoint, Seq
@@ -118,6 +119,8 @@ def test_the_beginning_can_go(line: Line) -> None:
     line.world.reboot(clean=False)
     churn(line, random.Random(8))
     check_some(line, line.model.instants[-20:])
+    report = check_timeline(line.world.state.path, line.timeline.id, boot_id=line.world.boot, full=True)
+    assert report.whole, report
     line.cut()
     publish(line, 5)
     with line.view(line.cuts[5]) as view:
@@ -128,6 +131,8 @@ def test_a_missing_interval_without_a_base_point_is_damage(line: Line) -> None:
     seqs = instants_of(line, 4)
     drop(line, 3)
     base_point_path(line.directory, 2).unlink()
+    report = check_timeline(line.world.state.path, line.timeline.id, boot_id=line.world.boot)
+    assert any("missing before this segment" in damage.finding.what for damage in report.damage)
     with pytest.raises(CorruptError, match=r"interval 3 .* is missing"), line.view(seqs[3]):
         pass
 

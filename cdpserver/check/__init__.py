@@ -20,7 +20,7 @@ from cdpserver.check.segments import SegmentCheck, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments
 from cdpserver.journal.segment import SegmentReader
-from cdpserver.nodes import published
+from cdpserver.nodes import nodes, published
 from cdpserver.timeline import Timeline
 from cdpserver.view.history import History
 
@@ -119,9 +119,10 @@ def _the_rest(
         return
     if begun:
         yield from check_base(state_dir, held, boot_id=boot_id, first_boot_id=_first_boot_id(directory))
+    known = _cuts(directory, check)
     for done, number in enumerate(files, start=1):
-        yield from check_base_point(state_dir, held, number, check.cuts)
-        if number not in check.cuts and not check.unsure:
+        yield from check_base_point(state_dir, held, number, known)
+        if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
             yield Finding(what, path, 0, 0, 0, 0, named=(f"bp:{number}",), hint="remove the file")
@@ -139,8 +140,14 @@ def _first_boot_id(directory: Path) -> str:
     return ""
 
 
+def _cuts(directory: Path, check: SegmentCheck) -> dict[int, tuple[int, int]]:
+    """(seq, time) of base points by number: as noted, and as the journal says where it still does."""
+    return {node.number: (node.seq, node.time_ns) for node in nodes(directory)} | check.cuts
+
+
 def _contents(history: History, check: SegmentCheck, progress: Progress) -> Iterator[Finding]:
-    files = [number for number in published(history.directory) if number in check.cuts]
+    known = _cuts(history.directory, check)
+    files = [number for number in published(history.directory) if number in known]
     for done, number in enumerate(files, start=1):
-        yield from compare_base_point(history, number, check.cuts[number])
+        yield from compare_base_point(history, number, known[number])
         progress("content of base points", done, len(files))

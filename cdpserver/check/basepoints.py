@@ -14,7 +14,7 @@ from cdpserver import basepoint, qemu, timeline
 from cdpserver.check.damage import Finding
 from cdpserver.errors import BrokenError, CorruptError, NotFoundError
 from cdpserver.journal.firstcopy import base_lost
-from cdpserver.nodes import NUMBERED, base_point_path, published, read_header
+from cdpserver.nodes import NUMBERED, base_point_path, published, read_header, without_note
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -74,6 +74,10 @@ def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CU
     except CorruptError as error:
         yield finding(error.message)
         return
+    if number in cuts and number in without_note(directory):
+        yield finding(
+            f"the note bp-{number}.json is missing or damaged: restart cdpserver, it writes it anew"
+        )
     if size != timeline_.size:
         yield finding(f"base point {number} is of a disk of {size} bytes, not {timeline_.size}")
     if not _is_backing(state_dir, timeline_, number, backing):

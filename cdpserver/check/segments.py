@@ -30,6 +30,7 @@ from cdpserver.journal.segment import (
     log_path,
 )
 from cdpserver.limits import MAX_CONTROL_BYTES, SECTOR, SEQ_JUMP
+from cdpserver.nodes import nodes
 from cdpserver.timeline import Timeline
 
 CHUNK = 8192
@@ -76,6 +77,9 @@ class SegmentCheck:
     _time_ns: int = 0
     _state: State | None = field(default_factory=State)
     _survey: recovery.Survey | None = None
+    _dropped: dict[int, int] = field(default_factory=dict)
+    """Interval that is gone to the seq that a base point holds of it."""
+
     _interval: int = 0
     _where: Path = field(default_factory=Path)
 
@@ -92,6 +96,8 @@ class SegmentCheck:
             # The newest interval may be one whose first segment is just being made.
             if not found and interval != held[-1] and (not places or places[-1][0] != interval):
                 places.append((interval, 0))
+        gone = (node for node in nodes(self.directory) if node.interval not in held)
+        self._dropped = {node.interval: node.seq for node in gone}
         self._survey = self._survey_unclean()
         for self._interval, number in places:
             if number:
@@ -192,6 +198,9 @@ class SegmentCheck:
         if header.interval != self._interval:
             self._say(f"the segment says that it is of interval {header.interval}")
         first_seq = header.first_seq
+        if self._dropped.get(self._interval - 1) == first_seq - 1:
+            # Older history was dropped: a base point stands in its place.
+            self._next_seq, self._state = first_seq, header.carry
         # After an unclean host boot the seq jumps.
         if self._next_seq is not None and not self._next_seq + SEQ_JUMP - 1 <= first_seq != self._next_seq:
             if first_seq > self._next_seq:

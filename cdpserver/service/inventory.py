@@ -4,11 +4,12 @@ What can be made anew without a loss is made anew; either way an event names the
 `cdp check` can tell (segments, base points, base images) is left to it.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
-from cdpserver import durable
-from cdpserver.errors import CorruptError
+from cdpserver import basepoint, durable
+from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, previous_file
 from cdpserver.service import images
 from cdpserver.state import StateDir
@@ -36,10 +37,22 @@ def look(state: StateDir, log: EventLog) -> None:
             if directory.is_dir() and not (directory / lock).exists():
                 (directory / lock).touch(0o644)
                 _say(log, f"timelines/{directory.name}/{lock}", "nothing is lost: it is made anew")
+        with contextlib.suppress(CdpError, FileNotFoundError):
+            _look_at_notes(state, directory, log)
     for raw in sorted(state.bases.glob("b*.raw")):
         if not images.is_noted(raw):
             meaning = "nothing is lost: the image is imported once more for the next disk on it"
             _say(log, f"bases/{raw.stem}.json", meaning)
+
+
+def _look_at_notes(state: StateDir, directory: Path, log: EventLog) -> None:
+    written, lost = basepoint.note_what_is_missing(state, directory)
+    for number in written:
+        meaning = "nothing is lost: it is written anew from the journal"
+        _say(log, f"timelines/{directory.name}/bp-{number}.json", meaning)
+    for number in lost:
+        meaning = f"bp:{number} cannot be named any more; bp-{number}.qcow2 still reads with QEMU's tools"
+        _say(log, f"timelines/{directory.name}/bp-{number}.json", meaning)
 
 
 def look_at_clock(state: StateDir, log: EventLog) -> None:
