@@ -109,7 +109,7 @@ _FORMATS: dict[str, Callable[[object], str]] = {
     "size": show_size,
     "bytes": show_bytes,
     "journal_bytes": show_bytes,
-    "durable_lag_ns": show_lag,
+    "lag_ns": show_lag,
     "time_ns": show_time,
     "created_ns": show_time,
     "age": show_age,

@@ -29,7 +29,7 @@ DISK_COLUMNS = (
     Column("state"),
     Column("points", right=True),
     Column("journal_bytes", "journal", right=True),
-    Column("durable_lag_ns", "durable lag", right=True),
+    Column("lag_ns", "lag", right=True),
     Column("uri"),
 )
 POINT_COLUMNS = (

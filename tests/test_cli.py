@@ -265,10 +265,10 @@ def test_the_state_directory_may_come_after_the_command(service: Service) -> Non
 
 
 def test_a_table_in_a_pipe_is_plain(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    service.answer = [DISK | {"points": 7, "journal_bytes": 3 << 20, "durable_lag_ns": 1_500_000}]
+    service.answer = [DISK | {"points": 7, "journal_bytes": 3 << 20, "lag_ns": 1_500_000}]
     assert call(service, capsys, "disk", "list")[1] == (
-        "name     size  state  points  journal  durable lag  uri\n"
-        "web/vda   64M  empty       7     3.0M       0.002s  nbd+unix:///web/vda?socket=x\n"
+        "name     size  state  points  journal     lag  uri\n"
+        "web/vda   64M  empty       7     3.0M  0.002s  nbd+unix:///web/vda?socket=x\n"
     )
 
 
@@ -283,16 +283,16 @@ def test_a_point_shows_its_time_in_full(service: Service, capsys: pytest.Capture
 
 
 def test_one_thing_is_shown_field_by_field(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
-    service.answer = DISK | {"durable_lag_ns": 20_000_000, "session": 2, "synced": True, "vm": None}
+    service.answer = DISK | {"lag_ns": 20_000_000, "session": 2, "synced": True, "vm": None}
     assert call(service, capsys, "disk", "show", "vda")[1].splitlines() == [
-        "name         web/vda",
-        "vm           -",
-        "size         64M",
-        "state        empty",
-        "uri          nbd+unix:///web/vda?socket=x",
-        "durable_lag  0.020s",
-        "session      2",
-        "synced       yes",
+        "name     web/vda",
+        "vm       -",
+        "size     64M",
+        "state    empty",
+        "uri      nbd+unix:///web/vda?socket=x",
+        "lag      0.020s",
+        "session  2",
+        "synced   yes",
     ]
 
 

@@ -513,7 +513,7 @@ def test_a_forwarded_disk_does_all_that_a_disk_does(forwarded: tuple[Server, str
     assert client.get_size() == SIZE
     client.pwrite(pattern(2, 1 << 20), 1 << 20)
     client.pwrite(pattern(3), 4096, nbd.CMD_FLAG_FUA)
-    assert server.get("/v1/disks/d")["durable_lag_ns"] == 0, "FUA reached the owner"
+    assert server.get("/v1/disks/d")["lag_ns"] == 0, "FUA reached the owner"
     client.zero(8192, 1 << 20)
     client.trim(4096, (1 << 20) + 8192)
     client.flush()

@@ -60,7 +60,7 @@ def _head(core: Core, entry: Entry, found: Timeline | None) -> dict[str, Any]:
         "synced": False,
         "write_blocking": False,
         "grade": Grade.UNORDERED.label,
-        "durable_lag_ns": 0,
+        "lag_ns": 0,
         "durable_seq": 0,
         "last_seq": 0,
         "journal_bytes": 0,

@@ -148,7 +148,7 @@ class Overview:
         complete = behind.complete_ns(journal)
         return {
             "lag_ns": 0 if complete is None else max(0, now_ns - (complete or entry.created_ns)),
-            "durable_lag_ns": status.get("durable_lag_ns", 0) if look.asked(entry) else None,
+            "durable_lag_ns": status.get("lag_ns", 0) if look.asked(entry) else None,
             "tail_records": tail.records,
             "index_lag_ns": 0 if tail.oldest_ns is None else max(0, now_ns - tail.oldest_ns),
             "last_base_point": self._base_point(entry, history),

@@ -1,7 +1,7 @@
 """After the target was killed and is back: journals that it had open are opened again, so that their tails become durable.
 
 A kill loses nothing acknowledged, but only an open journal is committed twice a second; a client that does not come back would
-leave its last records to the kernel's own writeback, and `durable_lag_ns` unknown.
+leave its last records to the kernel's own writeback, and `lag_ns` unknown.
 """
 
 from collections.abc import Sequence

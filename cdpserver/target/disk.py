@@ -132,7 +132,7 @@ class TargetDisk:
             "last_seq": self.journal.last_seq,
             # Without its base a history is worth nothing.
             "durable_seq": self.journal.durable_seq if self._base_durable else 0,
-            "durable_lag_ns": self.journal.lag_ns(),
+            "lag_ns": self.journal.lag_ns(),
             **shared,
         }
 

@@ -45,7 +45,7 @@ class Lags:
             while not self._ended.wait(LOOK_S):
                 for worker in self._workers:
                     said = worker.ask("status").values()
-                    self.seconds += [each["durable_lag_ns"] / 1e9 for each in said if each["clients"]]
+                    self.seconds += [each["lag_ns"] / 1e9 for each in said if each["clients"]]
         except Exception as error:  # noqa: BLE001 - raised where the lags are used
             self.failed = error
 

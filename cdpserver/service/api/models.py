@@ -193,7 +193,7 @@ class Disk(Answer):
     synced: bool
     write_blocking: bool
     grade: str
-    durable_lag_ns: int
+    lag_ns: int
     durable_seq: Count
     last_seq: Count
     journal_bytes: Count
