@@ -164,6 +164,22 @@ def convert_delta(uri: str, path: Path, *, backing: Path, format: str, progress:
     _run_told(command, doing=f"writing {path.name}", progress=progress, cwd=path.parent)
 
 
+def copy(path: Path, to: Path) -> None:
+    """Copy a file as it is, sharing its blocks where the file system can. Not durable yet."""
+    command = ["cp", "--reflink=auto", "--sparse=always", str(path.absolute()), str(to.absolute())]
+    _run(command, doing=f"copying {path.name}")
+
+
+def rebase(path: Path, backing: str, *, format: str, progress: Progress = nobody) -> None:
+    """Let a QCOW2 file stand on `backing`, named relative to it, and hold what it held: differences are copied into it.
+
+    Zeros that it must hold now become zero clusters; without detect-zeroes they would be written out.
+    """
+    image = f"driver=qcow2,file.driver=file,file.filename={path.name},detect-zeroes=on"
+    command = ["qemu-img", "rebase", "-p", "--image-opts", "-b", backing, "-F", format, image]
+    _run_told(command, doing=f"merging into {path.name}", progress=progress, cwd=path.parent)
+
+
 def check(path: Path) -> None:
     """CorruptError unless qemu-img finds a QCOW2 file whole."""
     try:
@@ -221,8 +237,11 @@ def import_base(source: Path, target: Path, *, format: str, progress: Progress =
 
 
 @contextlib.contextmanager
-def serve(path: Path, at: Path, *, format: str = "qcow2") -> Iterator[str]:
-    """Serve an image read-only on a Unix socket of its own for as long as the context lasts; the URI."""
+def serve(path: Path, at: Path, *, format: str = "qcow2", depth: bool = False) -> Iterator[str]:
+    """Serve an image read-only on a Unix socket of its own for as long as the context lasts; the URI.
+
+    With `depth` it also says in which file of the chain a block is (`qemu:allocation-depth`).
+    """
     at.unlink(missing_ok=True)
     command = [
         "qemu-nbd",
@@ -234,6 +253,7 @@ def serve(path: Path, at: Path, *, format: str = "qcow2") -> Iterator[str]:
         "-t",
         "-k",
         str(at.absolute()),
+        *(["-A"] if depth else []),
         str(path.absolute()),
     ]
     server = subprocess.Popen(

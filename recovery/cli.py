@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
+from recovery import chain_tree
 from recovery.output import printable
 from recovery.retention_tree import add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seeing(commands)
     _add_disk(commands)
     _add_points(commands)
+    chain_tree.add(commands)
     _add_fork(commands)
     add_retention(commands)
     _add_events(commands)

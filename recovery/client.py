@@ -127,6 +127,15 @@ class Client:
             raise self._strange("an answer without a URI")
         return uri
 
+    def tree(self, name: str) -> Object:
+        """What follows on what."""
+        return self._object("GET", _disk(name, "tree"))
+
+    def merge(self, name: str, *, verb: str, point: str, base: str | None) -> Object:
+        """Delete, pull or commit a base point."""
+        body = {"verb": verb, "point": point} | ({} if base is None else {"base": base})
+        return self._long("POST", _disk(name, "merge"), body=body)
+
     # -- locks ---------------------------------------------------------------------------------------------------
 
     def add_lock(self, point: str, *, until: str | None, reason: str | None, immutable: bool) -> Object:

@@ -108,13 +108,13 @@ def disk_remove(options: Namespace) -> None:
     """Remove a disk and its history, after asking."""
     service = client(options)
     if not options.yes:
-        if not _on_a_terminal():
+        if not on_a_terminal():
             raise UsageError(
                 f"removing {options.name} loses its whole history, and there is no terminal to ask at",
                 hint="to remove it all the same, add --yes",
             )
         disk = service.disk(options.name)
-        _ask(f"Remove disk {options.name} ({_extent_of(disk)}) with its whole history?")
+        ask(f"Remove disk {options.name} ({_extent_of(disk)}) with its whole history?")
     _answer_removed(options, service.remove_disk(options.name))
 
 
@@ -187,19 +187,20 @@ def fork_list(options: Namespace) -> None:
 def fork_remove(options: Namespace) -> None:
     """Remove a fork; at a terminal only after asking."""
     service = client(options)
-    if not options.yes and _on_a_terminal():
-        _ask(f"Remove fork {options.name} with all that was written to it?")
+    if not options.yes and on_a_terminal():
+        ask(f"Remove fork {options.name} with all that was written to it?")
     _answer_removed(options, service.remove_fork(options.name))
 
 
 # --- asking
 
 
-def _on_a_terminal() -> bool:
+def on_a_terminal() -> bool:
+    """Is there somebody to ask?"""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def _ask(question: str) -> None:
+def ask(question: str) -> None:
     """UsageError unless the operator says yes. Asked on stderr: stdout holds answers only."""
     sys.stderr.write(f"{printable(question)} [y/N] ")
     sys.stderr.flush()

@@ -38,7 +38,7 @@ STAGES = (
     ("cdpserver.journal", "cdpserver.nodes"),
     ("cdpserver.index",),
     ("cdpserver.view",),
-    ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.upgrade"),
+    ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.upgrade", "cdpserver.chain"),
     ("cdpserver.retention",),
     ("cdpserver.target",),
     ("nbdplugin",),

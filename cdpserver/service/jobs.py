@@ -7,6 +7,7 @@ Numbers are not given twice: the next one is kept in `run/jobs.json` (without fs
 import json
 import os
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +21,9 @@ from cdpserver.events import EventLog
 from cdpserver.names import format_time
 
 Work: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
+
+current: ContextVar[str] = ContextVar("current", default="the service")
+"""The name of the job that is at work in this context."""
 
 MAX_RUNNING = 100
 """Each may hold a process; a client that starts more has lost count."""
@@ -126,6 +130,7 @@ class Jobs:
 
     async def _run(self, job: Job, work: Work) -> None:
         progress.hearer.set(job.hear)
+        current.set(job.name)
         said: dict[str, Any] = {"job": job.name, "kind": job.kind, "disk": job.target}
         try:
             with job.scope:

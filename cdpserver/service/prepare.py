@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cdpserver import durable, events
 from cdpserver.catalog import Catalog
+from cdpserver.chain import merge
 from cdpserver.clock import Clock, fix_clock
 from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
@@ -81,5 +82,10 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
         log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
     for sentence in Catalog.recover(state):
         log.emit("service.catalog-recovered", level="warning", said=sentence)
+    done, failed = merge.finish_all(state)
+    for sentence in done:
+        log.emit("snapshot.finished", said=sentence)
+    for sentence in failed:
+        log.emit("snapshot.unfinished", level="warning", reason=sentence)
     inventory.look(state, log)
     return clock, Catalog.open(state, writable=True)

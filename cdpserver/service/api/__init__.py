@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 import cdpserver
+from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import jobs as job_routes
@@ -29,6 +30,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
+from cdpserver.service.merges import Merges
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
@@ -43,7 +45,15 @@ def _operation_id(route: APIRoute) -> str:
     return route.name
 
 
-ADMINS_ONLY = {"add_disk", "remove_disk", "remove_fork", "set_policy", "clear_policy", "remove_lock"}
+ADMINS_ONLY = {
+    "add_disk",
+    "remove_disk",
+    "remove_fork",
+    "merge_base_points",
+    "set_policy",
+    "clear_policy",
+    "remove_lock",
+}
 """What loses history, or lets a disk use the store."""
 
 
@@ -93,6 +103,7 @@ def build(
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
+    app.include_router(chain_routes.routes(answers, long, Merges(core)))
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))

@@ -6,10 +6,12 @@ import trio
 from fastapi import APIRouter, Header, Path, Query
 from starlette.responses import Response
 
+from cdpserver import messages
+from cdpserver.errors import RefusedError
 from cdpserver.service.api import models, paging
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.paging import PageSize, PageToken
-from cdpserver.service.jobs import Jobs, Work
+from cdpserver.service.jobs import Job, Jobs, Work
 
 MAX_WAIT_S = 60.0
 """A client that waits longer asks again: connections that say nothing are taken for dead."""
@@ -37,12 +39,28 @@ class Long:
 
     async def answer(self, prefer: str | None, kind: str, target: str, work: Work) -> Response:
         """What the work answers, or its job."""
-        asked = {part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")}
-        if "respond-async" not in asked:
+        if not _is_asynchronous(prefer):
             return await self._answers.one(await work())
+        return await self._accepted(self._jobs.start(kind, target, work))
+
+    async def answer_job(self, prefer: str | None, kind: str, target: str, work: Work) -> Response:
+        """The same for work that is always a job, so that others can name it and it outlives whoever asked."""
         job = self._jobs.start(kind, target, work)
+        if _is_asynchronous(prefer):
+            return await self._accepted(job)
+        await job.ended.wait()
+        messages.raise_error(job.error or {})
+        if job.result is None:
+            raise RefusedError(f"{job.name} was cancelled", hint="start it again")
+        return await self._answers.one(job.result)
+
+    async def _accepted(self, job: Job) -> Response:
         headers = {"Location": f"/v1/{job.name}", "Preference_Applied": "respond-async"}
         return await self._answers.one(job.as_dict(), 202, **headers)
+
+
+def _is_asynchronous(prefer: str | None) -> bool:
+    return "respond-async" in {part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")}
 
 
 def routes(answers: Answers, jobs: Jobs) -> APIRouter:

@@ -68,6 +68,14 @@ class Mark(Body):
     name: Text
 
 
+class Merge(Body):
+    """POST /v1/disks/NAME:merge"""
+
+    verb: Literal["delete", "pull", "commit"]
+    point: Text = Field(description="The base point, as WHEN.", examples=["bp:7"])
+    base: Text | None = Field(None, description="For pull and commit: how far down.", examples=["bp:3"])
+
+
 class AddFork(Body):
     """POST /v1/forks"""
 
@@ -272,6 +280,28 @@ class BasePoint(Answer):
     path: str
     time_ns: Count
     seq: Count
+
+
+class Branch(Answer):
+    """A disk, base point, fork or locked point, and what follows on it."""
+
+    kind: Literal["disk", "bp", "fork", "point"]
+    name: str = Field(examples=["bp:7"])
+    time_ns: Count
+    size_bytes: Count = Field(
+        description="Of a base point its file, of a disk or fork all of it with its forks."
+    )
+    locked: bool
+    children: list["Branch"]
+
+
+class Merged(Answer):
+    """What a merge did."""
+
+    disk: str
+    stays: str = Field(description="The base point whose file was written anew.", examples=["bp:7"])
+    removed: list[str] = Field(description="Base points that are no more, oldest first.", examples=[["bp:3"]])
+    freed_bytes: int
 
 
 class Event(Answer):

@@ -1,0 +1,426 @@
+"""Chains of base points: trees, merges by stock tools, what stands in their way, and their death at every step."""
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpserver import durable, qemu
+from cdpserver.catalog import Catalog, Row
+from cdpserver.chain import lock, merge, same
+from cdpserver.chain.plan import VERBS, Link, Merge, Verb, plan
+from cdpserver.chain.tree import MAX_BASE_POINTS, Branch, tree
+from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
+from cdpserver.journal.log import interval_path
+from cdpserver.nodes import base_point_path, read_header
+from cdpserver.state import StateDir
+from tests.chains import START_NS, Forest, Line
+
+
+@pytest.fixture
+def forest(tmp_path: Path) -> Iterator[Forest]:
+    made = Forest(tmp_path / "s")
+    yield made
+    made.close()
+
+
+def do(forest: Forest, line: Line, verb: Verb, number: int, base: int | None = None) -> dict[str, Any]:
+    """A merge, told to the model as well."""
+    said = merge.merge(forest.state, forest.catalog, line.id, verb, number, base=base)
+    for name in said["removed"]:
+        del line.content[int(name.removeprefix("bp:"))]
+    return said
+
+
+# --- plans
+
+
+CHAIN = [Link(0, "base.raw"), Link(2, "bp-0.qcow2"), Link(3, "bp-2.qcow2"), Link(7, "bp-3.qcow2")]
+FREE: dict[int, list[str]] = {7: ["the next base point will stand on it"]}
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "base", "expected"),
+    [
+        ("delete", 0, None, Merge(2, "base.raw", (0,))),
+        ("delete", 3, None, Merge(7, "bp-2.qcow2", (3,))),
+        ("pull", 7, 0, Merge(7, "bp-0.qcow2", (3, 2))),
+        ("pull", 3, None, Merge(3, "base.raw", (2, 0))),
+        ("commit", 3, None, Merge(3, "bp-0.qcow2", (2,))),
+        ("commit", 7, 2, Merge(7, "bp-0.qcow2", (3, 2))),
+        ("commit", 7, 0, Merge(7, "base.raw", (3, 2, 0))),
+    ],
+)
+def test_a_plan(verb: Verb, number: int, base: int | None, expected: Merge) -> None:
+    assert plan(CHAIN, verb, number, base, FREE, "d") == expected
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "base", "kind", "says"),
+    [
+        ("delete", 7, None, RefusedError, "bp:7 of d must stay: the next base point"),
+        ("delete", 1, None, NotFoundError, "d has no base point 1"),
+        ("delete", 2, 0, UsageError, "a delete has no base"),
+        ("pull", 3, 1, NotFoundError, "d has no base point 1"),
+        ("pull", 3, 3, UsageError, "bp:3 is not below bp:3"),
+        ("commit", 3, 7, UsageError, "bp:7 is not below bp:3"),
+        ("pull", 3, 2, RefusedError, "nothing lies below bp:3 that could go"),
+        ("pull", 0, None, RefusedError, "nothing lies below bp:0 that could go"),
+        ("commit", 0, None, RefusedError, "nothing lies below bp:0 that could go"),
+    ],
+)
+def test_what_cannot_be_planned(
+    verb: Verb, number: int, base: int | None, kind: type[CdpError], says: str
+) -> None:
+    with pytest.raises(kind, match=says) as refused:
+        plan(CHAIN, verb, number, base, FREE, "d")
+    assert refused.value.hint
+
+
+def test_a_chain_that_is_none_is_not_merged() -> None:
+    with pytest.raises(CorruptError, match=r"bp:3 of d stands on bp-1.qcow2, not on bp:2"):
+        plan([*CHAIN[:2], Link(3, "bp-1.qcow2"), CHAIN[3]], "delete", 0, None, FREE, "d")
+
+
+def test_what_must_stay_says_why() -> None:
+    with pytest.raises(RefusedError, match=r"bp:2 of d must stay: it is locked; a fork stands on it"):
+        plan(CHAIN, "pull", 7, 0, {2: ["it is locked", "a fork stands on it"]}, "d")
+
+
+# --- the tree
+
+
+def names(branch: Branch) -> Any:
+    """The tree as nested names."""
+    return [branch.name, *(names(child) for child in branch.children)]
+
+
+def test_a_tree(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    forest.fork("rescue", disk, 1, 2)
+    forest.catalog.put_row("locks", Row("k1", 1, {"timeline": disk.id, "seq": 20, "time_ns": 5}))
+    forest.catalog.put_row("locks", Row("k2", 1, {"timeline": disk.id, "seq": 25, "time_ns": START_NS}))
+    forest.catalog.put_row("locks", Row("k3", 1, {"timeline": disk.id, "seq": 3, "time_ns": START_NS}))
+    found = tree(forest.state, forest.catalog, "web")
+    fork = ["rescue", ["bp:0", ["bp:1"]]]
+    assert names(found) == ["web", ["seq:3"], ["bp:0", ["bp:1", fork, ["seq:25"], ["bp:2"]]]]
+    value = found.as_dict()
+    assert list(value) == ["kind", "name", "time_ns", "size_bytes", "locked", "children"]
+    first = value["children"][1]
+    second = first["children"][0]
+    assert [value["kind"], first["kind"], second["children"][0]["kind"]] == ["disk", "bp", "fork"]
+    assert [first["locked"], second["locked"], second["children"][1]["locked"]] == [False, True, True]
+    assert first["time_ns"] == START_NS and second["time_ns"] == START_NS + 1
+    assert first["size_bytes"] == disk.path(0).stat().st_blocks * 512 > 0
+    whole = subprocess.run(
+        ["du", "-s", "-B1", "--apparent-size", forest.state.timelines], capture_output=True, check=True
+    )
+    assert 0 < value["size_bytes"] <= int(whole.stdout.split()[0]) * 2
+    below = value["size_bytes"] - second["children"][0]["size_bytes"]
+    assert below >= sum(disk.path(n).stat().st_blocks * 512 for n in range(3))
+
+
+def test_the_tree_of_a_long_chain_is_as_deep_as_it(tmp_path: Path) -> None:
+    deep = Branch("bp", "bp:0", 0, 0, False, ())
+    for _ in range(3 * MAX_BASE_POINTS):
+        deep = Branch("bp", "bp", 0, 0, False, (deep,))
+    assert deep.as_dict()["children"][0]["children"]
+
+
+def test_no_tree_of_what_is_not_there(forest: Forest) -> None:
+    with pytest.raises(NotFoundError, match="there is no disk 'web'"):
+        tree(forest.state, forest.catalog, "web")
+    disk = forest.disk("web", 1)
+    (disk.directory / "bp-0.json").write_text("{}")
+    with pytest.raises(CorruptError, match="is damaged"):
+        tree(forest.state, forest.catalog, "web")
+
+
+# --- merges
+
+
+def test_delete_pull_and_commit(forest: Forest) -> None:
+    disk = forest.disk("web", 7)
+    assert do(forest, disk, "delete", 1) | {"freed_bytes": 0} == {
+        "disk": "web",
+        "stays": "bp:2",
+        "removed": ["bp:1"],
+        "freed_bytes": 0,
+    }
+    assert read_header(disk.path(2))[0] == "bp-0.qcow2"
+    forest.check()
+    assert do(forest, disk, "pull", 4, 2)["removed"] == ["bp:3"]
+    assert read_header(disk.path(4))[0] == "bp-2.qcow2"
+    forest.check()
+    assert do(forest, disk, "commit", 5)["removed"] == ["bp:4"]
+    assert read_header(disk.path(5))[0] == "bp-2.qcow2"
+    forest.check()
+    assert do(forest, disk, "commit", 6, 2)["removed"] == ["bp:2", "bp:5"]
+    forest.check()
+    assert do(forest, disk, "pull", 6)["removed"] == ["bp:0"]
+    assert read_header(disk.path(6))[0] == "base.raw"
+    forest.check()
+    assert not disk.path(6).stat().st_mode & 0o222
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_merges(tmp_path: Path, seed: int) -> None:
+    """Whatever is merged, every base point that stays is bit-exact, of forks too; what is refused changes nothing."""
+    forest = Forest(tmp_path / "s", seed, size=(1 << 20) + 512 * (seed % 2))
+    dice = random.Random(seed)
+    disk = forest.disk("web", 5)
+    at = dice.randrange(5)
+    fork = forest.fork("rescue", disk, at, 3)
+    forest.fork("unused", disk, 2, 0)
+    outcomes = set()
+    for _ in range(9):
+        line = dice.choice((disk, disk, fork))
+        verb = dice.choice(VERBS)
+        number = dice.choice(list(line.content))
+        base = dice.choice([None, *line.content]) if verb != "delete" else None
+        kept = {at, max(disk.content)} if line is disk else {max(fork.content)}
+        before = {path.name: path.stat().st_ino for path in line.directory.glob("bp-*")}
+        try:
+            do(forest, line, verb, number, base)
+            outcomes.add("merged")
+        except (RefusedError, UsageError):
+            assert before == {path.name: path.stat().st_ino for path in line.directory.glob("bp-*")}
+            outcomes.add("refused")
+        assert kept <= set(line.content)
+        if dice.random() < 0.4:
+            forest.cut(line, Path(), b"")
+        forest.check()
+    assert outcomes == {"merged", "refused"}
+    forest.close()
+
+
+def test_zeros_stay_zeros(tmp_path: Path) -> None:
+    """What a base point zeroed costs nothing where it is merged to."""
+    forest = Forest(tmp_path / "s", size=64 << 20)
+    disk = forest.disk("web", 3)
+    (disk.directory / "base.raw").write_bytes(b"x" * forest.size)
+    for number, zero in ((0, False), (1, True), (2, False)):
+        path = disk.path(number)
+        path.unlink()
+        backing = disk.path(number - 1) if number else disk.directory / "base.raw"
+        qemu.create_overlay(path, backing=backing, format="qcow2" if number else "raw", size=forest.size)
+        if zero:
+            subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -z 0 64M", path], check=True)
+        disk.content[number] = bytes(forest.size) if number else b"x" * forest.size
+    do(forest, disk, "delete", 1)
+    forest.check()
+    assert disk.path(2).stat().st_blocks * 512 < 1 << 20
+    forest.close()
+
+
+def test_open_files_read_on(forest: Forest) -> None:
+    """Who serves a base point while it is merged, or one that goes, goes on reading what it was."""
+    import nbd
+
+    disk = forest.disk("web", 4)
+    held = dict(disk.content)
+    with (
+        qemu.serve(disk.path(2), forest.state.run / "2.sock") as second,
+        qemu.serve(disk.path(1), forest.state.run / "1.sock") as first,
+    ):
+        for number, uri in ((2, second), (1, first)):
+            client = nbd.NBD()
+            client.connect_uri(uri)
+            if number == 2:
+                do(forest, disk, "pull", 2)
+            assert client.pread(forest.size, 0) == held[number]
+            client.shutdown()
+    forest.check()
+
+
+# --- what must stay
+
+
+def refused(forest: Forest, line: Line, number: int, why: str) -> None:
+    with pytest.raises(RefusedError, match=why) as error:
+        do(forest, line, "delete", number)
+    assert "cdp snapshot tree" in error.value.hint
+    forest.check()
+
+
+def test_what_must_stay(forest: Forest) -> None:
+    disk = forest.disk("web", 5)
+    fork = forest.fork("rescue", disk, 1, 2)
+    forest.fork("deeper", fork, 0, 1)
+    forest.catalog.put_row("locks", Row("k1", 1, {"timeline": disk.id, "seq": 30, "time_ns": 5}))
+    refused(forest, disk, 4, "bp:4 of web must stay: the next base point will stand on it")
+    refused(forest, disk, 1, "the fork rescue stands on it")
+    refused(forest, disk, 2, "it is locked")
+    refused(forest, fork, 0, "the fork deeper stands on it")
+    do(forest, disk, "delete", 3)
+    interval_path(disk.directory, 1).rmdir()
+    refused(forest, disk, 0, "the journal after it reads from it, since what was before is dropped")
+    interval_path(disk.directory, 2).rmdir()
+    do(forest, disk, "delete", 0)
+    forest.check()
+
+
+def test_a_fork_without_base_points_holds_where_it_starts(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    forest.fork("rescue", disk, 1, 0)
+    shutil.rmtree(interval_path(disk.directory, 2))
+    shutil.rmtree(interval_path(disk.directory, 3))
+    refused(forest, disk, 1, "the fork rescue starts at it")
+
+
+def test_two_at_once(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    with lock.alone(disk.directory), pytest.raises(RefusedError, match="are being merged or dropped already"):
+        do(forest, disk, "delete", 1)
+    with lock.shared(disk.directory), pytest.raises(RefusedError):
+        do(forest, disk, "delete", 1)
+    do(forest, disk, "delete", 1)
+    forest.check()
+
+
+# --- faults
+
+
+STEPS = ("rename", "fsync", "fdatasync", "unlink")
+
+
+def die_at(number: int, work: Callable[[], object]) -> bool:
+    """Do `work` in a process that dies without a word before its `number`-th step, be it a durable one or a tool's. Did it?"""
+    pid = os.fork()
+    if pid == 0:
+        left = number
+
+        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                return real(*arguments, **named)
+
+            return call
+
+        for name in STEPS:
+            setattr(os, name, dying(getattr(os, name)))
+        for name in ("copy", "rebase", "check"):
+            setattr(qemu, name, dying(getattr(qemu, name)))
+        setattr(same, "_compare", dying(getattr(same, "_compare")))  # noqa: B009, B010
+        try:
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - the rim of a process
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9), status
+    return status == 9
+
+
+def restart(state: StateDir) -> list[str]:
+    """What the service's start does to a directory; what it ended."""
+    for directory in state.timelines.iterdir():
+        durable.sweep(directory)
+    done, failed = merge.finish_all(state)
+    assert not failed
+    return done
+
+
+def test_a_merge_killed_anywhere_is_as_before_or_done(tmp_path: Path) -> None:
+    forest = Forest(tmp_path / "s", 3, size=256 << 10)
+    disk = forest.disk("web", 4)
+    forest.fork("rescue", disk, 3, 1)
+    forest.close()
+    merged_content = {n: disk.content[n] for n in (0, 3)}
+    before, merged, ended = 0, 0, 0
+    for number in range(1, 100):
+        copy = Forest(tmp_path / f"c{number}")
+        shutil.copytree(forest.state.path, copy.state.path, dirs_exist_ok=True)
+        copy.lines = {
+            line.name: Line(line.id, line.name, copy.state.timeline(line.id), dict(line.content))
+            for line in forest.lines.values()
+        }
+        copy.close()
+
+        def work(state: StateDir = copy.state, id: str = disk.id) -> None:
+            with Catalog.open(state, writable=False) as catalog:
+                merge.merge(state, catalog, id, "pull", 3, base=0)
+
+        died = die_at(number, work)
+        ended += bool(restart(copy.state))
+        if not base_point_path(copy.state.timeline(disk.id), 2).exists():
+            copy.lines["web"].content = dict(merged_content)
+            merged += 1
+        else:
+            before += 1
+        copy.check()
+        shutil.rmtree(copy.state.path)
+        if not died:
+            break
+    assert before > 5 and merged > 5 and ended > 3
+
+
+def test_the_disk_is_full_in_the_middle(forest: Forest, tmp_path: Path) -> None:
+    """Stock tools on a file system that has no room for the new file."""
+    store = tmp_path / "small"
+    store.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", store], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a file system of a size of its own needs root")
+    try:
+        small = Forest(store / "s", size=2 << 20)
+        disk = small.disk("web", 4)
+        room = os.statvfs(store)
+        (store / "ballast").write_bytes(bytes(room.f_bavail * room.f_frsize - (384 << 10)))
+        with pytest.raises(NoSpaceError, match="No space left") as full:
+            do(small, disk, "pull", 3, 0)
+        assert "free space" in full.value.hint
+        small.check()
+        (store / "ballast").unlink()
+        do(small, disk, "pull", 3, 0)
+        small.check()
+        small.close()
+    finally:
+        subprocess.run(["umount", store], check=True)
+
+
+def test_a_tool_that_writes_something_else_is_found(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header alone says that the new file stands elsewhere: what `rebase -u` does, which copies nothing."""
+    disk = forest.disk("web", 4)
+    tools = Path(forest.state.path.parent, "bin")
+    tools.mkdir()
+    real = shutil.which("qemu-img")
+    (tools / "qemu-img").write_text(
+        f'#!/bin/sh\n[ "$1" = rebase ] && {{ shift; set -- rebase -u "$@"; }}\nexec {real} "$@"\n'
+    )
+    (tools / "qemu-img").chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+        with pytest.raises(CorruptError, match=r"the merged bp-3.qcow2 differs from its original in bytes"):
+            do(forest, disk, "pull", 3)
+    forest.check()
+    do(forest, disk, "pull", 3)
+    forest.check()
+
+
+def test_a_note_of_a_merge_that_makes_no_sense_removes_nothing(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    path = disk.directory / merge.FILE
+    for text in (
+        "{",
+        '{"keep": 1, "on": "base.raw", "gone": [2]}',
+        '{"keep": 1, "on": "bp-0.qcow2", "gone": [0]}',
+        '{"keep": 1, "on": 3, "gone": [0]}',
+        '{"keep": 1, "gone": [0]}',
+    ):
+        path.write_text(text)
+        with pytest.raises(CorruptError, match=r"chain.json is damaged"):
+            do(forest, disk, "delete", 1)
+        assert [len(said) for said in merge.finish_all(forest.state)] == [0, 1]
+        path.unlink()
+        forest.check()
