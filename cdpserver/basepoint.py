@@ -19,6 +19,7 @@ from typing import Any
 
 from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
+from cdpserver.chain import lock
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
@@ -236,8 +237,9 @@ def publish(
         with qemu.serve(building, state.run / f"bp-{history.timeline.id}.sock") as served:
             compare(served, delta, part(progress, 0.5, 1.0))
         building.chmod(0o444)
-        write_note(history.directory, note(history, cut))
-        durable.publish(building, final)
+        with lock.standing_on(under.path, history.directory):
+            write_note(history.directory, note(history, cut))
+            durable.publish(building, final)
     except BaseException:
         with contextlib.suppress(OSError):
             building.unlink(missing_ok=True)

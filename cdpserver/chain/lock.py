@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cdpserver.errors import RefusedError
+from cdpserver.errors import BrokenError, RefusedError
 
 FILE = "chain.lock"
+
+NOTE = "chain.json"
+"""In the timeline: what a merge that was killed still has to remove."""
 
 
 @contextlib.contextmanager
@@ -42,6 +45,21 @@ def shared(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def standing_on(backing: Path, directory: Path) -> Iterator[None]:
+    """While a file of timeline `directory` is published on `backing`, that is not taken away. BrokenError if it just was."""
+    if backing.parent == directory or backing.suffix != ".qcow2":
+        yield
+        return
+    with shared(backing.parent):
+        if not backing.exists() or (backing.parent / NOTE).exists():
+            raise BrokenError(
+                f"{backing.parent.name}/{backing.name} was merged meanwhile",
+                hint="the base point is written anew on what took its place",
+            )
+        yield
 
 
 def _open(directory: Path) -> int:

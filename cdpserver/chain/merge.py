@@ -26,8 +26,7 @@ from cdpserver.errors import CdpError, CorruptError, NotFoundError
 from cdpserver.nodes import base_point_path, note_path, published, read_header
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
-
-FILE = "chain.json"
+from cdpserver.view.chain import map_path, write_map
 
 
 def links(directory: Path) -> list[Link]:
@@ -85,7 +84,7 @@ def _execute(directory: Path, planned: Merge, progress: Progress) -> None:
         check_same(building, final, layers=1 + len(planned.gone), progress=part(progress, 0.6, 1.0))
         building.chmod(0o444)
         durable.write_json(
-            directory / FILE, {"keep": planned.keep, "on": planned.on, "gone": list(planned.gone)}
+            directory / lock.NOTE, {"keep": planned.keep, "on": planned.on, "gone": list(planned.gone)}
         )
         durable.publish(building, final)
     except BaseException:
@@ -94,6 +93,7 @@ def _execute(directory: Path, planned: Merge, progress: Progress) -> None:
         finish(directory)
         raise
     finish(directory)
+    write_map(final)
 
 
 def drop_unfinished(directory: Path) -> None:
@@ -105,7 +105,7 @@ def drop_unfinished(directory: Path) -> None:
 
 def finish(directory: Path) -> list[int]:
     """End what a killed merge left: the numbers of the base points that it still had to remove. The lock must be held."""
-    path = directory / FILE
+    path = directory / lock.NOTE
     try:
         planned = _read(path)
     except FileNotFoundError:
@@ -117,8 +117,10 @@ def finish(directory: Path) -> list[int]:
             for number in planned.gone:
                 if base_point_path(directory, number).exists():
                     removed.append(number)
-                base_point_path(directory, number).unlink(missing_ok=True)
-                note_path(directory, number).unlink(missing_ok=True)
+                # The file first: without it the others mean nothing.
+                image = base_point_path(directory, number)
+                for gone in (image, note_path(directory, number), map_path(image)):
+                    gone.unlink(missing_ok=True)
         durable.fsync_dir(directory)
     path.unlink()
     durable.fsync_dir(directory)
@@ -141,7 +143,7 @@ def _read(path: Path) -> Merge:
 def finish_all(state: StateDir) -> tuple[list[str], list[str]]:
     """End every killed merge, at the service's start: (what was removed, what could not be ended), in sentences."""
     done, failed = [], []
-    for path in sorted(state.timelines.glob(f"t*/{FILE}")):
+    for path in sorted(state.timelines.glob(f"t*/{lock.NOTE}")):
         try:
             with lock.alone(path.parent):
                 removed = finish(path.parent)

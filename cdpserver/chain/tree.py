@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from cdpserver import timeline
 from cdpserver.catalog import Catalog
-from cdpserver.chain.holds import forks_of, locked_points
+from cdpserver.chain.holds import forks_of, locked_points, now_ns
 from cdpserver.errors import NotFoundError, RefusedError, RemovedError
 from cdpserver.names import show
 from cdpserver.nodes import Node, base_point_path, nodes
@@ -86,7 +86,7 @@ def _root(state: StateDir, catalog: Catalog, line: Timeline) -> Branch:
             f"{line.full_name} has {len(held)} base points, too many for a tree",
             hint=f"list them: cdp bp list {line.full_name}; to merge old ones: cdp snapshot pull --help",
         )
-    locked = locked_points(catalog, line.id)
+    locked = locked_points(catalog, line.id, now_ns=now_ns(state))
     under: dict[int, list[Branch]] = defaultdict(list)
     forks_bytes = 0
     for fork in forks_of(state, catalog, line.id):

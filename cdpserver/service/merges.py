@@ -74,6 +74,8 @@ class Merges:
             with lock.alone(directory):
                 merge.drop_unfinished(directory)
                 merge.finish(directory)
+        except RefusedError:
+            return  # somebody else is at work there, and begins by finishing
         except Exception as error:  # noqa: BLE001 - the reason why it ended is what is to be told; the next merge tries again
             self._core.log.emit("snapshot.unfinished", level="warning", disk=entry.name, reason=str(error))
 
