@@ -12,8 +12,9 @@ import pytest
 
 from cdpserver import durable, qemu
 from cdpserver.catalog import Catalog, Row
-from cdpserver.chain import lock, merge, same
+from cdpserver.chain import lock, merge, room, same
 from cdpserver.chain.plan import VERBS, Link, Merge, Verb, plan
+from cdpserver.chain.room import Pull, Slot
 from cdpserver.chain.tree import MAX_BASE_POINTS, Branch, tree
 from cdpserver.errors import (
     BrokenError,
@@ -319,6 +320,50 @@ def test_a_fork_is_not_published_on_what_goes(forest: Forest) -> None:
             pytest.fail("it goes on")
     (disk.directory / lock.NOTE).unlink()
     forest.check()
+
+
+# --- room
+
+
+def slots(*free: bool, id: str = "t1") -> list[Slot]:
+    return [Slot(id, number, is_free) for number, is_free in enumerate(free)]
+
+
+@pytest.mark.parametrize(
+    ("chain", "too_many", "expected"),
+    [
+        (slots(True, True, False), 1, Pull("t1", 1, None, 1)),
+        (slots(True, True, False), 5, Pull("t1", 2, None, 2)),
+        (slots(False, True, True, False), 1, Pull("t1", 2, 0, 1)),
+        (slots(False, True, True, False), 2, Pull("t1", 3, 0, 2)),
+        (slots(True, False, True, True, False), 2, Pull("t1", 1, None, 1)),
+        (slots(False, False), 1, None),
+        ([], 1, None),
+        ([*slots(False, True, False), *slots(True, False, id="t2")], 3, Pull("t1", 2, 0, 1)),
+        ([*slots(False, False), *slots(True, False, id="t2")], 3, Pull("t2", 1, None, 1)),
+    ],
+)
+def test_what_makes_room(chain: list[Slot], too_many: int, expected: Pull | None) -> None:
+    """The earliest that are free and in a row, no more than are too many."""
+    assert room.make_room(chain, too_many) == expected
+
+
+def test_the_chain_of_a_fork_goes_on_in_its_parent(forest: Forest) -> None:
+    disk = forest.disk("web", 4)
+    fork = forest.fork("rescue", disk, 2, 2)
+    bare = forest.fork("bare", disk, 0, 0)
+    room.add_manual(disk.directory, 0)
+    room.add_manual(fork.directory, 9)
+    room.add_manual(fork.directory, 0)
+    assert room.manual(fork.directory) == {0}
+    below = [(disk.id, n) for n in range(3)]
+    assert room.chain(forest.state, fork.id) == [*below, (fork.id, 0), (fork.id, 1)]
+    assert room.chain(forest.state, bare.id) == [*below, (disk.id, 3)]
+    found = room.slots(forest.state, forest.catalog, room.chain(forest.state, fork.id))
+    assert [slot.free for slot in found] == [False, True, False, False, False]
+    (disk.directory / room.FILE).write_text('{"numbers": [true]}')
+    with pytest.raises(CorruptError, match="'numbers' are not base points"):
+        room.manual(disk.directory)
 
 
 # --- faults

@@ -217,6 +217,29 @@ def test_a_second_merge_is_told_the_job_of_the_first(server: Server) -> None:
     history.check()
 
 
+def test_chains_stay_below_their_limit(server: Server) -> None:
+    """Automatic base points make room; manual ones are refused, and cost nothing."""
+    history = History(server, "short", 7, 3)
+    chain = history.paths[0].parent / "manual.json"
+    assert json.loads(chain.read_text()) == {"numbers": [1, 2]}
+    chain.unlink()  # as if the clock had cut them
+    server.request("PATCH", "/v1/policies/short", {"max_chain": "4"})
+    history.cut()
+    seq = server.get("/v1/disks/short")["last_seq"]
+    with pytest.raises(ApiError) as refused:
+        server.post("/v1/disks/short:cut")
+    assert (refused.value.status, refused.value.fields["error"]) == (409, "refused")
+    assert "has 4 base points, and max_chain is 4" in refused.value.fields["message"]
+    assert server.get("/v1/disks/short")["last_seq"] == seq and history.left() == [0, 1, 2, 3]
+    history.write()
+    server.request("PATCH", "/v1/policies/short", {"bp_every": "10s"})
+    until(lambda: 4 in history.left(), "the clock's base point")
+    server.request("PATCH", "/v1/policies/short", {"bp_every": "1h"})
+    assert history.left() == [1, 2, 3, 4]
+    history.held[4], history.paths[4] = bytes(history.content), chain.with_name("bp-4.qcow2")
+    history.check()
+
+
 def test_a_merge_by_others_is_not_disturbed(server: Server) -> None:
     history = History(server, "held", 5, 3)
     with lock.alone(history.paths[0].parent):

@@ -13,6 +13,8 @@ from cdpserver import basepoint
 from cdpserver.catalog import Entry
 from cdpserver.errors import BrokenError, CdpError, CorruptError
 from cdpserver.service.core import Core
+from cdpserver.service.merges import Merges
+from cdpserver.service.room import Room
 
 PUBLISHERS = 2
 """Base points written at once: each keeps a processor and the store's disk busy."""
@@ -45,6 +47,8 @@ class BasePoints:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self.merges = Merges(core)
+        self._room = Room(core, self.merges)
         self._publishing: dict[str, trio.Lock] = {}
         self._publishers = trio.CapacityLimiter(PUBLISHERS)
         self._schedules: dict[str, Schedule] = {}
@@ -61,9 +65,11 @@ class BasePoints:
             return basepoint.list_base_points(history)
 
     async def cut(self, name: str) -> dict[str, Any]:
-        """Cut a base point; its file is published on return."""
+        """Cut a base point; its file is published on return. RefusedError if the chain is as long as it may be."""
         entry = self._core.entry(name)
+        await self._room.check(entry)
         number = await self._cut(entry)
+        await self._room.asked_for(entry, number)
         await self._publish(entry, upto=number)
         return next(found for found in await self.list_published(name) if found["number"] == number)
 
@@ -105,6 +111,7 @@ class BasePoints:
         async with self._publishing.setdefault(entry.id, trio.Lock()), self._publishers:
             for number in await self._core.thread(self._pending, entry):
                 if upto is None or number <= upto:
+                    await self._room.make(entry, number)
                     await self._publish_one(entry, number)
 
     async def _publish_one(self, entry: Entry, number: int) -> None:

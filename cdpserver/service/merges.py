@@ -33,8 +33,16 @@ class Merges:
         """Delete, pull or commit a base point; durable on return. RefusedError with the reason, as while another goes on."""
         core = self._core
         entry = core.entry(name)
-        numbers = [await core.thread(self._number, entry, when) for when in _whens(point, base)]
-        job = current.get()
+        return await self._alone(
+            entry, verb, [await core.thread(self._number, entry, when) for when in _whens(point, base)]
+        )
+
+    async def pull(self, entry: Entry, number: int, base: int | None) -> None:
+        """The same by the service itself."""
+        await self._alone(entry, "pull", [number] if base is None else [number, base])
+
+    async def _alone(self, entry: Entry, verb: Verb, numbers: list[int]) -> dict[str, Any]:
+        job, core, name = current.get(), self._core, entry.name
         if entry.id in self._busy:
             raise RefusedError(
                 f"{self._busy[entry.id]} is merging base points of {name}", hint="wait for it: cdp job list"

@@ -30,7 +30,6 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
-from cdpserver.service.merges import Merges
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
@@ -103,7 +102,7 @@ def build(
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
-    app.include_router(chain_routes.routes(answers, long, Merges(core)))
+    app.include_router(chain_routes.routes(answers, long, base_points.merges))
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))
