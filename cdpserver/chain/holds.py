@@ -10,7 +10,7 @@ from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.log import interval_path
-from cdpserver.nodes import Node, base_point_path, nodes, published, read_header
+from cdpserver.nodes import Node, base_point_path, nodes, published, read_header, without_note
 from cdpserver.state import StateDir
 from cdpserver.timeline import PointBase, Timeline
 
@@ -58,8 +58,13 @@ def forks_of(state: StateDir, catalog: Catalog, id: str) -> list[Timeline]:
 
 
 def holds(state: StateDir, catalog: Catalog, id: str) -> dict[int, list[str]]:
-    """For each base point of a timeline why it must stay; empty if it may go."""
+    """For each base point of a timeline why it must stay; empty if it may go. CorruptError where that cannot be known."""
     directory = state.timeline(id)
+    if lost := without_note(directory):
+        raise CorruptError(
+            f"the note bp-{lost[0]}.json is lost or damaged, so nobody knows what needs bp:{lost[0]}",
+            hint="restart cdpserver: it writes it anew from the journal",
+        )
     held = nodes(directory)
     reasons: dict[int, list[str]] = {node.number: [] for node in held}
     if held:

@@ -69,7 +69,7 @@ class Branch:
 
 
 def tree(state: StateDir, catalog: Catalog, disk: str) -> Branch:
-    """The tree of a live disk or fork, from the files alone. NotFoundError, RemovedError, CorruptError for a damaged note."""
+    """The tree of a live disk or fork, from the files alone. NotFoundError, RemovedError."""
     entry = catalog.get(disk)
     if entry is None:
         raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
