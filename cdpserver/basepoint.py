@@ -27,6 +27,7 @@ from cdpserver.points import Cut, cuts, find_cut
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
 from cdpserver.timeline import ImageBase, PointBase
+from cdpserver.view.chain import write_map
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
 from cdpserver.view.view import View
@@ -240,6 +241,9 @@ def publish(
         with lock.standing_on(under.path, history.directory):
             write_note(history.directory, note(history, cut))
             durable.publish(building, final)
+        # A view can ask qemu-img instead, so the base point counts without it.
+        with contextlib.suppress(CdpError, OSError):
+            write_map(final)
     except BaseException:
         with contextlib.suppress(OSError):
             building.unlink(missing_ok=True)

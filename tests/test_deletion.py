@@ -181,13 +181,14 @@ NOTHING_LOST = (
     "base.synced",
     ".mdb",
     ".mdb-lock",
+    ".map",
     "timelines/t1/bp-1.qcow2",
     "timelines/t2/bp-0.qcow2",
     "timelines/t3/bp-0.qcow2",
     "timelines/t4/base.raw",
     "timelines/t4/first-copy.json",
 )
-"""Made anew without a word worth saying: locks, indexes, a base point that nothing stands on. What befalls a first copy is
+"""Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on. What befalls a first copy is
 said when its disk is opened, see below."""
 
 
@@ -196,7 +197,9 @@ def dependants(file: str) -> set[str]:
     parts = file.split("/")
     if parts[0] == "bases" and file.endswith(".raw"):
         return {"t2"}
-    if parts[0] != "timelines" or file.endswith((".mdb", ".mdb-lock", ".qcow2", ".lock", "lease", ".synced")):
+    if parts[0] != "timelines" or file.endswith(
+        (".mdb", ".mdb-lock", ".map", ".qcow2", ".lock", "lease", ".synced")
+    ):
         return set()
     return {"t1", "t3"} if parts[1] == "t1" else {parts[1]}
 

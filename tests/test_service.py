@@ -671,7 +671,7 @@ def test_a_server_killed_while_a_base_point_is_written(short_path: Path) -> None
             timeline_path = server.state_dir / "timelines" / "t1"
             until((timeline_path / "bp-1.qcow2").exists, "base point of the cut")
             assert qemu_raw(timeline_path / "bp-1.qcow2", short_path) == pattern(2, SIZE)
-            assert not list(timeline_path.glob(".tmp-*"))
+            until(lambda: not list(timeline_path.glob(".tmp-*")), "end of the writing")
             assert len(second.get("/v1/disks/d:basepoints")) == 2
 
 
