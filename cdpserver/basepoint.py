@@ -211,16 +211,42 @@ def drop_unfinished(timeline: Path, number: int) -> None:
     final.with_name(f"{durable.TEMPORARY}{final.name}").unlink(missing_ok=True)
 
 
-def publish(
+def rebuild(
     state: StateDir, history: History, number: int, *, export: str, progress: Progress = nobody
+) -> dict[str, Any]:
+    """Make a damaged or lost file of a base point anew: the same instant, from the journal, on what is below it now.
+
+    What stands on it is whole again with it. RefusedError where the journal does not reach that instant any more.
+    """
+    name = history.timeline.full_name
+    all_cuts(history)
+    cut = None if history.journal.empty else find_cut(history.journal, number)
+    if cut is None or history.standing(cut.seq)[0] == []:
+        raise RefusedError(
+            f"the journal does not have bp:{number} of {name} any more",
+            hint="restore its file from a backup; cdp check says what it touches",
+        )
+    with lock.alone(history.directory):
+        return publish(state, history, number, export=export, progress=progress, again=True)
+
+
+def publish(
+    state: StateDir,
+    history: History,
+    number: int,
+    *,
+    export: str,
+    progress: Progress = nobody,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Make the file of base point `number`; on return it is durable and what it changes was read back and compared.
 
-    `export` is the disk's name on the export socket. A file that is there already is left alone. On an error there is none.
+    `export` is the disk's name on the export socket. A file that is there already is left alone, or replaced with
+    `again`. On an error nothing has changed.
     """
     cut = _cut(history, number)
     final = base_point_path(history.directory, number)
-    if final.exists():
+    if final.exists() and not again:
         return describe(history, cut)
     under = backing(history, cut)
     views = DeltaViews(cut, View(history, cut.seq), View(under.history, under.seq), [history])
@@ -323,8 +349,8 @@ def _differs(start: int, end: int) -> CorruptError:
     )
 
 
-def run(state_dir: Path, id: str, number: int) -> dict[str, Any]:
-    """Publish one base point of timeline `id`."""
+def run(state_dir: Path, id: str, number: int, *, again: bool) -> dict[str, Any]:
+    """Publish one base point of timeline `id`, or make its file anew."""
     state = StateDir.open(state_dir)
     with Catalog.open(state, writable=False) as catalog:
         entry = catalog.by_id(id)
@@ -332,7 +358,8 @@ def run(state_dir: Path, id: str, number: int) -> dict[str, Any]:
         raise NotFoundError(f"no disk has timeline {id}", hint="cdp disk list")
     history = History(state.path, timeline.load(state.timeline(id)))
     try:
-        return publish(state, history, number, export=entry.name, progress=to_stdout())
+        work = rebuild if again else publish
+        return work(state, history, number, export=entry.name, progress=to_stdout())
     finally:
         history.close()
 
@@ -343,9 +370,11 @@ def main() -> int:
     parser.add_argument("--state-dir", type=Path, required=True)
     parser.add_argument("--timeline", required=True)
     parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     try:
-        result, status = run(options.state_dir, options.timeline, options.number), 0
+        result = run(options.state_dir, options.timeline, options.number, again=options.again)
+        status = 0
     except CdpError as error:
         result, status = messages.error_fields(error), error.exit_code
     sys.stdout.write(json.dumps(result))

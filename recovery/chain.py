@@ -5,8 +5,8 @@ from argparse import Namespace
 from typing import Any
 
 from cdpserver.catalog import Catalog
-from cdpserver.errors import UnreachableError
-from cdpserver.names import format_bytes
+from cdpserver.errors import UnreachableError, UsageError
+from cdpserver.names import BasePoint, format_bytes, parse_point
 from cdpserver.state import StateDir, default_state_dir
 from recovery.output import answer, answer_json, printable, show_time
 from recovery.remote import ask, client, on_a_terminal
@@ -62,6 +62,18 @@ def _label(branch: dict[str, Any]) -> str:
     if branch["locked"]:
         words.append("locked")
     return printable("  ".join(words))
+
+
+def bp_rebuild(options: Namespace) -> None:
+    """The file of a base point, anew."""
+    disk, when = parse_point(options.point)
+    if not isinstance(when, BasePoint):
+        raise UsageError(f"{options.point} names no base point", hint=f"write {disk}@bp:N")
+    made = client(options).rebuild(disk, when.number)
+    if options.json:
+        answer_json(made)
+    else:
+        answer(f"{options.point} is whole again: {made['path']}")
 
 
 def snapshot_delete(options: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The commands about chains of base points, as argparse knows them. Loaded by every command, so it is small."""
+"""The commands about base points and their chains, as argparse knows them. Loaded by every command, so it is small."""
 
 from cdpserver import names
 from recovery.tree import Commands, lazy
@@ -15,7 +15,21 @@ def _when(text: str) -> str:
 
 
 def add(commands: Commands) -> None:
-    """`cdp snapshot`"""
+    """`cdp bp` and `cdp snapshot`"""
+    bp = commands.group("bp", "base points: QCOW2 snapshots that need no server")
+    cut = bp.leaf(
+        "cut", lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"
+    )
+    bp_list = bp.leaf("list", lazy("remote", "bp_list"), "List the base points.", "cdp bp list web/vda")
+    rebuild = bp.leaf(
+        "rebuild",
+        lazy("chain", "bp_rebuild"),
+        "Make the file of a base point anew from the journal, when it was damaged or lost.",
+        "cdp bp rebuild web/vda@bp:3",
+    )
+    rebuild.add_argument("point", metavar="DISK@WHEN", type=_point, help="as DISK@bp:N")
+    for command in (cut, bp_list):
+        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
     snapshot = commands.group("snapshot", "chains and trees of base points")
     tree = snapshot.leaf(
         "tree",

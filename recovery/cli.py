@@ -156,13 +156,6 @@ def _add_points(commands: Commands) -> None:
     mark.add_argument("disk", metavar="DISK", type=names.check_disk_name)
     mark.add_argument("--name", required=True, type=names.check_bookmark)
     add_locks(point)
-    bp = commands.group("bp", "base points: QCOW2 snapshots that need no server")
-    cut = bp.leaf(
-        "cut", lazy("remote", "bp_cut"), "Cut a base point and wait for its file.", "cdp bp cut web/vda"
-    )
-    bp_list = bp.leaf("list", lazy("remote", "bp_list"), "List the base points.", "cdp bp list web/vda")
-    for command in (cut, bp_list):
-        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
     uri = commands.leaf(
         "uri",
         lazy("remote", "uri"),

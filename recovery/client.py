@@ -127,6 +127,10 @@ class Client:
             raise self._strange("an answer without a URI")
         return uri
 
+    def rebuild(self, name: str, number: int) -> Object:
+        """Make the file of a base point anew."""
+        return self._long("POST", _disk(name, "rebuild"), body={"number": number})
+
     def tree(self, name: str) -> Object:
         """What follows on what."""
         return self._object("GET", _disk(name, "tree"))

@@ -597,7 +597,7 @@ def test_help_has_an_example_of_every_command() -> None:
         *("status", "metrics"),
         *("disk add", "disk list", "disk show", "disk remove", "disk synced"),
         *("point list", "point mark", "point lock", "point unlock", "point locks"),
-        *("bp cut", "bp list", "uri"),
+        *("uri", "bp cut", "bp list", "bp rebuild"),
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),
         *("fork add", "fork list", "fork remove"),
         *("policy set", "policy show", "policy clear"),

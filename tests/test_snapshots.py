@@ -217,6 +217,33 @@ def test_a_second_merge_is_told_the_job_of_the_first(server: Server) -> None:
     history.check()
 
 
+def test_a_damaged_or_lost_base_point_is_rebuilt(server: Server) -> None:
+    """`cdp check` names it with what stands on it; rebuilt, all of them read as before."""
+    history = History(server, "hurt", 8, 5)
+    assert cdp(server, "snapshot", "delete", "hurt@bp:1").returncode == 0
+    for hurt in ("damaged", "lost", "replaced", "circular"):
+        path = history.paths[2]
+        path.chmod(0o644)
+        if hurt == "damaged":
+            with path.open("r+b") as file:
+                file.write(b"not a QCOW2 file")
+        elif hurt == "lost":
+            path.unlink()
+        else:
+            path.write_bytes(history.paths[{"replaced": 0, "circular": 4}[hurt]].read_bytes())
+        checked = cdp(server, "check", "hurt", "--full", "--json")
+        assert checked.returncode == 4
+        assert all(f"bp:{n}" in checked.stdout for n in (3, 4)), (hurt, checked.stdout)
+        assert "cdp bp rebuild DISK@bp:N" in checked.stdout
+        done = cdp(server, "bp", "rebuild", "hurt@bp:2")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"hurt@bp:2 is whole again: {path}\n"
+        history.check()
+        assert cdp(server, "check", "hurt", "--full").returncode == 0
+    assert cdp(server, "bp", "rebuild", "hurt@latest").returncode == 2
+    assert "the journal does not have bp:9" in cdp(server, "bp", "rebuild", "hurt@bp:9").stderr
+
+
 def test_chains_stay_below_their_limit(server: Server) -> None:
     """Automatic base points make room; manual ones are refused, and cost nothing."""
     history = History(server, "short", 7, 3)

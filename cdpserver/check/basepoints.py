@@ -4,6 +4,7 @@ A base point is a file of QEMU's, so QEMU says whether it is whole; of its heade
 size are read here, because they decide what the chain means.
 """
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -22,7 +23,9 @@ from cdpserver.view.view import View
 
 _FORKED = re.compile(r"\.\./(t[0-9]{1,18})/bp-([0-9]{1,18})\.qcow2")
 
-AGAIN = "the journal still has this instant: the view DISK@bp:N is read from it"
+AGAIN = (
+    "where the journal still has this instant, cdp bp rebuild DISK@bp:N makes the file anew, the oldest first"
+)
 CUTS = Mapping[int, tuple[int, int]]
 
 
@@ -86,6 +89,9 @@ def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CU
     if not (directory / backing).exists():
         yield finding(f"the backing file {backing} of base point {number} is missing")
         return
+    if _stands_on_itself(path):
+        yield finding(f"base point {number} stands on itself")
+        return
     if shutil.which("qemu-img") is None:
         raise BrokenError(
             "qemu-img is not installed, so base points cannot be checked", hint="run tools/setup"
@@ -116,6 +122,17 @@ def _is_backing(state_dir: Path, timeline_: Timeline, number: int, backing: str)
     return backing == ("base.raw" if root is timeline_ else f"../{root.id}/base.raw")
 
 
+def _stands_on_itself(path: Path) -> bool:
+    """Does the chain of a QCOW2 file lead back into itself? A file that cannot be read ends it."""
+    seen = set()
+    with contextlib.suppress(OSError, CorruptError):
+        while path.suffix == ".qcow2" and path not in seen:
+            seen.add(path)
+            path = path.parent.joinpath(read_header(path)[0]).resolve()
+        return path in seen
+    return False
+
+
 class _Whole(Delta):
     """All of a view, as a delta from nothing: what a comparison of whole disks goes through."""
 
@@ -128,12 +145,15 @@ class _Whole(Delta):
 def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> Iterator[Finding]:
     """Read a base point with all that it stands on, and compare it with the journal's view of the same instant."""
     path = base_point_path(history.directory, number)
+    if _stands_on_itself(path):
+        return  # QEMU would open it for ever; said already
     view = View(history, cut[0])
     try:
         # A socket's path is short, and this one must not meet that of another check.
         with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
             basepoint.compare(uri, _Whole(view))
-    except CorruptError as error:
+    except (CorruptError, BrokenError) as error:
+        # Not to be read at all: something below it is damaged.
         what = error.message.replace("the new base point", f"base point {number}")
         yield Finding(what, path, *cut, *cut, named=(f"bp:{number}",), hint=AGAIN)
     finally:

@@ -73,6 +73,17 @@ class BasePoints:
         await self._publish(entry, upto=number)
         return next(found for found in await self.list_published(name) if found["number"] == number)
 
+    async def rebuild(self, name: str, number: int) -> dict[str, Any]:
+        """Make the file of a damaged or lost base point anew from the journal."""
+        entry = self._core.entry(name)
+        arguments = ["--state-dir", str(self._core.state.path), "--timeline", entry.id]
+        async with self._publishing.setdefault(entry.id, trio.Lock()), self._publishers:
+            made: dict[str, Any] = await self._core.job(
+                f"basepoint-{entry.id}", "cdpserver.basepoint", *arguments, "--number", str(number), "--again"
+            )
+        self._core.log.emit("basepoint.rebuilt", disk=name, number=number)
+        return made
+
     async def synced(self, name: str, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
         """The first copy or a resync is complete. The first time, base point 0 is published on return."""
         entry = self._core.entry(name)

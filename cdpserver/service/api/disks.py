@@ -77,6 +77,12 @@ def verbs(
         """Cut a base point; its file is published on return. The cut stays when the job is cancelled: it is published later."""
         return await long.answer(prefer, "basepoint.cut", name, partial(base_points.cut, name))
 
+    @routes.post(f"{DISK}:rebuild", tags=["base points"], response_model=models.BasePoint, responses=ACCEPTED)
+    async def rebuild_base_point(name: str, body: models.Rebuild, prefer: Prefer = None) -> Response:
+        """Make the file of a damaged or lost base point anew from the journal."""
+        work = partial(base_points.rebuild, name, body.number)
+        return await long.answer(prefer, "basepoint.rebuild", name, work)
+
     @routes.get(
         f"{DISK}:basepoints",
         tags=["base points"],

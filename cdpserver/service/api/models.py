@@ -68,6 +68,12 @@ class Mark(Body):
     name: Text
 
 
+class Rebuild(Body):
+    """POST /v1/disks/NAME:rebuild"""
+
+    number: Natural
+
+
 class Merge(Body):
     """POST /v1/disks/NAME:merge"""
 
