@@ -247,23 +247,28 @@ def _cutoff(all_facts: Sequence[Facts], cap: int, fixed: int) -> int:
     return times[low]
 
 
-def plan_all(all_facts: Iterable[Facts], store_cap: int | None = None) -> list[Decision]:
-    """The plans of all disks, each within its own cap and all within the store's.
+def cutoffs(all_facts: Sequence[Facts], store_cap: int | None = None) -> dict[str, int]:
+    """By disk the time up to which its history goes, so that each is within its own cap and all are within the store's.
 
     A disk whose policy is to refuse writes is never shortened.
     """
-    held = list(all_facts)
-    cutoffs = {}
-    for facts in held:
+    found = {}
+    for facts in all_facts:
         cap = facts.policy.size_cap
         own = cap is not None and facts.policy.at_cap == SHORTEN
-        cutoffs[facts.disk] = _cutoff([facts], cap or 0, 0) if own else ANYTHING
+        found[facts.disk] = _cutoff([facts], cap or 0, 0) if own else ANYTHING
     if store_cap is not None:
-        short = [facts for facts in held if facts.policy.at_cap == SHORTEN]
-        fixed = sum(kept_bytes(facts) for facts in held if facts.policy.at_cap != SHORTEN)
+        short = [facts for facts in all_facts if facts.policy.at_cap == SHORTEN]
+        fixed = sum(kept_bytes(facts) for facts in all_facts if facts.policy.at_cap != SHORTEN)
         common = _cutoff(short, store_cap, fixed)
-        cutoffs |= {facts.disk: max(cutoffs[facts.disk], common) for facts in short}
-    return [decision for facts in held for decision in plan(facts, cutoffs[facts.disk])]
+        found |= {facts.disk: max(found[facts.disk], common) for facts in short}
+    return found
+
+
+def plan_all(all_facts: Sequence[Facts], store_cap: int | None = None) -> list[Decision]:
+    """The plans of all disks, within their caps."""
+    until = cutoffs(all_facts, store_cap)
+    return [decision for facts in all_facts for decision in plan(facts, until[facts.disk])]
 
 
 def drops(decisions: Iterable[Decision]) -> list[Decision]:

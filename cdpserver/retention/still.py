@@ -41,3 +41,20 @@ def stays(directory: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold it alone, to drop something. RefusedError at once while somebody else drops, merges or sets a lock."""
+    fd = os.open(directory / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(
+                f"history of timeline {directory.name} is being merged, dropped or locked",
+                hint="the next pass tries again",
+            ) from None
+        yield
+    finally:
+        os.close(fd)

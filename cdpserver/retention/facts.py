@@ -1,0 +1,143 @@
+"""What a disk's plan depends on, gathered from its files and the catalog. Nothing is changed."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from cdpserver import timeline
+from cdpserver.catalog import Catalog, Entry
+from cdpserver.config import Config
+from cdpserver.errors import CdpError, CorruptError, NotFoundError
+from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.record import DTYPE, Kind
+from cdpserver.nodes import base_point_path, nodes
+from cdpserver.retention import leases, locks, policies
+from cdpserver.retention.plan import Facts, Hold, Interval, Node
+from cdpserver.state import StateDir
+from cdpserver.timeline import PointBase
+
+SECTOR = 512
+"""What st_blocks counts (stat(2))."""
+
+
+def gather(state: StateDir, catalog: Catalog, config: Config, entry: Entry, *, now_ns: int, tidy: bool = False
+) -> Facts:
+    """The facts of one disk; with `tidy`, leases that are over are removed.
+
+    UsageError for a policy that contradicts itself, CorruptError for what cannot be read: nothing is dropped then.
+    """
+    found = policies.effective(catalog, config, entry)
+    if found.problem is not None:
+        raise found.problem
+    directory = state.timeline(entry.id)
+    journal = Journal(directory)
+    try:
+        intervals = () if journal.empty else tuple(_intervals(journal))
+    finally:
+        journal.close()
+    held = tuple(
+        Node(n.number, n.seq, n.time_ns, n.interval, int(n.grade), _used(base_point_path(directory, n.number)))
+        for n in nodes(directory)
+    )
+    holds = [*_locked(catalog, entry, now_ns), *_forks(state, catalog, entry)]
+    holds += [Hold(seq, "it is open") for seq in leases.held(directory, now_ns=now_ns, tidy=tidy)]
+    return Facts(
+        entry.name,
+        found.policy,
+        now_ns,
+        intervals,
+        held,
+        tuple(holds),
+        other_bytes=_used(directory / "base.raw"),
+    )
+
+
+def _used(path: Path) -> int:
+    """The room that a file takes; 0 if there is none."""
+    try:
+        return path.stat().st_blocks * SECTOR
+    except FileNotFoundError:
+        return 0
+
+
+def _intervals(journal: Journal) -> Iterator[Interval]:
+    journal.newest()
+    numbers = list(journal.intervals)
+    firsts = [journal.first_reader(number).first_seq for number in numbers]
+    for number, following in pairwise([*numbers, 0]):
+        first = journal.first_reader(number)
+        last = journal.reader(number, journal.segments(number)[-1])
+        path = interval_path(journal.timeline, number)
+        with os.scandir(path) as files:
+            size = sum(file.stat().st_blocks * SECTOR for file in files)
+        seqs = _referred(journal, number, following)
+        yield Interval(
+            number,
+            first.first_seq,
+            max(last.last_seq, first.first_seq - 1),
+            first.header.first_time_ns,
+            last.time_of(last.count - 1) if last.count else last.header.first_time_ns,
+            size,
+            frozenset(numbers[p] for p in {bisect_right(firsts, seq) - 1 for seq in seqs} if p >= 0) - {number},
+        )
+
+
+def _referred(journal: Journal, number: int, following: int) -> set[int]:
+    """The seqs that the *same* records of an interval look at. Only a resync writes some."""
+    carry = journal.first_reader(number).header.carry
+    if following and following == number + 1:
+        after = journal.first_reader(following).header.carry
+        # No session began inside, and none was under way: there is nothing to look for.
+        if carry.resync_ref < 0 and after.session == carry.session:
+            return set()
+    found: set[int] = set()
+    for segment in journal.segments(number):
+        reader = journal.reader(number, segment)
+        if reader.count:
+            records = np.frombuffer(reader.raw(0, reader.count), DTYPE)
+            found |= set(np.unique(records["place"][records["kind"] == Kind.SAME]).tolist())
+    return found
+
+
+def _locked(catalog: Catalog, entry: Entry, now_ns: int) -> Iterator[Hold]:
+    for lock in locks.all_locks(catalog):
+        if lock.timeline == entry.id and lock.holds(now_ns):
+            yield Hold(lock.seq, f"locked: {lock.id}{f' ({lock.reason})' if lock.reason else ''}")
+
+
+def _forks(state: StateDir, catalog: Catalog, entry: Entry) -> Iterator[Hold]:
+    """The points that forks stand on. One that cannot be read may stand anywhere: CorruptError.
+
+    A fork's files stand on the newest base point at or below its point; what holds the point holds that.
+    """
+    for other in catalog.names().values():
+        try:
+            base = timeline.load(state.timeline(other.id)).base
+        except NotFoundError:
+            if other.state == "removing":
+                continue
+            raise CorruptError(
+                f"the timeline of {other.name} is missing; it may be a fork of {entry.name}",
+                hint=f"cdp disk remove {other.name} if it is lost",
+            ) from None
+        if isinstance(base, PointBase) and base.timeline == entry.id:
+            yield Hold(base.seq, f"the fork {other.name} stands on it")
+
+
+def gather_all(
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int
+) -> tuple[list[Facts], dict[str, str]]:
+    """The facts of every disk, and by name why there are none of some."""
+    found, failed = [], {}
+    for entry in catalog.names().values():
+        if entry.state != "live":
+            continue
+        try:
+            found.append(gather(state, catalog, config, entry, now_ns=now_ns))
+        except (CdpError, OSError) as error:
+            failed[entry.name] = str(error)
+    return found, failed

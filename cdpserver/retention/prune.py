@@ -1,0 +1,157 @@
+"""Carries out what the plan says: a pass over all disks, in a process of its own.
+
+Crash safety: intervals go before the base points that they stand on, the newest first, each by a rename; so what is left can always
+be read, and the next pass finishes. Nothing is dropped of a disk whose policy, locks or files cannot be read.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cdpserver import durable, messages
+from cdpserver.catalog import Catalog, Entry
+from cdpserver.chain import merge as chain
+from cdpserver.clock import Clock
+from cdpserver.config import Config, parse_config
+from cdpserver.errors import CdpError, NotFoundError
+from cdpserver.journal.log import interval_path
+from cdpserver.names import show
+from cdpserver.retention import leases
+from cdpserver.retention.facts import gather, gather_all
+from cdpserver.retention.plan import Decision, Facts, cutoffs, drops, fixed_bytes, locked_bytes, plan
+from cdpserver.retention.still import alone
+from cdpserver.state import StateDir
+from cdpserver.timeline import INTERVALS
+
+Merge = Callable[[StateDir, Catalog, Entry, int], None]
+"""Takes one base point out of its chain, so that those above it no longer need it."""
+
+
+@dataclass
+class Pass:
+    """What a pass did, or would do."""
+
+    dropped: list[Decision] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    disks: list[Facts] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the service and for `cdp prune`."""
+        return {
+            "dropped": [describe(decision) for decision in self.dropped],
+            "failed": self.failed,
+            "disks": {
+                facts.disk: {
+                    "bytes": facts.bytes,
+                    "fixed_bytes": fixed_bytes(facts),
+                    "locked_bytes": locked_bytes(facts),
+                    "size_cap": facts.policy.size_cap,
+                    "at_cap": facts.policy.at_cap,
+                }
+                for facts in self.disks
+            },
+        }
+
+
+def describe(decision: Decision) -> dict[str, Any]:
+    """Something that goes, as the CLI and the API show it."""
+    return {
+        "what": decision.what,
+        "disk": decision.disk,
+        "reason": decision.reason,
+        "bytes": decision.bytes,
+    }
+
+
+def look(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None) -> tuple[Pass, dict[str, int]]:
+    """What a pass would do, and how far each disk's history is shortened. Nothing is changed."""
+    if disk is not None and catalog.get(disk) is None:
+        raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
+    found, failed = gather_all(state, catalog, config, now_ns=now_ns)
+    until = cutoffs(found, config.store_size_cap)
+    chosen = [facts for facts in found if disk in (None, facts.disk)]
+    dropped = [d for facts in chosen for d in drops(plan(facts, until[facts.disk]))]
+    return Pass(dropped, {k: v for k, v in failed.items() if disk in (None, k)}, chosen), until
+
+
+def prune(
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None, merge: Merge
+) -> Pass:
+    """Drop what the plan says; durable on return. A disk that fails is said, and the others are done."""
+    planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk)
+    done = Pass(failed=planned.failed)
+    for name in [facts.disk for facts in planned.disks]:
+        entry = catalog.get(name)
+        if entry is None or entry.state != "live":
+            continue
+        try:
+            done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns, merge)
+            done.disks.append(gather(state, catalog, config, entry, now_ns=now_ns))
+        except (CdpError, OSError) as error:
+            done.failed[name] = str(error)
+    return done
+
+
+def _prune_one(
+    state: StateDir,
+    catalog: Catalog,
+    config: Config,
+    entry: Entry,
+    cutoff_ns: int,
+    now_ns: int,
+    merge: Merge,
+) -> list[Decision]:
+    directory = state.timeline(entry.id)
+    finish(directory)
+    with alone(directory), leases.none_taken(directory):
+        # Anew, since a lock or a lease may have come meanwhile; from here on none does without our knowing.
+        gone = drops(plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns))
+        for decision in gone:
+            if decision.is_interval:
+                durable.remove_tree(interval_path(directory, decision.number))
+    for decision in gone:
+        if not decision.is_interval:
+            merge(state, catalog, entry, decision.number)
+    return gone
+
+
+def finish(directory: Path) -> None:
+    """Remove what a killed pass had renamed already. Others' temporary names are left alone."""
+    for left in (directory / INTERVALS).glob(f"{durable.REMOVING}*"):
+        durable.remove_tree(left.with_name(left.name.removeprefix(durable.REMOVING)))
+
+
+def take_out(state: StateDir, catalog: Catalog, entry: Entry, number: int) -> None:
+    """Remove a base point; the one above it takes what only it held."""
+    chain.merge(state, catalog, entry.id, "delete", number)
+
+
+def main() -> int:
+    """`python -m cdpserver.retention.prune`: one pass; what it did, or the error, as JSON."""
+    parser = argparse.ArgumentParser(description="drop what no policy keeps")
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--config-text", default="", help="the configuration in effect, as TOML")
+    parser.add_argument("--disk")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    try:
+        state, config = StateDir.open(options.state_dir), parse_config(options.config_text)
+        now_ns = Clock.load(state.clock).now_ns()
+        with Catalog.open(state, writable=False) as catalog:
+            if options.dry_run:
+                done, _ = look(state, catalog, config, now_ns=now_ns, disk=options.disk)
+            else:
+                done = prune(state, catalog, config, now_ns=now_ns, disk=options.disk, merge=take_out)
+        result, status = done.as_json(), 0
+    except CdpError as error:
+        result, status = messages.error_fields(error), error.exit_code
+    sys.stdout.write(json.dumps(result))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
