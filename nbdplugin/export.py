@@ -20,8 +20,10 @@ from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, NotFoundError, RemovedError
-from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
+from cdpserver.journal.log import Position
+from cdpserver.names import DeltaExport, DiskExport, Seq, When, parse_export
 from cdpserver.points import Timeline as Points
+from cdpserver.retention.leases import Lease
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -49,6 +51,7 @@ class Export:
     absolute: bool
     lock: threading.Lock
     thread_state: int = 0
+    lease: Lease | None = None
 
 
 def config(key: str, value: str) -> None:
@@ -127,11 +130,29 @@ def _open(text: str) -> Export:
                 pair.old.close()  # what changed is known: only the newer instant is read
             return Export(delta, pair.histories, text, absolute=True, lock=threading.Lock())
         now_ns = Clock.load(_state.clock).now_ns()
-        position = Points(history).resolve(export.when, now_ns=now_ns)
+        position, lease = _hold(history, export.when, now_ns)
         absolute = isinstance(export.when, Seq)
-        return Export(View(history, position.seq), [history], text, absolute=absolute, lock=threading.Lock())
+        try:
+            view = View(history, position.seq)
+        except BaseException:
+            lease.close()
+            raise
+        return Export(view, [history], text, absolute=absolute, lock=threading.Lock(), lease=lease)
     except BaseException:
         history.close()
+        raise
+
+
+def _hold(history: History, when: When, now_ns: int) -> tuple[Position, Lease]:
+    """The place of an instant, and its lease: it is there, and stays."""
+    position = Points(history).resolve(when, now_ns=now_ns)
+    lease = Lease.take(history.directory, position.seq)
+    try:
+        # It may have been dropped between the look and the lease.
+        history.journal.refresh()
+        return Points(history).resolve(Seq(position.seq), now_ns=now_ns), lease
+    except BaseException:
+        lease.close()
         raise
 
 
@@ -160,6 +181,8 @@ def close(h: Export) -> None:
     """Gives files, environments and leases back."""
     try:
         h.view.close()
+        if h.lease is not None:
+            h.lease.close()
         for history in h.histories:
             history.close()
     finally:

@@ -155,6 +155,14 @@ class Client:
         """Take a lock back, by its id or by DISK@WHEN."""
         return self._object("DELETE", f"locks/{quote(which)}")
 
+    # -- pruning -------------------------------------------------------------------------------------------------
+
+    def prune(self, disk: str | None, *, dry_run: bool) -> list[Object]:
+        """Drop what no policy keeps, or say what that would be."""
+        if dry_run:
+            return self._list("GET", "prune", query={"disk": disk})
+        return self._list("POST", "prune", body={} if disk is None else {"disk": disk})
+
     # -- policies ------------------------------------------------------------------------------------------------
 
     def policy(self, name: str) -> Object:

@@ -16,7 +16,7 @@ POLICY_OPTIONS = (
 
 
 def add_retention(commands: Commands) -> None:
-    """`cdp policy`."""
+    """`cdp policy`, `cdp prune`."""
     policy = commands.group("policy", "how long history is kept")
     set_ = policy.leaf(
         "set",
@@ -40,6 +40,14 @@ def add_retention(commands: Commands) -> None:
         command.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
     for name, metavar, summary in POLICY_OPTIONS:
         set_.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=summary)
+    prune = commands.leaf(
+        "prune",
+        lazy("pruning", "prune"),
+        "Drop history that no policy keeps, which the service also does by itself.",
+        "cdp prune web/vda --dry-run",
+    )
+    prune.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
+    prune.add_argument("--dry-run", action="store_true", help="only show what would go, and why")
 
 
 def add_locks(point: Group) -> None:

@@ -24,7 +24,8 @@ SECTOR = 512
 """What st_blocks counts (stat(2))."""
 
 
-def gather(state: StateDir, catalog: Catalog, config: Config, entry: Entry, *, now_ns: int, tidy: bool = False
+def gather(
+    state: StateDir, catalog: Catalog, config: Config, entry: Entry, *, now_ns: int, tidy: bool = False
 ) -> Facts:
     """The facts of one disk; with `tidy`, leases that are over are removed.
 
@@ -40,7 +41,9 @@ def gather(state: StateDir, catalog: Catalog, config: Config, entry: Entry, *, n
     finally:
         journal.close()
     held = tuple(
-        Node(n.number, n.seq, n.time_ns, n.interval, int(n.grade), _used(base_point_path(directory, n.number)))
+        Node(
+            n.number, n.seq, n.time_ns, n.interval, int(n.grade), _used(base_point_path(directory, n.number))
+        )
         for n in nodes(directory)
     )
     holds = [*_locked(catalog, entry, now_ns), *_forks(state, catalog, entry)]
@@ -82,7 +85,8 @@ def _intervals(journal: Journal) -> Iterator[Interval]:
             first.header.first_time_ns,
             last.time_of(last.count - 1) if last.count else last.header.first_time_ns,
             size,
-            frozenset(numbers[p] for p in {bisect_right(firsts, seq) - 1 for seq in seqs} if p >= 0) - {number},
+            frozenset(numbers[p] for p in {bisect_right(firsts, seq) - 1 for seq in seqs} if p >= 0)
+            - {number},
         )
 
 

@@ -1,9 +1,9 @@
 """Leases: instants that somebody reads, `leases/SEQ` in a timeline's directory, each held by a shared flock.
 
-Who opens a point for a client takes its lease first, and looks then whether the point is still there. Leases are taken under a
-shared flock of the directory, and who drops holds that alone from its look at the leases on; so the point is gone by then, or stays.
-The flock of a lease ends with its holder, however that ends. After that it holds for a grace, as long as a client may take to connect
-again: the first look that finds it free writes the time into the file, a later one removes it.
+Who opens a point for a client takes its lease first, and looks then whether the point is still there. Leases are taken under
+a shared flock of the directory, and who drops holds that alone from its look at the leases on: by then the point is gone, or it
+stays. A lease's own flock ends with its holder, however that ends. After that it holds for a grace, as long as a client may take
+to connect again: the first look that finds it free writes the time into the file, a later one removes it.
 """
 
 import contextlib

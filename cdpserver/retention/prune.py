@@ -1,13 +1,13 @@
 """Carries out what the plan says: a pass over all disks, in a process of its own.
 
-Crash safety: intervals go before the base points that they stand on, the newest first, each by a rename; so what is left can always
-be read, and the next pass finishes. Nothing is dropped of a disk whose policy, locks or files cannot be read.
+Crash safety: intervals go the newest first, each by a rename, and then base points by merges that are whole or not at all; so
+what is left can always be read, and the next pass finishes. Nothing is dropped of a disk whose policy, locks or files cannot be
+read.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,6 @@ from cdpserver.retention.plan import Decision, Facts, cutoffs, drops, fixed_byte
 from cdpserver.retention.still import alone
 from cdpserver.state import StateDir
 from cdpserver.timeline import INTERVALS
-
-Merge = Callable[[StateDir, Catalog, Entry, int], None]
-"""Takes one base point out of its chain, so that those above it no longer need it."""
 
 
 @dataclass
@@ -67,7 +64,9 @@ def describe(decision: Decision) -> dict[str, Any]:
     }
 
 
-def look(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None) -> tuple[Pass, dict[str, int]]:
+def look(
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None
+) -> tuple[Pass, dict[str, int]]:
     """What a pass would do, and how far each disk's history is shortened. Nothing is changed."""
     if disk is not None and catalog.get(disk) is None:
         raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
@@ -78,9 +77,7 @@ def look(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk
     return Pass(dropped, {k: v for k, v in failed.items() if disk in (None, k)}, chosen), until
 
 
-def prune(
-    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None, merge: Merge
-) -> Pass:
+def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None) -> Pass:
     """Drop what the plan says; durable on return. A disk that fails is said, and the others are done."""
     planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk)
     done = Pass(failed=planned.failed)
@@ -89,7 +86,7 @@ def prune(
         if entry is None or entry.state != "live":
             continue
         try:
-            done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns, merge)
+            done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns)
             done.disks.append(gather(state, catalog, config, entry, now_ns=now_ns))
         except (CdpError, OSError) as error:
             done.failed[name] = str(error)
@@ -103,31 +100,49 @@ def _prune_one(
     entry: Entry,
     cutoff_ns: int,
     now_ns: int,
-    merge: Merge,
 ) -> list[Decision]:
     directory = state.timeline(entry.id)
     finish(directory)
     with alone(directory), leases.none_taken(directory):
         # Anew, since a lock or a lease may have come meanwhile; from here on none does without our knowing.
-        gone = drops(plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns))
+        decisions = plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns)
+        gone = drops(decisions)
         for decision in gone:
             if decision.is_interval:
                 durable.remove_tree(interval_path(directory, decision.number))
-    for decision in gone:
-        if not decision.is_interval:
-            merge(state, catalog, entry, decision.number)
+    for run in merges(decisions):
+        chain.merge(state, catalog, entry.id, "pull", run.keep, base=run.base)
     return gone
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Base points that go lie between `base`, or the disk's beginning, and `keep`, which takes what only they held."""
+
+    keep: int
+    base: int | None
+
+
+def merges(decisions: list[Decision]) -> list[Run]:
+    """The merges that take away the base points that go, those of the newest first."""
+    found: list[Run] = []
+    base, between = None, False
+    for decision in decisions:
+        if decision.is_interval:
+            continue
+        if not decision.keep:
+            between = True
+            continue
+        if between:
+            found.append(Run(decision.number, base))
+        base, between = decision.number, False
+    return found[::-1]
 
 
 def finish(directory: Path) -> None:
     """Remove what a killed pass had renamed already. Others' temporary names are left alone."""
     for left in (directory / INTERVALS).glob(f"{durable.REMOVING}*"):
         durable.remove_tree(left.with_name(left.name.removeprefix(durable.REMOVING)))
-
-
-def take_out(state: StateDir, catalog: Catalog, entry: Entry, number: int) -> None:
-    """Remove a base point; the one above it takes what only it held."""
-    chain.merge(state, catalog, entry.id, "delete", number)
 
 
 def main() -> int:
@@ -145,7 +160,7 @@ def main() -> int:
             if options.dry_run:
                 done, _ = look(state, catalog, config, now_ns=now_ns, disk=options.disk)
             else:
-                done = prune(state, catalog, config, now_ns=now_ns, disk=options.disk, merge=take_out)
+                done = prune(state, catalog, config, now_ns=now_ns, disk=options.disk)
         result, status = done.as_json(), 0
     except CdpError as error:
         result, status = messages.error_fields(error), error.exit_code

@@ -23,6 +23,7 @@ from cdpserver.retention import locks, policies
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
+from cdpserver.service.pruning import Pruning
 from cdpserver.target.placement import worker_of
 from cdpserver.timeline import Base, EmptyBase, ImageBase, PointBase, Timeline
 
@@ -38,6 +39,7 @@ class Disks:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self.pruning = Pruning(core)
         self._changing = trio.Lock()
         self._importing = trio.Lock()
 

@@ -119,11 +119,3 @@ class Locks:
             for lock in locks.all_locks(core.catalog)
             if id is None or lock.timeline == id
         ]
-
-    def drop_expired(self) -> None:
-        """Take away the rows of locks whose time has come. For threads."""
-        now_ns = self._core.clock.now_ns()
-        for lock in locks.all_locks(self._core.catalog):
-            if not lock.holds(now_ns):
-                self._core.catalog.delete_row("locks", lock.id)
-                self._core.log.emit("lock.expired", disk=self._disk(lock), lock=lock.id, seq=lock.seq)

@@ -83,6 +83,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
             if not stop.asked.is_set():
                 await nursery.start(jobs.keep_running)
                 nursery.start_soon(base_points.keep_cutting)
+                nursery.start_soon(all_disks.pruning.keep_pruning)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
                 app = api.build(core, children, all_disks, instants, base_points, jobs, roles, stop.asked)

@@ -20,6 +20,7 @@ from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import locks as lock_routes
 from cdpserver.service.api import models, seeing
 from cdpserver.service.api import policies as policy_routes
+from cdpserver.service.api import pruning as pruning_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
@@ -52,6 +53,7 @@ ADMINS_ONLY = {
     "set_policy",
     "clear_policy",
     "remove_lock",
+    "prune",
 }
 """What loses history, or lets a disk use the store."""
 
@@ -107,6 +109,7 @@ def build(
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))
     app.include_router(lock_routes.routes(answers, Locks(core)))
+    app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))

@@ -110,6 +110,12 @@ class AddLock(Body):
     immutable: bool = Field(False, description="Nobody can end it before `until`.")
 
 
+class Prune(Body):
+    """POST /v1/prune"""
+
+    disk: Text | None = None
+
+
 # --- answers
 
 
@@ -245,6 +251,15 @@ class PointUri(Answer):
     uri_unix: str | None = None
     seq: Count
     time_ns: Count
+
+
+class Dropped(Answer):
+    """Something that no policy keeps."""
+
+    what: str = Field(examples=["interval:7"])
+    disk: str
+    reason: str
+    bytes: Count
 
 
 class Lock(Answer):

@@ -1,0 +1,279 @@
+"""Carrying out the plan: what is kept reads as before, whatever is open, and however a pass ends."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cdpserver import durable
+from cdpserver.catalog import Catalog, Row
+from cdpserver.config import Config, parse_config
+from cdpserver.errors import RefusedError
+from cdpserver.journal.log import Journal, interval_path, intervals
+from cdpserver.retention import leases, policies
+from cdpserver.retention import prune as pruning
+from cdpserver.retention.facts import gather
+from cdpserver.retention.leases import GRACE_NS, Lease
+from cdpserver.retention.locks import Lock
+from cdpserver.retention.still import alone, stays
+from cdpserver.view.history import History
+from cdpserver.view.view import View
+from tests.core import INDEXER, SECOND_NS, Line, World, scratch
+from tests.islands import publish
+from tests.model import BLOCK
+from tests.test_policy import cdp
+from tests.test_service import Server, connected, pattern, write
+
+SIZE = 64 * BLOCK
+MINUTE_NS = 60 * SECOND_NS
+CONFIG = parse_config("[policy]\nbp_every = '20m'\nkeep_rp = '1h'\nkeep_bp = '2h'\n")
+
+
+class Kept:
+    """A disk with four hours of history, a base point every 20 minutes, and its catalog."""
+
+    def __init__(self, path: Path, hours: int = 4) -> None:
+        self.world = World(path)
+        self.catalog = Catalog.open(self.world.state, writable=True)
+        self.line: Line = self.world.add(SIZE, image=bytes(SIZE))
+        self.entry = self.catalog.add(self.line.timeline.full_name, self.line.timeline.id)
+        self.ends: dict[int, int] = {}
+        chance = random.Random(7)
+        self.line.synced()
+        for number in range(3 * hours):
+            for _ in range(3):
+                self.line.write(chance.randrange(64) * BLOCK, chance.randbytes(BLOCK))
+                self.world.now_ns += 6 * MINUTE_NS
+            self.line.cut()
+            self.world.now_ns += 2 * MINUTE_NS
+            INDEXER.call("drain", self.line.directory, self.world.boot)
+            publish(self.line, number)
+        self.line.write(0, chance.randbytes(BLOCK))
+
+    def prune(self, config: Config = CONFIG) -> pruning.Pass:
+        return pruning.prune(self.world.state, self.catalog, config, now_ns=self.world.now_ns, disk=None)
+
+    def look(self, config: Config = CONFIG) -> pruning.Pass:
+        return pruning.look(self.world.state, self.catalog, config, now_ns=self.world.now_ns, disk=None)[0]
+
+    def intervals(self) -> list[int]:
+        return intervals(self.line.directory)
+
+    def inside(self, interval: int) -> int:
+        """A seq that no base point holds."""
+        journal = Journal(self.line.directory)
+        try:
+            return journal.first_reader(interval).first_seq + 1
+        finally:
+            journal.close()
+
+    @contextlib.contextmanager
+    def view(self, seq: int) -> Iterator[View]:
+        history = History(self.world.state.path, self.line.timeline, self.world.boot)
+        view = View(history, seq)
+        try:
+            yield view
+        finally:
+            view.close()
+            history.close()
+
+    def read(self, seq: int) -> bytes:
+        with self.view(seq) as view:
+            return view.read(0, SIZE)
+
+    def close(self) -> None:
+        self.catalog.close()
+        self.world.close()
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    with scratch() as path:
+        found = Kept(path)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def check(kept: Kept) -> int:
+    """Every instant that is still offered is bit-exact; how many."""
+    good = 0
+    for seq in range(1, kept.line.last_seq + 1):
+        with contextlib.suppress(RefusedError):
+            content = kept.read(seq)
+            assert content == kept.line.model.read(seq, 0, SIZE), seq
+            good += 1
+    return good
+
+
+def test_a_pass_does_what_was_announced_and_the_rest_reads_as_before(kept: Kept) -> None:
+    before = kept.intervals()
+    announced = kept.look()
+    assert kept.intervals() == before
+    done = kept.prune()
+    assert [pruning.describe(d) for d in done.dropped] == [pruning.describe(d) for d in announced.dropped]
+    assert not done.failed and all(d.bytes > 0 and d.reason for d in done.dropped)
+    assert kept.intervals() == before[-4:]
+    # All of the last hour, and the base points that are kept.
+    assert check(kept) >= 3 * 4 + 6
+    assert kept.prune().dropped == [] == kept.look().dropped
+
+
+def test_locks_and_leases_keep_what_they_hold(kept: Kept) -> None:
+    early, middle, locked = (kept.inside(number) for number in (3, 5, 7))
+    kept.catalog.put_row(
+        "locks", Lock("lock-1", kept.entry.id, locked, 1, kept.world.now_ns + SECOND_NS, False, "", 1).row()
+    )
+    lease = Lease.take(kept.line.directory, early)
+    with kept.view(early) as reader:
+        content = reader.read(0, SIZE)
+        kept.prune()
+        assert reader.read(0, SIZE) == content == kept.line.model.read(early, 0, SIZE)
+        assert kept.read(locked) == kept.line.model.read(locked, 0, SIZE)
+        with pytest.raises(RefusedError):
+            kept.read(middle)
+    # Its holder ends: a grace, then it goes; the lock goes when its time has come.
+    lease.close()
+    for passed_ns, held in ((0, True), (GRACE_NS - 1, True), (1, False)):
+        kept.world.now_ns += passed_ns
+        kept.prune()
+        if held:
+            assert kept.read(early) == content
+        else:
+            with pytest.raises(RefusedError):
+                kept.read(early)
+    with pytest.raises(RefusedError):
+        kept.read(locked)
+
+
+def test_a_lease_ends_with_its_process(tmp_path: Path) -> None:
+    """Also one that is killed; and taken again it holds anew."""
+    script = (
+        "import sys, time; from pathlib import Path; from cdpserver.retention.leases import Lease\n"
+        "lease = Lease.take(Path(sys.argv[1]), 5); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert leases.held(tmp_path, now_ns=1, tidy=True) == [5]
+        assert leases.held(tmp_path, now_ns=1 + 10 * GRACE_NS, tidy=True) == [5]
+        holder.send_signal(signal.SIGKILL)
+    now_ns = 10**18
+    assert leases.held(tmp_path, now_ns=now_ns, tidy=True) == [5]
+    again = Lease.take(tmp_path, 5)
+    now_ns += 2 * GRACE_NS
+    assert leases.held(tmp_path, now_ns=now_ns, tidy=True) == [5]
+    again.close()
+    assert leases.held(tmp_path, now_ns=now_ns, tidy=True) == [5]
+    assert leases.held(tmp_path, now_ns=now_ns - 1, tidy=True) == [5]
+    # A mere look takes nothing away.
+    assert leases.held(tmp_path, now_ns=now_ns + GRACE_NS) == [] != os.listdir(tmp_path / leases.DIRECTORY)
+    assert leases.held(tmp_path, now_ns=now_ns + GRACE_NS, tidy=True) == []
+    assert os.listdir(tmp_path / leases.DIRECTORY) == []
+
+
+def test_a_pass_killed_at_any_step_is_finished_by_the_next(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each rename, and between a rename and the removal of what was renamed."""
+    whole = durable.remove_tree
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(path: Path) -> None:
+        if half:
+            os.rename(path, path.with_name(durable.REMOVING + path.name))
+        raise KilledError
+
+    gone = sum(decision.is_interval for decision in kept.look().dropped)
+    assert gone > 5
+    for number in range(gone):
+        half = number % 2 == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(durable, "remove_tree", killed)
+            with pytest.raises(KilledError):
+                kept.prune()
+        assert check(kept) > 0
+        # One more step is done by hand, as a pass that was killed later would have.
+        first = kept.look().dropped[:1]
+        pruning.finish(kept.line.directory)
+        for decision in first:
+            assert decision.is_interval
+            whole(interval_path(kept.line.directory, decision.number))
+        if not any(decision.is_interval for decision in kept.look().dropped):
+            break
+    assert not any(decision.is_interval for decision in kept.prune().dropped)
+    assert kept.prune().dropped == []
+    assert not list((kept.line.directory / "intervals").glob(f"{durable.REMOVING}*"))
+    assert len(kept.intervals()) == 4 and check(kept) >= 3 * 4 + 6
+
+
+@pytest.mark.parametrize("damage", ["policy", "lock", "contradiction"])
+def test_a_disk_that_cannot_be_judged_is_left_alone(kept: Kept, damage: str) -> None:
+    before, id = kept.intervals(), policies.disk_row(kept.entry.id)
+    match damage:
+        case "policy":
+            kept.catalog.put_row("policies", policies.row(id, {}, {"keep_rp": "soon"}))
+        case "contradiction":
+            kept.catalog.put_row("policies", policies.row(id, {}, {"keep_rp": "10m"}))
+        case "lock":
+            row = Lock("lock-1", kept.entry.id, 5, 1, None, False, "", 1).row()
+            kept.catalog.put_row("locks", Row(row.id, 2, row.fields))
+    done = kept.prune()
+    assert list(done.failed) == [kept.entry.name] and done.dropped == []
+    assert kept.intervals() == before
+
+
+def test_forks_hold_their_point(kept: Kept) -> None:
+    stands, other = kept.inside(3), kept.inside(5)
+    fork = kept.world.fork(kept.line, stands)
+    kept.catalog.add(fork.timeline.full_name, fork.timeline.id)
+    kept.prune()
+    assert kept.read(stands) == kept.line.model.read(stands, 0, SIZE)
+    with pytest.raises(RefusedError):
+        kept.read(other)
+    found = gather(kept.world.state, kept.catalog, CONFIG, kept.entry, now_ns=kept.world.now_ns)
+    assert [hold.why for hold in found.holds] == [f"the fork {fork.timeline.full_name} stands on it"]
+
+
+def test_dropping_and_locking_exclude_each_other(kept: Kept) -> None:
+    before = kept.intervals()
+    with stays(kept.line.directory):
+        done = kept.prune()
+        assert "dropped or locked" in done.failed[kept.entry.name] and kept.intervals() == before
+    with alone(kept.line.directory), pytest.raises(RefusedError), stays(kept.line.directory, wait_s=0):
+        raise AssertionError("history is being dropped")
+    assert kept.prune().dropped
+
+
+@pytest.mark.real
+def test_pruning_of_a_service(short_path: Path) -> None:
+    with Server(short_path / "s") as server:
+        write(server.add("d"), pattern(1))
+        server.post("/v1/disks/d:synced")
+        for arguments in (["--dry-run"], ["d"], []):
+            done = cdp(server, "prune", *arguments, "--json")
+            assert (done.returncode, json.loads(done.stdout)) == (0, []), done.stderr
+        assert cdp(server, "prune", "nobody").returncode == 2
+        # A point that is open is held until its reader is gone, and a grace longer.
+        with connected(server.uri("d@latest")) as client:
+            directory = server.state_dir / "timelines" / "t1"
+            assert client.get_size() and len(leases.held(directory, now_ns=1)) == 1
+        assert len(leases.held(directory, now_ns=1)) == 1
+        # A policy that no longer goes with the configuration: the disk is left alone, and who asks is told.
+        server.request("PATCH", "/v1/policies/d", {"keep_rp": "10h"})
+        server.stop()
+    config = short_path / "c.toml"
+    config.write_text("[policy]\nbp_every = '11h'\n")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        done = cdp(server, "prune", "d")
+        assert done.returncode == 3 and "bp_every 11h is longer than keep_rp 10h" in done.stderr
+        assert "cdp prune" in done.stderr and server.events("retention.left-alone")
