@@ -16,7 +16,7 @@ from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
 from recovery.output import printable
-from recovery.retention_tree import add_locks, add_retention
+from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
 
 INTERNAL = 1
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     chain_tree.add(commands)
     _add_fork(commands)
     add_retention(commands)
+    add_capacity(commands)
     _add_events(commands)
     _add_jobs(commands)
     _add_local(commands)

@@ -75,3 +75,59 @@ def add_locks(point: Group) -> None:
 def _point(text: str) -> str:
     names.parse_point(text)
     return text
+
+
+USAGE_FIELDS = """
+fields of --json (bytes on the file system, times in ns):
+  time_ns   now, by the server's clock
+  disks     disk, id, state; bytes, and of these base (the first copy), data and headers (the journal), index,
+            base_points, maps (with notes), other; per_hour (growth in the last 24 hours, null where history is
+            shorter than a minute), of this journal_per_hour, base_points_per_hour; held_ns (how far back the
+            journal reaches without a break); error (null, or what cannot be read)
+  images    base images, which disks share
+  free      what the file system has left
+  caps      of ("disk NAME", "store", "file system"), bytes, cap_bytes, then (shorten, refuse, full), in_ns (how
+            long until the cap is reached, at the soonest; 0 is now, null never at this growth)
+"""
+
+FORECAST_FIELDS = """
+fields of --json (bytes, times in ns):
+  disk, time_ns, keep, keep_bp, bp_every   what was asked, with the disk's policy for the rest
+  held_ns    how far back the journal reaches without a break
+  rp         every instant of keep: bytes; of these measured (in the journal now), extrapolated (by the write
+             rate, per_hour)
+  bp         base points, their content without the files' own tables: bytes, count; gaps (gap_ns, count,
+             bytes_each: so many base points, that far from the one below); oldest_bytes (the oldest one holds all
+             that was written before it); measured_ns (longer gaps are extrapolated, never past the disk's size)
+  base       the first copy
+  bytes      rp, bp and base together; bytes_now; size_cap and fits (null without a cap)
+  samples    what the estimate was measured from: window_ns, bytes (distinct bytes written within it, on average),
+             least, most, places (windows looked at), records
+"""
+
+
+def add_capacity(commands: Commands) -> None:
+    """`cdp usage`, `cdp forecast`."""
+    usage = commands.leaf(
+        "usage",
+        lazy("capacity", "show_usage"),
+        "Show what each disk takes by kind, how fast it grows and when a cap is reached. Needs no server.",
+        "cdp usage web/vda",
+    )
+    usage.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
+    usage.epilog = f"{usage.epilog}{USAGE_FIELDS}"
+    forecast = commands.leaf(
+        "forecast",
+        lazy("capacity", "show_forecast"),
+        "Estimate from a disk's journal what another policy would need. Needs no server, and changes nothing.",
+        "cdp forecast web/vda --keep 24h --keep-bp '48h 7d 4w'",
+    )
+    forecast.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    forecast.add_argument("--keep", metavar="SPAN", help="how long every instant is kept: 24h")
+    forecast.add_argument("--keep-bp", metavar="SLOTS", help="how many base points after that: '48h 7d 4w'")
+    forecast.add_argument("--bp-every", metavar="SPAN", help="how often a base point is cut: 20m")
+    forecast.epilog = f"{forecast.epilog}{FORECAST_FIELDS}"
+    for command in (usage, forecast):
+        command.add_argument(
+            "--config", metavar="FILE", help="cdpserver's configuration, for its [policy] and [store]"
+        )
