@@ -601,6 +601,8 @@ def test_help_has_an_example_of_every_command() -> None:
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),
         *("fork add", "fork list", "fork remove"),
         *("policy set", "policy show", "policy clear", "prune"),
+        "usage",
+        "forecast",
         *("event list", "job list", "job show", "job cancel"),
         *("segment show", "index rebuild", "index show", "timeline show", "catalog show", "clock show"),
         *("check", "completion"),
