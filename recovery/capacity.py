@@ -83,8 +83,8 @@ def show_usage(options: Namespace) -> None:
     for cap in found.caps:
         answer(_cap_line(cap, found.now_ns))
     for disk in found.disks:
-        if disk.error:
-            say(f"warning: {disk.disk}: {disk.error}")
+        if disk.problem is not None:
+            say(f"warning: {disk.disk}: {disk.problem}")
 
 
 def _cap_line(cap: usage.Cap, now_ns: int) -> str:
@@ -111,7 +111,7 @@ def usage_value(found: usage.Store) -> dict[str, Any]:
                 "journal_per_hour": _rounded(disk.journal_per_hour),
                 "base_points_per_hour": _rounded(disk.base_points_per_hour),
                 "held_ns": disk.held_ns,
-                "error": disk.error or None,
+                "error": str(disk.problem) if disk.problem is not None else None,
             }
             for disk in found.disks
         ],

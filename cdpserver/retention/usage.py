@@ -13,12 +13,12 @@ from cdpserver import timeline
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain.holds import now_ns as clock_ns
 from cdpserver.config import Config
-from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import CdpError, NotFoundError, RefusedError
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.nodes import NUMBERED, base_point_path, nodes
 from cdpserver.retention import policies
 from cdpserver.retention.growth import HOUR_NS, Part, Span, held_ns, hours_until, made_per_hour, per_hour
-from cdpserver.retention.policy import SHORTEN, Policy
+from cdpserver.retention.policy import SHORTEN, Effective, Policy
 from cdpserver.retention.slots import span_ns
 from cdpserver.state import StateDir
 
@@ -37,7 +37,7 @@ FULL = "full"
 class Usage:
     """One disk. `journal_per_hour` and `base_points_per_hour` are None where history is too short to say.
 
-    `error`: why something that would be said of it is not.
+    `problem`: why something that would be said of it is not.
     """
 
     disk: str
@@ -50,7 +50,7 @@ class Usage:
     journal_per_hour: float | None = None
     base_points_per_hour: float | None = None
     policy: Policy | None = None
-    error: str = ""
+    problem: CdpError | None = None
 
     @property
     def bytes(self) -> int:
@@ -162,18 +162,18 @@ def read_spans(directory: Path) -> tuple[Span, ...]:
         ) from None
 
 
-def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Policy], *, now_ns: int) -> Usage:
-    """One disk. Never fails for what its files hold: that is its `error`."""
+def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Effective], *, now_ns: int) -> Usage:
+    """One disk. Never fails for what its files hold: that is its `problem`."""
     directory = state.timeline(entry.id)
     kinds = by_kind(directory)
     if entry.state != "live":
         return Usage(entry.name, entry.id, entry.state, kinds)
     try:
         found = timeline.load(directory)
-        policy = policy_of(entry)
+        effective = policy_of(entry)
         held = read_spans(directory)
     except CdpError as error:
-        return Usage(entry.name, entry.id, entry.state, kinds, error=str(error))
+        return Usage(entry.name, entry.id, entry.state, kinds, problem=error)
     # Where nobody knows the time, or it was set back, it is that of the newest record.
     now = max(now_ns, held[-1].last_ns) if held else now_ns
     made = [(node.time_ns, _used(base_point_path(directory, node.number))) for node in nodes(directory)]
@@ -187,7 +187,8 @@ def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Policy],
         found.size,
         per_hour(held, now),
         made_per_hour(made, held, now),
-        policy,
+        effective.policy,
+        effective.problem,
     )
 
 
@@ -208,16 +209,9 @@ def caps(disks: list[Usage], *, store_cap: int | None, free_bytes: int) -> list[
     return found
 
 
-def policy_reader(catalog: Catalog, config: Config) -> Callable[[Entry], Policy]:
-    """The policy in effect of an entry; UsageError where it contradicts itself."""
-
-    def policy_of(entry: Entry) -> Policy:
-        found = policies.effective(catalog, config, entry)
-        if found.problem is not None:
-            raise found.problem
-        return found.policy
-
-    return policy_of
+def policy_reader(catalog: Catalog, config: Config) -> Callable[[Entry], Effective]:
+    """The policy in effect of an entry, read when it is asked for; CorruptError."""
+    return lambda entry: policies.effective(catalog, config, entry)
 
 
 def entry_of(catalog: Catalog, disk: str) -> Entry:
@@ -247,8 +241,8 @@ def survey(state: StateDir, config: Config, *, disk: str | None = None) -> Store
 
 
 def check_readable(usage: Usage) -> None:
-    """What is said of a disk needs its history: CorruptError if it cannot be read, RefusedError if there is none yet."""
-    if usage.error:
-        raise CorruptError(f"{usage.disk}: {usage.error}", hint=f"cdp check {usage.disk}")
+    """What is said of a disk needs its history: its `problem` if that cannot be read, RefusedError if there is none yet."""
+    if usage.policy is None and usage.problem is not None:
+        raise usage.problem
     if not usage.spans:
         raise RefusedError(f"{usage.disk} has no history yet", hint="it begins when the first copy has ended")
