@@ -79,6 +79,10 @@ class StateDir:
         return self.path / "clock.json"
 
     @property
+    def boots(self) -> Path:
+        return self.path / "boots.json"
+
+    @property
     def catalog(self) -> Path:
         return self.path / "catalog"
 

@@ -182,6 +182,7 @@ NOTHING_LOST = (
     ".mdb",
     ".mdb-lock",
     ".map",
+    "boots.json",
     "timelines/t1/bp-1.qcow2",
     "timelines/t2/bp-0.qcow2",
     "timelines/t3/bp-0.qcow2",

@@ -363,6 +363,7 @@ def instant(records: list[LogRecord], time_ns: int) -> int | None:
     return None if in_gap else older[-1].seq
 
 
+@pytest.mark.timeout(900)  # a minute on a machine of its own
 def test_histories_against_the_model() -> None:
     PATHS.clear()
     chosen = settings(

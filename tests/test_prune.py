@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbd
 import pytest
 
 from cdpserver import durable
@@ -17,7 +18,7 @@ from cdpserver.catalog import Catalog, Row
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import RefusedError
 from cdpserver.journal.log import Journal, interval_path, intervals
-from cdpserver.retention import leases, policies
+from cdpserver.retention import leases, offtime, policies
 from cdpserver.retention import prune as pruning
 from cdpserver.retention.facts import gather
 from cdpserver.retention.leases import GRACE_NS, Lease
@@ -29,7 +30,7 @@ from tests.core import INDEXER, SECOND_NS, Line, World, scratch
 from tests.islands import publish
 from tests.model import BLOCK
 from tests.test_policy import cdp
-from tests.test_service import Server, connected, pattern, write
+from tests.test_service import Server, connected, pattern, read, write
 
 SIZE = 64 * BLOCK
 MINUTE_NS = 60 * SECOND_NS
@@ -46,7 +47,8 @@ class Kept:
         self.entry = self.catalog.add(self.line.timeline.full_name, self.line.timeline.id)
         self.ends: dict[int, int] = {}
         chance = random.Random(7)
-        self.line.synced()
+        self.line.write(0, chance.randbytes(BLOCK))
+        self.line.synced()  # the session that the first write began
         for number in range(3 * hours):
             for _ in range(3):
                 self.line.write(chance.randrange(64) * BLOCK, chance.randbytes(BLOCK))
@@ -125,6 +127,48 @@ def test_a_pass_does_what_was_announced_and_the_rest_reads_as_before(kept: Kept)
     # All of the last hour, and the base points that are kept.
     assert check(kept) >= 3 * 4 + 6
     assert kept.prune().dropped == [] == kept.look().dropped
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_history_does_not_age_while_the_host_is_down(kept: Kept, clean: bool) -> None:
+    """Nor by a clock that is years ahead at a boot."""
+    kept.prune()
+    before = kept.intervals()
+    kept.world.now_ns += 400 * 24 * 60 * MINUTE_NS
+    assert kept.look().dropped == [], "time alone makes nothing old"
+    last_ns = kept.line.writer.last_time_ns
+    kept.world.reboot(clean=clean)
+    assert offtime.note(kept.world.state, last_ns, kept.world.now_ns)
+    kept.line.write(0, b"x" * BLOCK)
+    assert kept.look().dropped == []
+    assert set(before) <= set(kept.intervals())
+    # Another hour of writes does.
+    kept.line.synced()
+    for _ in range(7):
+        kept.line.write(BLOCK, b"y" * BLOCK)
+        kept.world.now_ns += 10 * MINUTE_NS
+    kept.line.cut()
+    kept.world.now_ns += MINUTE_NS
+    publish(kept.line, 12)
+    kept.line.write(0, b"z" * BLOCK)
+    assert kept.look().dropped
+
+
+def test_a_resync_keeps_what_it_compares_with(kept: Kept) -> None:
+    kept.line.disconnect()
+    kept.line.write(0, kept.line.model.read(kept.line.last_seq, 0, BLOCK))  # a new session
+    ref = kept.line.writer.state.resync_ref
+    for _ in range(3):
+        kept.world.now_ns += 70 * MINUTE_NS
+        kept.line.write(BLOCK, b"new" + bytes(BLOCK - 3))
+        kept.line.cut()
+        publish(kept.line, len(kept.line.cuts) - 1)
+    kept.prune()
+    assert kept.read(ref) == kept.line.model.read(ref, 0, SIZE)
+    old = kept.line.model.read(ref, 2 * BLOCK, 30 * BLOCK)
+    kept.line.write(2 * BLOCK, old)  # the mirror goes on: what is as it was costs no payload
+    assert kept.read(kept.line.last_seq) == kept.line.model.read(kept.line.last_seq, 0, SIZE)
+    assert check(kept) > 0
 
 
 def test_locks_and_leases_keep_what_they_hold(kept: Kept) -> None:
@@ -277,3 +321,34 @@ def test_pruning_of_a_service(short_path: Path) -> None:
         done = cdp(server, "prune", "d")
         assert done.returncode == 3 and "bp_every 11h is longer than keep_rp 10h" in done.stderr
         assert "cdp prune" in done.stderr and server.events("retention.left-alone")
+
+
+def test_a_disk_at_its_cap_refuses_writes_when_its_policy_says_so(short_path: Path) -> None:
+    mib = 1 << 20
+    with Server(short_path / "s") as server:
+        uri = server.post("/v1/disks", name="d", size=128 * mib)["uri"]
+        write(uri, pattern(1))
+        server.post("/v1/disks/d:synced")
+        with connected(uri) as client:
+            for at in range(0, 72 * mib, 8 * mib):
+                client.pwrite(random.Random(at).randbytes(8 * mib), at)
+            done = cdp(server, "policy", "set", "d", "--size-cap", "64M", "--at-cap", "refuse")
+            assert done.returncode == 0, done.stderr
+            cdp(server, "prune")
+            with pytest.raises(nbd.Error) as refused:
+                client.pwrite(pattern(2), 0)
+            assert refused.value.errno == "ENOSPC"
+            with pytest.raises(nbd.Error) as refused:
+                client.zero(4096, 0)
+            assert refused.value.errno == "ENOSPC"
+            assert client.pread(8 * mib, 0) == random.Random(0).randbytes(8 * mib), "what is there reads"
+            assert server.events("retention.writes-refused")
+            # Said again to a worker that does not know.
+            os.kill(server.pids()["target-0"], signal.SIGKILL)
+            cdp(server, "prune")
+        with connected(uri) as client, pytest.raises(nbd.Error):
+            client.pwrite(pattern(2), 0)
+        cdp(server, "policy", "set", "d", "--size-cap", "1G")
+        cdp(server, "prune")
+        write(uri, pattern(2))
+        assert read(uri, 4096) == pattern(2)

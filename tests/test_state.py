@@ -111,7 +111,7 @@ def test_where_nothing_can_be_written_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": "cdp-state", "version": 3}', "version 3"),
+        (f'{{"format": "cdp-state", "version": {VERSION + 1}}}', f"version {VERSION + 1}"),
         ('{"format": "cdp-state", "version": 0}', "not ours"),
         ('{"format": "cdp-state", "version": true}', "not ours"),
         ('{"format": "cdp-state"}', "not ours"),

@@ -1,4 +1,8 @@
-"""What a disk's plan depends on, gathered from its files and the catalog. Nothing is changed."""
+"""What a disk's plan depends on, gathered from its files and the catalog. Nothing is changed.
+
+History ages by being lived on: its now is its newest record, and the time between two boots of the host does not count. So a
+disk that rests keeps what it has, and neither a month without power nor a clock that is years ahead at a boot makes all too old.
+"""
 
 import os
 from bisect import bisect_right
@@ -16,6 +20,7 @@ from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.nodes import base_point_path, nodes
 from cdpserver.retention import leases, locks, policies
+from cdpserver.retention.offtime import Off, lived_since, off_times
 from cdpserver.retention.plan import Facts, Hold, Interval, Node
 from cdpserver.state import StateDir
 from cdpserver.timeline import PointBase
@@ -36,22 +41,32 @@ def gather(
         raise found.problem
     directory = state.timeline(entry.id)
     journal = Journal(directory)
+    intervals: tuple[Interval, ...] = ()
+    off = off_times(state)
+    holds: list[Hold] = []
     try:
-        intervals = () if journal.empty else tuple(_intervals(journal))
+        if not journal.empty:
+            intervals = tuple(_intervals(journal, off))
+            holds += _compared_with(journal)
     finally:
         journal.close()
     held = tuple(
         Node(
-            n.number, n.seq, n.time_ns, n.interval, int(n.grade), _used(base_point_path(directory, n.number))
+            n.number,
+            n.seq,
+            lived_since(n.time_ns, off),
+            n.interval,
+            int(n.grade),
+            _used(base_point_path(directory, n.number)),
         )
         for n in nodes(directory)
     )
-    holds = [*_locked(catalog, entry, now_ns), *_forks(state, catalog, entry)]
+    holds += [*_locked(catalog, entry, now_ns), *_forks(state, catalog, entry)]
     holds += [Hold(seq, "it is open") for seq in leases.held(directory, now_ns=now_ns, tidy=tidy)]
     return Facts(
         entry.name,
         found.policy,
-        now_ns,
+        min(now_ns, intervals[-1].last_time_ns) if intervals else now_ns,
         intervals,
         held,
         tuple(holds),
@@ -67,7 +82,15 @@ def _used(path: Path) -> int:
         return 0
 
 
-def _intervals(journal: Journal) -> Iterator[Interval]:
+def _compared_with(journal: Journal) -> list[Hold]:
+    """The instant that a resync under way compares with: blocks that are as they were then get *same* records."""
+    state = journal.state_at(journal.last().seq)
+    if state.resync_ref > 0 and not state.synced:
+        return [Hold(state.resync_ref, "a resync compares with it")]
+    return []
+
+
+def _intervals(journal: Journal, off: Off) -> Iterator[Interval]:
     journal.newest()
     numbers = list(journal.intervals)
     firsts = [journal.first_reader(number).first_seq for number in numbers]
@@ -82,8 +105,8 @@ def _intervals(journal: Journal) -> Iterator[Interval]:
             number,
             first.first_seq,
             max(last.last_seq, first.first_seq - 1),
-            first.header.first_time_ns,
-            last.time_of(last.count - 1) if last.count else last.header.first_time_ns,
+            lived_since(first.header.first_time_ns, off),
+            lived_since(last.time_of(last.count - 1) if last.count else last.header.first_time_ns, off),
             size,
             frozenset(numbers[p] for p in {bisect_right(firsts, seq) - 1 for seq in seqs} if p >= 0)
             - {number},

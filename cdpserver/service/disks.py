@@ -20,6 +20,7 @@ from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.retention import locks, policies
+from cdpserver.retention.still import stays
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
@@ -157,9 +158,15 @@ class Disks:
             position, size = await core.thread(core.resolve, parent, when)
             await core.make_durable(parent, position.seq)
             base = PointBase(parent.id, position.seq, position.time_ns)
-            made = await core.thread(self._make, name, size, base)
+            made = await core.thread(self._fork, parent, name, size, base)
         core.log.emit("fork.added", fork=name, id=made.id, base=facts.base_name(core, base))
         return await self.show_fork(name)
+
+    def _fork(self, parent: Entry, name: str, size: int, base: PointBase) -> Any:
+        """Make it while nothing of the parent is dropped; from then on it holds its point itself."""
+        with stays(self._core.state.timeline(parent.id)):
+            self._core.resolve(parent, names.Seq(base.seq))
+            return self._make(name, size, base)
 
     async def show_fork(self, name: str) -> dict[str, Any]:
         """One fork: name, uri, base and what a disk has. UsageError for a disk."""

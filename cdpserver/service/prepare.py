@@ -9,9 +9,11 @@ from cdpserver import durable, events
 from cdpserver.catalog import Catalog
 from cdpserver.chain import merge
 from cdpserver.clock import Clock, fix_clock
+from cdpserver.config import SECOND_NS
 from cdpserver.errors import CdpError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
+from cdpserver.retention import offtime
 from cdpserver.service import inventory, processes
 from cdpserver.service.children import serves
 from cdpserver.state import VERSION, StateDir
@@ -77,9 +79,19 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
     """Make the directory ready: the clock is fixed, the catalog is whole."""
     sweep(state)
     inventory.look_at_clock(state, log)
-    clock, fresh = fix_clock(state.clock, lambda: last_stored_ns(state))
+    newest = [0]
+
+    def last_ns() -> int:
+        newest[0] = last_stored_ns(state)
+        return newest[0]
+
+    clock, fresh = fix_clock(state.clock, last_ns)
     if fresh:
-        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
+        now_ns = clock.now_ns()
+        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(now_ns))
+        if offtime.note(state, newest[0], now_ns):
+            seconds = (now_ns - newest[0]) // SECOND_NS
+            log.emit("service.was-off", off_s=seconds, meaning="history does not grow older by this time")
     for sentence in Catalog.recover(state):
         log.emit("service.catalog-recovered", level="warning", said=sentence)
     done, failed = merge.finish_all(state)

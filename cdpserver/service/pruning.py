@@ -29,6 +29,9 @@ class Pruning:
         self._one = trio.Lock()
         self._said: dict[str, int] = {}
         self._failed: dict[str, str] = {}
+        self._full: dict[str, str] = {}
+        self._near_refusal = False
+        """A disk that refuses writes at its cap is near it, so it is looked at each time."""
 
     async def run(self, disk: str | None, *, dry_run: bool) -> list[dict[str, Any]]:
         """What a pass dropped, or would drop. Raises why a disk that was named could not be looked at."""
@@ -49,6 +52,7 @@ class Pruning:
             done: dict[str, Any] = await core.job("prune", "cdpserver.retention.prune", *arguments)
         if not dry_run:
             self._say(done)
+            await self._refuse()
         return done
 
     def _say(self, done: dict[str, Any]) -> None:
@@ -61,12 +65,41 @@ class Pruning:
             if self._failed.get(disk) != reason:
                 log.emit("retention.left-alone", level="warning", disk=disk, reason=reason)
         self._failed = dict(done["failed"])
+        self._near_refusal = any(
+            held["at_cap"] == REFUSE and held["bytes"] * 100 >= (held["size_cap"] or 1 << 62) * LEVELS[-1]
+            for held in done["disks"].values()
+        )
         for disk, held in done["disks"].items():
             if held["size_cap"] is not None:
+                self._note_full(disk, held)
                 self._warn(disk, held["bytes"], held["size_cap"], held["at_cap"])
         cap = self._core.config.store_size_cap
         if cap is not None and len(done["disks"]) > 0:
             self._warn("", sum(held["bytes"] for held in done["disks"].values()), cap, "")
+
+    def _note_full(self, disk: str, held: dict[str, Any]) -> None:
+        full = held["at_cap"] == REFUSE and held["bytes"] >= held["size_cap"]
+        why = f"{disk} is at its size_cap of {format_bytes(held['size_cap'])}, and its policy refuses writes then"
+        if full != bool(self._full.get(disk)):
+            self._core.log.emit(
+                "retention.writes-refused" if full else "retention.writes-taken",
+                level="error" if full else "info",
+                disk=disk,
+                bytes=held["bytes"],
+                size_cap=held["size_cap"],
+            )
+            self._full[disk] = why if full else ""
+
+    async def _refuse(self) -> None:
+        """Tell the workers; each time, since one that was started anew does not know."""
+        for disk, why in list(self._full.items()):
+            entry = self._core.catalog.get(disk)
+            if entry is None or entry.state != "live":
+                del self._full[disk]
+                continue
+            await self._core.targets.call(entry.id, "full", id=entry.id, why=why)
+            if not why:
+                del self._full[disk]
 
     def _warn(self, disk: str, used: int, cap: int, at_cap: str) -> None:
         percent = used * 100 // cap
@@ -88,10 +121,11 @@ class Pruning:
         while True:
             await trio.sleep(LOOK_S)
             try:
+                await self._refuse()
                 now = await self._core.thread(self._signature)
                 await self._core.thread(self._drop_expired)
                 skipped += 1
-                if now != seen or skipped >= LONGEST:
+                if now != seen or skipped >= LONGEST or self._near_refusal:
                     await self._pass(None, dry_run=False)
                     seen, skipped = now, 0
             except (CdpError, OSError) as error:

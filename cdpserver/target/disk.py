@@ -16,7 +16,15 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, TypeAlias
 
-from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
+from cdpserver.errors import (
+    BrokenError,
+    CdpError,
+    CorruptError,
+    NoSpaceError,
+    RefusedError,
+    RemovedError,
+    UsageError,
+)
 from cdpserver.journal import firstcopy
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
@@ -51,6 +59,8 @@ class TargetDisk:
         self._base_durable = False
         self._connections: dict[int, Connection] = {}
         self._gone = False
+        self.full = ""
+        """Why writes are refused, by the policy of a disk at its cap; else nothing."""
         self._counts = Counts()
         """Of connections that are gone."""
         self.indexed = 0
@@ -331,8 +341,12 @@ class Connection:
         """Bytes of the disk."""
         return self._disk.size
 
-    def _check(self, offset: int, length: int) -> None:
+    def _check(self, offset: int, length: int, *, writing: bool = False) -> None:
         disk = self._disk
+        if writing and disk.full:
+            raise NoSpaceError(
+                disk.full, hint="raise its size_cap, or let it shorten history: cdp policy set"
+            )
         if disk._gone:
             raise RemovedError(f"{disk.timeline.full_name} is closed")
         if offset < 0 or length < 0 or offset + length > disk.size:
@@ -352,8 +366,8 @@ class Connection:
             return
         with self.lock:
             disk = self._disk
-            if disk._gone or offset + len(payload) > disk.size:
-                self._check(offset, len(payload))
+            if disk._gone or disk.full or offset + len(payload) > disk.size:
+                self._check(offset, len(payload), writing=True)
             if not self.wrote:
                 self._first_write()
             counts = self.counts
@@ -377,7 +391,7 @@ class Connection:
         if length == 0:
             return
         with self.lock:
-            self._check(offset, length)
+            self._check(offset, length, writing=True)
             if not self.wrote:
                 self._first_write()
             disk = self._disk

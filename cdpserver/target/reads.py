@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from cdpserver.errors import RefusedError
 from cdpserver.limits import BLOCK
 from cdpserver.view.history import History
 from cdpserver.view.view import LiveView, View
@@ -42,9 +43,14 @@ class LiveReads:
         with self._lock:
             self._view.refresh()
             runs: list[tuple[int, int, int]] = []
-            for start, end, same in _compare(self._view.at(ref), offset, payload, 0, len(payload)):
+            try:
+                before = self._view.at(ref)
+            except RefusedError:
+                # Retention holds that instant; should it be gone all the same, the write costs its payload.
+                before = self._view
+            for start, end, same in _compare(before, offset, payload, 0, len(payload)):
                 if same:
-                    runs.extend(_referred(self._view.at(ref), offset, start, end))
+                    runs.extend(_referred(before, offset, start, end))
                     continue
                 for low, high, unchanged in _compare(self._view, offset, payload, start, end):
                     runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])

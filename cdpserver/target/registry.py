@@ -51,6 +51,7 @@ class Registry:
         self.catalog = Catalog.open(state, writable=False)
         self.log = EventLog(state.events)
         self._disks: dict[str, TargetDisk] = {}
+        self._full: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._committers = ThreadPoolExecutor(COMMITTERS, thread_name_prefix="commit")
@@ -93,6 +94,7 @@ class Registry:
                     boot_id=self.boot_id,
                     emit=self.log.emit,
                 )
+                found.full = self._full.get(entry.id, "")
                 self._disks[entry.id] = found
             return found
 
@@ -194,6 +196,7 @@ class Registry:
             "mark": lambda r: self.disk(r["disk"]).writer("bookmark").mark(r["name"]),
             "cut": lambda r: self.disk(r["disk"]).writer("base point").cut(),
             "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),
+            "full": self._set_full,
             "shut": self._shut,
             "shut-all": self._shut_all,
         }
@@ -205,6 +208,14 @@ class Registry:
             disks = {disk.timeline.full_name: disk for disk in self._disks.values()}
         wanted = request.get("disks")
         return {name: disk.status() for name, disk in disks.items() if wanted is None or name in wanted}
+
+    def _set_full(self, request: dict[str, Any]) -> None:
+        """Refuse writes to one disk, or take them again; holds until this process ends."""
+        with self._lock:
+            self._full[request["id"]] = request["why"]
+            found = self._disks.get(request["id"])
+            if found is not None:
+                found.full = request["why"]
 
     def _shut(self, request: dict[str, Any]) -> None:
         """Close one timeline for good (it is being removed)."""

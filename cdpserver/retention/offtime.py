@@ -1,0 +1,44 @@
+"""Times in which the host was down, or that its clock jumped over at a boot: history does not grow older by them.
+
+`boots.json` in the state directory: {"off": [[from_ns, to_ns], ...]}, ascending; from the newest time in any journal before a
+boot to the boot's own first time.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from cdpserver import durable
+from cdpserver.errors import CorruptError
+from cdpserver.state import StateDir
+
+Off: TypeAlias = Sequence[tuple[int, int]]
+
+LEAST_NS = 60 * 1_000_000_000
+"""Shorter ones make nothing old."""
+
+MOST = 200
+"""Boots that are remembered; of older ones hardly anything but single base points is left."""
+
+
+def note(state: StateDir, from_ns: int, to_ns: int) -> bool:
+    """A boot at `to_ns`, after history up to `from_ns`. Durable on return. Was it worth a note?"""
+    if not from_ns or to_ns - from_ns < LEAST_NS:
+        return False
+    off = [*off_times(state), (from_ns, to_ns)][-MOST:]
+    durable.write_json(state.boots, {"off": [list(span) for span in off]})
+    return True
+
+
+def off_times(state: StateDir) -> Off:
+    """What was noted. Nothing when the file is lost or damaged: then time counts as it did."""
+    try:
+        found = durable.read_json(state.boots)["off"]
+        spans = [(int(from_ns), int(to_ns)) for from_ns, to_ns in found]
+    except (FileNotFoundError, CorruptError, KeyError, TypeError, ValueError):
+        return []
+    return [span for span in spans if span[0] < span[1]]
+
+
+def lived_since(time_ns: int, off: Off) -> int:
+    """`time_ns` moved forward by the off times after it."""
+    return time_ns + sum(to_ns - max(from_ns, time_ns) for from_ns, to_ns in off if to_ns > time_ns)
