@@ -183,14 +183,16 @@ NOTHING_LOST = (
     ".mdb-lock",
     ".map",
     "boots.json",
+    "chain.lock",
+    "manual.json",
     "timelines/t1/bp-1.qcow2",
     "timelines/t2/bp-0.qcow2",
     "timelines/t3/bp-0.qcow2",
     "timelines/t4/base.raw",
     "timelines/t4/first-copy.json",
 )
-"""Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on. What befalls a first copy is
-said when its disk is opened, see below."""
+"""Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on, which base points were asked
+for (those may be merged like the others then). What befalls a first copy is said when its disk is opened, see below."""
 
 
 def dependants(file: str) -> set[str]:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from cdpserver import basepoint, durable
+from cdpserver.chain import room
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, previous_file
 from cdpserver.service import images
@@ -39,10 +40,27 @@ def look(state: StateDir, log: EventLog) -> None:
                 _say(log, f"timelines/{directory.name}/{lock}", "nothing is lost: it is made anew")
         with contextlib.suppress(CdpError, FileNotFoundError):
             _look_at_notes(state, directory, log)
+            _look_at_manual(directory, log)
     for raw in sorted(state.bases.glob("b*.raw")):
         if not images.is_noted(raw):
             meaning = "nothing is lost: the image is imported once more for the next disk on it"
             _say(log, f"bases/{raw.stem}.json", meaning)
+
+
+def _look_at_manual(directory: Path, log: EventLog) -> None:
+    try:
+        room.manual(directory)
+    except CorruptError:
+        aside = _free_name(directory / room.FILE)
+        os.rename(directory / room.FILE, aside)
+        meaning = (
+            "which base points somebody asked for is lost: they may be merged like those that the clock cut"
+        )
+        _say(
+            log,
+            f"timelines/{directory.name}/{room.FILE}",
+            f"{meaning}; the damaged file is kept as {aside.name}",
+        )
 
 
 def _look_at_notes(state: StateDir, directory: Path, log: EventLog) -> None:
