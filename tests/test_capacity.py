@@ -19,7 +19,7 @@ from cdpserver import timeline
 from cdpserver.catalog import Catalog
 from cdpserver.config import Config
 from cdpserver.journal.log import Journal
-from cdpserver.retention import distinct, forecast, policies, usage
+from cdpserver.retention import distinct, facts, forecast, policies, usage
 from cdpserver.retention.distinct import Curve, Sample
 from cdpserver.retention.growth import HOUR_NS, Part, Span, hours_until, made_per_hour, per_hour, unbroken
 from cdpserver.retention.policy import Policy
@@ -235,6 +235,17 @@ def test_bytes_by_kind_are_all_that_the_files_take(busy: tuple[World, Line, list
     finally:
         for name in ("bp-0.qcow2", "bp-0.map", "bp-0.json", "odd.tmp"):
             (line.directory / name).unlink()
+
+
+def test_a_cap_counts_what_pruning_counts(busy: tuple[World, Line, list[tuple[int, int]]]) -> None:
+    state = busy[0].state
+    (disk,) = usage.survey(state, Config()).disks
+    with Catalog.open(state, writable=False) as catalog:
+        entry = catalog.names()["d1"]
+        found = facts.gather(state, catalog, Config(), entry, now_ns=busy[0].now_ns)
+    assert disk.capped_bytes == found.bytes > 0
+    kept = forecast.every_instant(disk.spans, busy[0].now_ns, 24 * HOUR_NS)
+    assert kept.measured == sum(interval.bytes for interval in found.intervals)
 
 
 def test_a_cap_in_reach_says_when(busy: tuple[World, Line, list[tuple[int, int]]]) -> None:

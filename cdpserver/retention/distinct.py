@@ -36,7 +36,7 @@ MAX_RECORDS = 1_000_000
 """Records read for one length, in several places; 0.3 us each."""
 
 MAX_ONE = 4 * MAX_RECORDS
-"""Records of one window, about a second's work. A longer history is looked at in shorter windows, and the rest is extrapolated."""
+"""Records of one window: about a second. A longer history is looked at in shorter windows, and the rest is extrapolated."""
 
 LEAST_NS = SECOND_NS
 HALVINGS = 4
