@@ -21,9 +21,9 @@ from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, NotFoundError, RemovedError
 from cdpserver.journal.log import Position
+from cdpserver.leases import Lease
 from cdpserver.names import DeltaExport, DiskExport, Seq, When, parse_export
 from cdpserver.points import Timeline as Points
-from cdpserver.retention.leases import Lease
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdpserver.catalog import Catalog, Row
+from cdpserver.chain.lock import FILE, stays
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import MAX_TIME_NS, format_time
 from cdpserver.retention import locks
 from cdpserver.retention.locks import Lock
-from cdpserver.retention.still import FILE, stays
 from cdpserver.state import StateDir
 from tests.test_policy import cdp
 from tests.test_service import ApiError, Server, pattern, write

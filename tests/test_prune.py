@@ -13,17 +13,17 @@ from pathlib import Path
 import nbd
 import pytest
 
-from cdpserver import durable
+from cdpserver import durable, leases
 from cdpserver.catalog import Catalog, Row
+from cdpserver.chain.lock import alone, stays
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import RefusedError
 from cdpserver.journal.log import Journal, interval_path, intervals
-from cdpserver.retention import leases, offtime, policies
+from cdpserver.leases import GRACE_NS, Lease
+from cdpserver.retention import offtime, policies
 from cdpserver.retention import prune as pruning
 from cdpserver.retention.facts import gather
-from cdpserver.retention.leases import GRACE_NS, Lease
 from cdpserver.retention.locks import Lock
-from cdpserver.retention.still import alone, stays
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
@@ -201,7 +201,7 @@ def test_locks_and_leases_keep_what_they_hold(kept: Kept) -> None:
 def test_a_lease_ends_with_its_process(tmp_path: Path) -> None:
     """Also one that is killed; and taken again it holds anew."""
     script = (
-        "import sys, time; from pathlib import Path; from cdpserver.retention.leases import Lease\n"
+        "import sys, time; from pathlib import Path; from cdpserver.leases import Lease\n"
         "lease = Lease.take(Path(sys.argv[1]), 5); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as holder:

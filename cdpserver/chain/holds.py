@@ -5,7 +5,7 @@ closed the first interval that is gone. So while the interval before is there, n
 base point.
 """
 
-from cdpserver import timeline
+from cdpserver import leases, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, CorruptError
@@ -77,6 +77,10 @@ def holds(state: StateDir, catalog: Catalog, id: str) -> dict[int, list[str]]:
             reasons[node.number].append(
                 "the journal after it reads from it, since what was before is dropped"
             )
+    for seq in leases.held(directory, now_ns=now_ns(state)):
+        for node in held:
+            if node.seq == seq and not _has(state, id, node.interval):
+                reasons[node.number].append("it is open, or was a moment ago")
     for fork in _descendants(state, catalog, id):
         for number in _stood_on(state, fork, id):
             if number in reasons:

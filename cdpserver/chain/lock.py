@@ -1,13 +1,15 @@
-"""`chain.lock`: the shape of a timeline's chain of base points stands still while it is held.
+"""`chain.lock`: what a timeline has of history stands still while it is held.
 
-Who takes base points away, or intervals, holds it exclusively, all the time that it works. Who publishes a file on a base
-point of *another* timeline (the first of a fork) holds it shared for the moment of publishing. Publishing in the own timeline
-needs no lock: a base point stands on the newest, and that always stays.
+Who takes base points away, or intervals, holds it exclusively, all the time that it works. Shared it is held by who names a
+point that is to stay (a lock, a fork), so that what was looked at is still there when it is named, and by who publishes a file on
+a base point of *another* timeline (the first of a fork). Publishing in the own timeline needs no lock: a base point stands on the
+newest, and that always stays.
 """
 
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,12 @@ FILE = "chain.lock"
 
 NOTE = "chain.json"
 """In the timeline: what a merge that was killed still has to remove."""
+
+
+WAIT_S = 20.0
+"""How long a request waits for a pass that drops or merges; an operator would rather be told."""
+
+PAUSE_S = 0.02
 
 
 @contextlib.contextmanager
@@ -31,6 +39,28 @@ def alone(directory: Path) -> Iterator[None]:
                 f"base points of timeline {directory.name} are being merged or dropped already",
                 hint="wait for that: cdp job list",
             ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def stays(directory: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Nothing of a timeline is dropped or merged inside. RefusedError after waiting for that in vain. For threads."""
+    fd = _open(directory)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise RefusedError(
+                        f"history of timeline {directory.name} is being dropped or merged",
+                        hint="try again when that has ended: cdp job list",
+                    ) from None
+            time.sleep(PAUSE_S)
         yield
     finally:
         os.close(fd)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cdpserver import timeline
+from cdpserver import leases, timeline
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.config import Config
 from cdpserver.errors import CdpError, CorruptError, NotFoundError
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.nodes import base_point_path, nodes
-from cdpserver.retention import leases, locks, policies
+from cdpserver.retention import locks, policies
 from cdpserver.retention.offtime import Off, lived_since, off_times
 from cdpserver.retention.plan import Facts, Hold, Interval, Node
 from cdpserver.state import StateDir

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, messages
+from cdpserver import durable, leases, messages
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain import merge as chain
+from cdpserver.chain.lock import alone
 from cdpserver.clock import Clock
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.journal.log import interval_path
 from cdpserver.names import show
-from cdpserver.retention import leases
 from cdpserver.retention.facts import gather, gather_all
 from cdpserver.retention.plan import Decision, Facts, cutoffs, drops, fixed_bytes, locked_bytes, plan
-from cdpserver.retention.still import alone
 from cdpserver.state import StateDir
 from cdpserver.timeline import INTERVALS
 

@@ -16,11 +16,11 @@ import trio
 
 from cdpserver import durable, names, timeline
 from cdpserver.catalog import Entry
+from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.retention import locks, policies
-from cdpserver.retention.still import stays
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link

@@ -9,11 +9,11 @@ import trio
 
 from cdpserver import names
 from cdpserver.catalog import Entry
+from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, NotFoundError, UsageError
 from cdpserver.names import Seq
 from cdpserver.retention import locks
 from cdpserver.retention.locks import Lock
-from cdpserver.retention.still import stays
 from cdpserver.service.core import Core
 
 
