@@ -211,8 +211,12 @@ def test_a_tab_in_an_interactive_bash(environment: dict[str, str], service: Stat
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is missing: apt-get install zsh")
 def test_a_tab_in_an_interactive_zsh(environment: dict[str, str], service: StateDir) -> None:
     variables = environment | {"CDP_STATE_DIR": str(service.path), "HOME": str(service.path)}
-    assert at_a_prompt("cdp uri web/vda@mon\t#", variables, "zsh") == "cdp uri web/vda@monday #"
-    assert at_a_prompt("cdp che\tdb#", variables, "zsh") == "cdp check db#"
+    # zsh shows its prompt a moment before it takes keys one by one: a tab that comes between is only a tab.
+    for keys, line in (
+        ("cdp uri web/vda@mon\t#", "cdp uri web/vda@monday #"),
+        ("cdp che\tdb#", "cdp check db#"),
+    ):
+        assert any(at_a_prompt(keys, variables, "zsh") == line for _ in range(5))
 
 
 PROMPTS = {
