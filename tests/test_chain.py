@@ -304,7 +304,7 @@ def test_a_base_point_without_a_note_may_be_anything(forest: Forest) -> None:
 
 def test_two_at_once(forest: Forest) -> None:
     disk = forest.disk("web", 3)
-    with lock.alone(disk.directory), pytest.raises(RefusedError, match="are being merged or dropped already"):
+    with lock.alone(disk.directory), pytest.raises(RefusedError, match="is being merged, dropped or locked"):
         do(forest, disk, "delete", 1)
     with lock.shared(disk.directory), pytest.raises(RefusedError):
         do(forest, disk, "delete", 1)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import random
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -232,3 +233,24 @@ def test_a_removed_lock_lets_its_disk_go(short_path: Path) -> None:
         server.delete(f"/v1/locks/{made['id']}")
         server.delete("/v1/disks/d")
         assert server.get("/v1/locks") == []
+
+
+@pytest.mark.real
+def test_locks_have_a_quota(short_path: Path) -> None:
+    config = short_path / "c.toml"
+    config.write_text("[store]\nsize_cap = '64M'\nlock_quota = 1\n")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        uri = server.add()
+        write(uri, pattern(1))
+        server.post("/v1/disks/d:synced")
+        write(uri, random.Random(1).randbytes(4 << 20))
+        assert cdp(server, "point", "lock", "d@latest").returncode == 0
+        write(uri, pattern(2))
+        done = cdp(server, "point", "lock", "d@latest")
+        assert done.returncode == 3
+        assert "quota" in done.stderr and "cdp point unlock" in done.stderr
+        cdp(server, "prune")
+        assert len(server.events("retention.lock-quota-near")) == 1
+        [held] = server.get("/v1/locks")
+        assert cdp(server, "point", "unlock", held["id"]).returncode == 0
+        assert cdp(server, "point", "lock", "d@latest").returncode == 0

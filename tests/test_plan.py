@@ -256,7 +256,8 @@ def test_a_lock_keeps_its_interval_and_the_base_point_below() -> None:
     assert "interval:99" not in kept and "bp:99" not in kept
     only = {d.what for d in plan(replace(facts, holds=(Hold(facts.nodes[99].seq, "x"),))) if d.keep}
     assert "bp:99" in only and "interval:100" not in only
-    assert plans.locked_bytes(replace(facts, holds=(Hold(seq, "x"),))) == 110
+    assert plans.locked_bytes(replace(facts, holds=(Hold(seq, "x", locked=True),))) == 110
+    assert plans.locked_bytes(replace(facts, holds=(Hold(seq, "a fork"),))) == 0
 
 
 def test_a_cap_takes_the_oldest_first() -> None:

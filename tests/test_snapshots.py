@@ -271,7 +271,7 @@ def test_a_merge_by_others_is_not_disturbed(server: Server) -> None:
     history = History(server, "held", 5, 3)
     with lock.alone(history.paths[0].parent):
         done = cdp(server, "snapshot", "delete", "held@bp:1")
-    assert done.returncode == 3 and "are being merged or dropped already" in done.stderr
+    assert done.returncode == 3 and "is being merged, dropped or locked" in done.stderr
     assert cdp(server, "snapshot", "delete", "held@bp:1").returncode == 0
     history.check()
 

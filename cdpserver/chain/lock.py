@@ -36,7 +36,7 @@ def alone(directory: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RefusedError(
-                f"base points of timeline {directory.name} are being merged or dropped already",
+                f"history of timeline {directory.name} is being merged, dropped or locked",
                 hint="wait for that: cdp job list",
             ) from None
         yield

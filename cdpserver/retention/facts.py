@@ -133,7 +133,9 @@ def _referred(journal: Journal, number: int, following: int) -> set[int]:
 def _locked(catalog: Catalog, entry: Entry, now_ns: int) -> Iterator[Hold]:
     for lock in locks.all_locks(catalog):
         if lock.timeline == entry.id and lock.holds(now_ns):
-            yield Hold(lock.seq, f"locked: {lock.id}{f' ({lock.reason})' if lock.reason else ''}")
+            yield Hold(
+                lock.seq, f"locked: {lock.id}{f' ({lock.reason})' if lock.reason else ''}", locked=True
+            )
 
 
 def _forks(state: StateDir, catalog: Catalog, entry: Entry) -> Iterator[Hold]:

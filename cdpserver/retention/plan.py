@@ -56,10 +56,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Somebody needs the instant `seq`; `why` is a sentence for the operator."""
+    """Somebody needs the instant `seq`; `why` is a sentence for the operator. `locked`: by a lock, which has a quota."""
 
     seq: int
     why: str
+    locked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +221,11 @@ def fixed_bytes(facts: Facts) -> int:
 
 
 def locked_bytes(facts: Facts) -> int:
-    """The room of what holds keep: their intervals and base points, whoever else wants them."""
+    """The room of what locks keep: their intervals and base points, whoever else wants them."""
     wanted = _Wanted(facts)
     for hold in facts.holds:
-        wanted.instant(hold.seq, hold.why)
+        if hold.locked:
+            wanted.instant(hold.seq, hold.why)
     held = [i.bytes for i in facts.intervals if i.number in wanted.intervals]
     return sum(held) + sum(n.bytes for n in facts.nodes if n.number in wanted.nodes)
 

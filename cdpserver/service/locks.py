@@ -13,7 +13,10 @@ from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, NotFoundError, UsageError
 from cdpserver.names import Seq
 from cdpserver.retention import locks
+from cdpserver.retention.facts import gather_all
 from cdpserver.retention.locks import Lock
+from cdpserver.retention.plan import locked_bytes
+from cdpserver.retention.quota import check_quota, quota_bytes
 from cdpserver.service.core import Core
 
 
@@ -38,6 +41,7 @@ class Locks:
             )
         locks.check_reason(reason or "")
         entry = core.entry(disk)
+        await core.thread(self._check_quota)
         position, _ = await core.thread(core.resolve, entry, when)
         await core.make_durable(entry, position.seq)
         async with self._changing:
@@ -51,6 +55,11 @@ class Locks:
             immutable=made.immutable,
         )
         return locks.describe(made, disk, now_ns=core.clock.now_ns())
+
+    def _check_quota(self) -> None:
+        core = self._core
+        found, _ = gather_all(core.state, core.catalog, core.config, now_ns=core.clock.now_ns())
+        check_quota(map(locked_bytes, found), quota_bytes(core.state, core.config))
 
     def _put(self, entry: Entry, seq: int, until_ns: int | None, reason: str | None, immutable: bool) -> Lock:
         core, now_ns = self._core, self._core.clock.now_ns()

@@ -9,6 +9,7 @@ from cdpserver.errors import CdpError, RefusedError
 from cdpserver.names import format_bytes
 from cdpserver.retention import locks
 from cdpserver.retention.policy import REFUSE
+from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
 from cdpserver.service.core import Core
 
 LOOK_S = 60.0
@@ -30,6 +31,7 @@ class Pruning:
         self._said: dict[str, int] = {}
         self._failed: dict[str, str] = {}
         self._full: dict[str, str] = {}
+        self._locks_near = False
         self._near_refusal = False
         """A disk that refuses writes at its cap is near it, so it is looked at each time."""
 
@@ -73,6 +75,7 @@ class Pruning:
             if held["size_cap"] is not None:
                 self._note_full(disk, held)
                 self._warn(disk, held["bytes"], held["size_cap"], held["at_cap"])
+        self._warn_of_locks(sum(held["locked_bytes"] for held in done["disks"].values()))
         cap = self._core.config.store_size_cap
         if cap is not None and len(done["disks"]) > 0:
             self._warn("", sum(held["bytes"] for held in done["disks"].values()), cap, "")
@@ -100,6 +103,17 @@ class Pruning:
             await self._core.targets.call(entry.id, "full", id=entry.id, why=why)
             if not why:
                 del self._full[disk]
+
+    def _warn_of_locks(self, locked: int) -> None:
+        quota = quota_bytes(self._core.state, self._core.config)
+        near = locked * 100 >= quota * WARNING_PERCENT
+        if near and not self._locks_near:
+            self._core.log.emit(
+                "retention.lock-quota-near",
+                level="warning",
+                reason=f"locked points hold {format_bytes(locked)} of {format_bytes(quota)}",
+            )
+        self._locks_near = near
 
     def _warn(self, disk: str, used: int, cap: int, at_cap: str) -> None:
         percent = used * 100 // cap
