@@ -80,16 +80,29 @@ def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, dis
     """Drop what the plan says; durable on return. A disk that fails is said, and the others are done."""
     planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk)
     done = Pass(failed=planned.failed)
-    for name in [facts.disk for facts in planned.disks]:
+    goes = {decision.disk for decision in planned.dropped}
+    for facts in planned.disks:
+        name = facts.disk
         entry = catalog.get(name)
         if entry is None or entry.state != "live":
             continue
         try:
+            if name not in goes:
+                _tidy(state.timeline(entry.id), now_ns)
+                done.disks.append(facts)
+                continue
             done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns)
             done.disks.append(gather(state, catalog, config, entry, now_ns=now_ns))
         except (CdpError, OSError) as error:
             done.failed[name] = str(error)
     return done
+
+
+def _tidy(directory: Path, now_ns: int) -> None:
+    """Where nothing goes: what a killed pass left, and leases that are over."""
+    finish(directory)
+    with leases.none_taken(directory):
+        leases.held(directory, now_ns=now_ns, tidy=True)
 
 
 def _prune_one(
