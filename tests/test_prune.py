@@ -332,6 +332,8 @@ def test_a_disk_at_its_cap_refuses_writes_when_its_policy_says_so(short_path: Pa
         with connected(uri) as client:
             for at in range(0, 72 * mib, 8 * mib):
                 client.pwrite(random.Random(at).randbytes(8 * mib), at)
+            done = cdp(server, "policy", "set", "d", "--size-cap", "64M")
+            assert done.returncode == 2 and "always stay" in done.stderr, "nothing could be shortened to that"
             done = cdp(server, "policy", "set", "d", "--size-cap", "64M", "--at-cap", "refuse")
             assert done.returncode == 0, done.stderr
             cdp(server, "prune")

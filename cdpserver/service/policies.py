@@ -7,9 +7,11 @@ import trio
 
 from cdpserver import names
 from cdpserver.catalog import Entry
-from cdpserver.errors import NotFoundError, UsageError
+from cdpserver.errors import CdpError, NotFoundError, UsageError
 from cdpserver.retention import policies
-from cdpserver.retention.policy import FIELDS, Layer, combine, parse_values
+from cdpserver.retention.facts import gather
+from cdpserver.retention.plan import fixed_bytes
+from cdpserver.retention.policy import FIELDS, SHORTEN, Layer, Policy, check_cap, combine, parse_values
 from cdpserver.service.core import Core
 
 
@@ -71,10 +73,20 @@ class Policies:
         # What does not go together is refused before it is kept, for the first disk that it would hold for.
         for entry in disks:
             rows = catalog.rows("policies") | {id: row}
-            problem = combine(policies.layers(rows, self._core.config, entry)).problem
-            if problem is not None:
-                raise UsageError(f"{entry.name}: {problem.message}", hint=problem.hint)
+            found = combine(policies.layers(rows, self._core.config, entry))
+            if found.problem is not None:
+                raise UsageError(f"{entry.name}: {found.problem.message}", hint=found.problem.hint)
+            if "size_cap" in given and found.policy.at_cap == SHORTEN:
+                self._check_cap(entry, found.policy)
         policies.put(catalog, row)
+
+    def _check_cap(self, entry: Entry, policy: Policy) -> None:
+        core = self._core
+        try:
+            facts = gather(core.state, core.catalog, core.config, entry, now_ns=core.clock.now_ns())
+        except (CdpError, OSError):
+            return  # nothing of it is shortened as long as it cannot be read
+        check_cap(policy, fixed_bytes=fixed_bytes(facts))
 
     def _row_of(self, name: str) -> tuple[str, dict[str, str], list[Entry]]:
         """(id of the row, what it is about, the disks that it holds for)."""
