@@ -60,28 +60,26 @@ def publish(line: Line, number: int) -> Path:
             ],
             check=True,
         )
-        below = line.model
-        seq = under.seq
-        if under.history.timeline.id != line.timeline.id:
-            assert line.model.parent is not None
-            below = line.model.parent
+        below, seq, at = line.model, under.seq, history
+        while at.timeline.id != under.history.timeline.id:
+            assert at.parent is not None
+            assert below.parent is not None
+            at, below = at.parent, below.parent
         with writable(path) as image:
-            for at in range(0, line.timeline.size, BLOCK):
-                length = min(BLOCK, line.timeline.size - at)
-                new = line.model.read(cut.seq, at, length)
-                if new != below.read(seq, at, length):
+            for offset in range(0, line.timeline.size, BLOCK):
+                length = min(BLOCK, line.timeline.size - offset)
+                new = line.model.read(cut.seq, offset, length)
+                if new != below.read(seq, offset, length):
                     if new.strip(b"\0"):
-                        image.pwrite(new, at)
+                        image.pwrite(new, offset)
                     else:
-                        image.zero(length, at)
+                        image.zero(length, offset)
         path.chmod(0o444)
         write_note(line.directory, basepoint.note(history, cut))
         write_map(path)
         return path
     finally:
-        history.close()
-        if under.history is not history and under.history is not history.parent:
-            under.history.close()
+        history.close()  # with its parents, which the file may stand on
 
 
 def drop(line: Line, interval: int) -> None:
