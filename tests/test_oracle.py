@@ -39,6 +39,9 @@ UNITS = (1, 512, BLOCK, 16 * BLOCK)
 LENGTHS = (1, 511, 512, 1536, 4096, 8192, 12_800, 65_536, 69_632, 300_000, 1 << 20)
 MANY = 1 << 16
 
+LONG_TAIL = 1000
+"""Records after which a mirror is not sent again before they are indexed."""
+
 SMALL_LIMITS = (
     (limits, "SEGMENT_BYTES", (2 << 20, 256 << 10)),
     (limits, "INTERVAL_SEGMENTS", (3, 4096)),
@@ -147,6 +150,9 @@ class Histories(RuleBasedStateMachine):
         """A new connection sends the whole disk once more, hardly changed; perhaps it doesn't get to the end."""
         line, dice = self._line(number), random.Random(seed)
         line.disconnect()
+        if line.last_seq > LONG_TAIL:
+            # A resync of a long tail folds it for every old instant that it meets: true, and slow beyond use here.
+            INDEXER.call("drain", line.directory, self.world.boot)
         now = line.model.latest if line.model.instants else 0
         ranges = [
             (at // step * step, min(at // step * step + step, line.model.size))
