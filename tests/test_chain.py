@@ -315,7 +315,10 @@ def test_two_at_once(forest: Forest) -> None:
 def test_a_fork_is_not_published_on_what_goes(forest: Forest) -> None:
     disk = forest.disk("web", 3)
     fork = forest.fork("rescue", disk, 1, 1)
-    with lock.standing_on(disk.path(1), fork.directory), pytest.raises(RefusedError, match="already"):
+    with (
+        lock.standing_on(disk.path(1), fork.directory),
+        pytest.raises(RefusedError, match="merged, dropped or locked"),
+    ):
         do(forest, disk, "delete", 0)
     with lock.alone(disk.directory), lock.standing_on(disk.path(1), disk.directory):
         pass  # in its own timeline nothing is waited for

@@ -4,7 +4,8 @@ from typing import Any
 
 from cdpserver.catalog import Entry
 from cdpserver.chain import room
-from cdpserver.errors import RefusedError
+from cdpserver.errors import CdpError, RefusedError
+from cdpserver.nodes import published
 from cdpserver.retention.policy import CHAIN_WARNING
 from cdpserver.service.core import Core
 from cdpserver.service.merges import Merges
@@ -52,7 +53,12 @@ class Room:
         await self._core.thread(room.add_manual, self._core.state.timeline(entry.id), number)
 
     def _length(self, entry: Entry) -> tuple[int, int]:
-        return len(room.chain(self._core.state, entry.id)), self._core.policy(entry).max_chain
+        limit = self._core.policy(entry).max_chain
+        try:
+            return len(room.chain(self._core.state, entry.id)), limit
+        except (CdpError, OSError):
+            # A chain that cannot be read: its files count, and publishing says what is wrong with them.
+            return len(published(self._core.state.timeline(entry.id))), limit
 
     def _pull(self, entry: Entry, too_many: int) -> room.Pull | None:
         state, catalog = self._core.state, self._core.catalog
