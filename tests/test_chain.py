@@ -29,6 +29,7 @@ from cdpserver.journal.log import interval_path
 from cdpserver.nodes import base_point_path, read_header
 from cdpserver.state import StateDir
 from tests.chains import START_NS, Forest, Line
+from tests.dying import Step, dies_at
 
 
 @pytest.fixture
@@ -385,35 +386,13 @@ def test_the_chain_of_a_fork_goes_on_in_its_parent(forest: Forest) -> None:
 STEPS = ("rename", "fsync", "fdatasync", "unlink")
 
 
-def die_at(number: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a process that dies without a word before its `number`-th step, be it a durable one or a tool's. Did it?"""
-    pid = os.fork()
-    if pid == 0:
-        left = number
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os._exit(9)
-                return real(*arguments, **named)
-
-            return call
-
-        for name in STEPS:
-            setattr(os, name, dying(getattr(os, name)))
-        for name in ("copy", "rebase", "check"):
-            setattr(qemu, name, dying(getattr(qemu, name)))
-        setattr(same, "_compare", dying(getattr(same, "_compare")))  # noqa: B009, B010
-        try:
-            work()
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - the rim of a process
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
+def every_step(dying: Callable[[Step], Step]) -> None:
+    """Durable steps, and those of the tools."""
+    for name in STEPS:
+        setattr(os, name, dying(getattr(os, name)))
+    for name in ("copy", "rebase", "check"):
+        setattr(qemu, name, dying(getattr(qemu, name)))
+    setattr(same, "_compare", dying(getattr(same, "_compare")))  # noqa: B009, B010
 
 
 def restart(state: StateDir) -> list[str]:
@@ -445,7 +424,7 @@ def test_a_merge_killed_anywhere_is_as_before_or_done(tmp_path: Path) -> None:
             with Catalog.open(state, writable=False) as catalog:
                 merge.merge(state, catalog, id, "pull", 3, base=0)
 
-        died = die_at(number, work)
+        died = dies_at(number, work, every_step)
         ended += bool(restart(copy.state))
         if not base_point_path(copy.state.timeline(disk.id), 2).exists():
             copy.lines["web"].content = dict(merged_content)

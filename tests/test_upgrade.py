@@ -20,6 +20,7 @@ from cdpserver.errors import RefusedError
 from cdpserver.events import EventLog, read_events
 from cdpserver.state import OLDEST_VERSION, VERSION, StateDir
 from tests.core import ROOT
+from tests.dying import Step, dies_at
 from tests.whole import IDS, digests_of, read_all
 from tools.kit.server import Server
 
@@ -75,36 +76,13 @@ def test_the_steps_are_a_chain() -> None:
     assert [step.version for step in upgrade.STEPS] == list(range(OLDEST_VERSION, VERSION))
 
 
-def kill_at(number: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a process that dies without a word at its `number`-th durable operation. Did it?"""
-    pid = os.fork()
-    if pid == 0:
-        left = number
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os._exit(9)
-                return real(*arguments, **named)
-
-            return call
-
-        for name in ("rename", "fsync", "fdatasync", "write"):
-            setattr(os, name, dying(getattr(os, name)))
-        # LMDB's own syncs are in C: a death just before and just after its work.
-        upgrade_module = sys.modules["cdpserver.catalog.upgrade"]
-        real_add = upgrade_module.__dict__["add_row_tables"]
-        setattr(upgrade_module, "add_row_tables", dying(lambda path: (real_add(path), dying(int)())))  # noqa: B010
-        try:
-            work()
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - the rim of a process
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
+def every_step(dying: Callable[[Step], Step]) -> None:
+    """Durable operations. LMDB's own syncs are in C: a death just before and just after its work."""
+    for name in ("rename", "fsync", "fdatasync", "write"):
+        setattr(os, name, dying(getattr(os, name)))
+    upgrade_module = sys.modules["cdpserver.catalog.upgrade"]
+    real_add = upgrade_module.__dict__["add_row_tables"]
+    setattr(upgrade_module, "add_row_tables", dying(lambda path: (real_add(path), dying(int)())))  # noqa: B010
 
 
 def test_an_upgrade_killed_anywhere_goes_on_at_the_next_start(old: StateDir, short_path: Path) -> None:
@@ -112,7 +90,7 @@ def test_an_upgrade_killed_anywhere_goes_on_at_the_next_start(old: StateDir, sho
     for number in range(1, 100):
         copy = StateDir(short_path / f"c{number}")
         subprocess.run(["cp", "-a", old.path, copy.path], check=True)
-        if not kill_at(number, partial(upgrade.upgrade, copy, _Silent(copy.events))):
+        if not dies_at(number, partial(upgrade.upgrade, copy, _Silent(copy.events)), every_step):
             break
         state = StateDir.create_or_open(copy.path)
         assert state.version() in range(1, VERSION + 1)
