@@ -11,7 +11,6 @@ at the next start.
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,13 +371,9 @@ def main() -> int:
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
-    try:
-        result = run(options.state_dir, options.timeline, options.number, again=options.again)
-        status = 0
-    except CdpError as error:
-        result, status = messages.error_fields(error), error.exit_code
-    sys.stdout.write(json.dumps(result))
-    return status
+    return messages.tell(
+        lambda: run(options.state_dir, options.timeline, options.number, again=options.again)
+    )
 
 
 if __name__ == "__main__":

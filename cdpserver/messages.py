@@ -3,14 +3,20 @@
 A request is `{"op": ..., ...}`; a reply is `{"ok": ...}` or an error's fields, which `raise_reply` turns back into the error.
 """
 
+import json
 import socket
 import struct
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
 
 from cdpserver import errors
 from cdpserver.errors import CdpError, CorruptError
+
+READY_FD = "CDP_READY_FD"
+"""Environment variable: the file descriptor on which a child of the service says how far it has come."""
 
 LENGTH = struct.Struct(">I")
 MAX_MESSAGE = 16 << 20
@@ -70,6 +76,17 @@ def _exactly(connection: socket.socket, length: int) -> bytes | None:
 def error_fields(error: CdpError) -> dict[str, Any]:
     """An error as plain values."""
     return {"error": error.kind, "message": error.message, "hint": error.hint}
+
+
+def tell(work: Callable[[], dict[str, Any] | None]) -> int:
+    """Do the work of a process of its own; its result, or its error, goes to stdout as JSON. The process's exit status."""
+    try:
+        result, status = work(), 0
+    except CdpError as error:
+        result, status = error_fields(error), error.exit_code
+    if result is not None:
+        sys.stdout.write(json.dumps(result))
+    return status
 
 
 def raise_error(fields: dict[str, Any]) -> None:

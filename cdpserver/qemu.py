@@ -292,12 +292,9 @@ def main() -> int:
     parser.add_argument("--format", required=True)
     parser.add_argument("--target", type=Path, required=True)
     options = parser.parse_args()
-    try:
-        import_base(options.source, options.target, format=options.format, progress=to_stdout())
-    except CdpError as error:
-        sys.stdout.write(json.dumps(messages.error_fields(error)))
-        return error.exit_code
-    return 0
+    return messages.tell(
+        lambda: import_base(options.source, options.target, format=options.format, progress=to_stdout())
+    )
 
 
 if __name__ == "__main__":

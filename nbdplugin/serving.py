@@ -9,9 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from cdpserver.messages import READY_FD
 from nbdplugin.parent import outlive_parent
-
-READY_FD = "CDP_READY_FD"
 
 
 def begin(lock: Path, start: Callable[[], None]) -> None:

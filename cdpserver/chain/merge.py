@@ -11,7 +11,6 @@ point that was to stay reads the same.
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,15 +170,9 @@ def main() -> int:
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--base", type=int)
     options = parser.parse_args()
-    try:
-        result, status = (
-            run(options.state_dir, options.timeline, options.verb, options.number, options.base),
-            0,
-        )
-    except CdpError as error:
-        result, status = messages.error_fields(error), error.exit_code
-    sys.stdout.write(json.dumps(result))
-    return status
+    return messages.tell(
+        lambda: run(options.state_dir, options.timeline, options.verb, options.number, options.base)
+    )
 
 
 if __name__ == "__main__":

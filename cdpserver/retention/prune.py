@@ -6,7 +6,6 @@ read.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +156,16 @@ def finish(directory: Path) -> None:
         durable.remove_tree(left.with_name(left.name.removeprefix(durable.REMOVING)))
 
 
+def run(state_dir: Path, config_text: str, disk: str | None, *, dry_run: bool) -> Pass:
+    """One pass, or a look at what it would do."""
+    state, config = StateDir.open(state_dir), parse_config(config_text)
+    now_ns = Clock.load(state.clock).now_ns()
+    with Catalog.open(state, writable=False) as catalog:
+        if dry_run:
+            return look(state, catalog, config, now_ns=now_ns, disk=disk)[0]
+        return prune(state, catalog, config, now_ns=now_ns, disk=disk)
+
+
 def main() -> int:
     """`python -m cdpserver.retention.prune`: one pass; what it did, or the error, as JSON."""
     parser = argparse.ArgumentParser(description="drop what no policy keeps")
@@ -165,19 +174,9 @@ def main() -> int:
     parser.add_argument("--disk")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    try:
-        state, config = StateDir.open(options.state_dir), parse_config(options.config_text)
-        now_ns = Clock.load(state.clock).now_ns()
-        with Catalog.open(state, writable=False) as catalog:
-            if options.dry_run:
-                done, _ = look(state, catalog, config, now_ns=now_ns, disk=options.disk)
-            else:
-                done = prune(state, catalog, config, now_ns=now_ns, disk=options.disk)
-        result, status = done.as_json(), 0
-    except CdpError as error:
-        result, status = messages.error_fields(error), error.exit_code
-    sys.stdout.write(json.dumps(result))
-    return status
+    return messages.tell(
+        lambda: run(options.state_dir, options.config_text, options.disk, dry_run=options.dry_run).as_json()
+    )
 
 
 if __name__ == "__main__":

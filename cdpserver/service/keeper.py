@@ -17,9 +17,7 @@ import trio
 
 from cdpserver.events import EventLog
 from cdpserver.service import holder, notify
-
-FIRST_FD = 3
-"""SD_LISTEN_FDS_START."""
+from cdpserver.service.processes import FIRST_FD
 
 ANSWER_S = 5.0
 """How long the holder may take; without it the service makes its sockets anew."""

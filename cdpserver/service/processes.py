@@ -23,6 +23,7 @@ from pathlib import Path
 import trio
 
 from cdpserver.errors import BrokenError
+from cdpserver.messages import READY_FD
 
 # A full file system must not keep a target from starting: then the file is missing, and the writer's locks still
 # keep a second one out.
@@ -30,9 +31,6 @@ SHELL = 'read -r stat </proc/$$/stat; printf "%s\\n" "$stat" >"$1"; shift; expor
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
-
-READY_FD = "CDP_READY_FD"
-"""Environment variable: the file descriptor on which a child says how far it has come."""
 
 MANAGERS = ("LISTEN_", "NOTIFY_", "WATCHDOG_")
 """What a service manager says to this process is not for its children."""
