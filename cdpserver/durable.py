@@ -21,6 +21,9 @@ from cdpserver.errors import BrokenError, CorruptError, NoSpaceError
 TEMPORARY = ".tmp-"
 REMOVING = ".removing-"
 
+SECTOR = 512
+"""What st_blocks counts, whatever the file system's own block is (stat(2))."""
+
 MAX_JSON_BYTES = 64 << 20
 """Largest JSON file that is read: far above a catalog copy of 100,000 disks, so anything more is damage."""
 
@@ -51,6 +54,14 @@ def fsync_dir(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def used_bytes(path: str | Path) -> int:
+    """The room that a file takes on its file system; 0 if there is none (any more)."""
+    try:
+        return os.stat(path).st_blocks * SECTOR
+    except FileNotFoundError:
+        return 0
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -1,17 +1,7 @@
 """The commands about base points and their chains, as argparse knows them. Loaded by every command, so it is small."""
 
-from cdpserver import names
+from recovery.arguments import take_disk, take_point, take_yes, when
 from recovery.tree import Commands, lazy
-
-
-def _point(text: str) -> str:
-    names.parse_point(text)
-    return text
-
-
-def _when(text: str) -> str:
-    names.parse_when(text)
-    return text
 
 
 def add(commands: Commands) -> None:
@@ -27,9 +17,8 @@ def add(commands: Commands) -> None:
         "Make the file of a base point anew from the journal, when it was damaged or lost.",
         "cdp bp rebuild web/vda@bp:3",
     )
-    rebuild.add_argument("point", metavar="DISK@WHEN", type=_point, help="as DISK@bp:N")
-    for command in (cut, bp_list):
-        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    take_point(rebuild, help="as DISK@bp:N")
+    take_disk(cut, bp_list)
     snapshot = commands.group("snapshot", "chains and trees of base points")
     tree = snapshot.leaf(
         "tree",
@@ -37,7 +26,7 @@ def add(commands: Commands) -> None:
         "Show what follows on what: base points, forks, locked points, with the bytes of each. Works without the server.",
         "cdp snapshot tree web/vda",
     )
-    tree.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    take_disk(tree)
     delete = snapshot.leaf(
         "delete",
         lazy("chain", "snapshot_delete"),
@@ -56,8 +45,7 @@ def add(commands: Commands) -> None:
         "Make one of a base point and those below it, the base included (else the next below). It holds the newest.",
         "cdp snapshot commit web/vda@bp:7 --base bp:3",
     )
-    for command in (delete, pull, commit):
-        command.add_argument("point", metavar="DISK@WHEN", type=_point)
-        command.add_argument("--yes", action="store_true", help="do not ask")
+    take_point(delete, pull, commit)
+    take_yes(delete, pull, commit)
     for command in (pull, commit):
-        command.add_argument("--base", metavar="WHEN", type=_when, help="an older base point, as bp:N")
+        command.add_argument("--base", metavar="WHEN", type=when, help="an older base point, as bp:N")

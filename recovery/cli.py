@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
+from recovery.arguments import count, take_disk, take_point, take_yes, when
 from recovery.output import printable
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -32,27 +33,11 @@ _TAKE_A_NEGATIVE = {"--since", "--until", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
 
 
-def _point(text: str) -> str:
-    names.parse_point(text)
-    return text
-
-
 def _new_name(text: str) -> str:
     if text.count("/") == 1:
         vm, name = names.check_disk_name(text).split("/")
         raise UsageError(f"not a name: {names.show(text)}", hint=f"for a disk of a VM: {name} --vm {vm}")
     return names.check_name(text)
-
-
-def _when(text: str) -> str:
-    names.parse_when(text)
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise UsageError(f"not a count: {names.show(text)}", hint="write a whole number from 0")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -120,19 +105,18 @@ def _add_disk(commands: Commands) -> None:
         "Remove a disk with its whole history.",
         "cdp disk remove web/vda --yes",
     )
-    remove.add_argument("--yes", action="store_true", help="do not ask")
+    take_yes(remove)
     synced = disk.leaf(
         "synced",
         lazy("remote", "disk_synced"),
         "Say that the first copy, or a resync, is complete: QEMU's job is READY.",
         "cdp disk synced web/vda --write-blocking",
     )
-    synced.add_argument("--session", metavar="N", type=_count, help="the session that it is said of")
+    synced.add_argument("--session", metavar="N", type=count, help="the session that it is said of")
     synced.add_argument(
         "--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking"
     )
-    for command in (show, remove, synced):
-        command.add_argument("name", metavar="NAME", type=names.check_disk_name)
+    take_disk(show, remove, synced, metavar="NAME")
 
 
 def _add_points(commands: Commands) -> None:
@@ -143,18 +127,18 @@ def _add_points(commands: Commands) -> None:
         "List points, oldest first.",
         "cdp point list web/vda --since -10m --kind rp --limit 20",
     )
-    listing.add_argument("disk", metavar="DISK", type=names.check_disk_name)
-    listing.add_argument("--since", metavar="WHEN", type=_when)
-    listing.add_argument("--until", metavar="WHEN", type=_when)
+    take_disk(listing)
+    listing.add_argument("--since", metavar="WHEN", type=when)
+    listing.add_argument("--until", metavar="WHEN", type=when)
     listing.add_argument("--kind", choices=("rp", "bp", "bookmark"))
-    listing.add_argument("--limit", metavar="N", type=_count, help="only the newest N")
+    listing.add_argument("--limit", metavar="N", type=count, help="only the newest N")
     mark = point.leaf(
         "mark",
         lazy("remote", "point_mark"),
         "Give the newest instant a name.",
         "cdp point mark web/vda --name before-upgrade",
     )
-    mark.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    take_disk(mark)
     mark.add_argument("--name", required=True, type=names.check_bookmark)
     add_locks(point)
     uri = commands.leaf(
@@ -163,7 +147,7 @@ def _add_points(commands: Commands) -> None:
         "Print the NBD URI of a point: always of that same instant, however often it is opened.",
         "nbdinfo $(cdp uri web/vda@-90s)",
     )
-    uri.add_argument("point", metavar="DISK@WHEN", type=_point)
+    take_point(uri)
 
 
 def _add_fork(commands: Commands) -> None:
@@ -174,8 +158,8 @@ def _add_fork(commands: Commands) -> None:
         "Make a writable disk on top of a point; the point never changes.",
         "cdp fork add web/vda@-5m rescue",
     )
-    add.add_argument("point", metavar="DISK@WHEN", type=_point)
-    add.add_argument("name", metavar="NAME", type=names.check_disk_name)
+    take_point(add)
+    take_disk(add, metavar="NAME")
     fork.leaf("list", lazy("remote", "fork_list"), "List the forks.", "cdp fork list")
     remove = fork.leaf(
         "remove",
@@ -183,8 +167,8 @@ def _add_fork(commands: Commands) -> None:
         "Remove a fork with all that was written to it.",
         "cdp fork remove rescue",
     )
-    remove.add_argument("name", metavar="NAME", type=names.check_disk_name)
-    remove.add_argument("--yes", action="store_true", help="do not ask")
+    take_disk(remove, metavar="NAME")
+    take_yes(remove)
 
 
 def _add_events(commands: Commands) -> None:
@@ -199,14 +183,14 @@ def _add_events(commands: Commands) -> None:
     listing.add_argument("--level", choices=("debug", "info", "warning", "error"), help="the least level")
     listing.add_argument("--event", metavar="NAME", help="disk.added, or disk for all of that noun")
     listing.add_argument("--disk", metavar="DISK", type=names.check_disk_name)
-    listing.add_argument("--since", metavar="WHEN", type=_when)
+    listing.add_argument("--since", metavar="WHEN", type=when)
     listing.add_argument(
-        "--limit", metavar="N", type=_count, default=100, help="only the newest N; default: 100"
+        "--limit", metavar="N", type=count, default=100, help="only the newest N; default: 100"
     )
 
 
 def _job(text: str) -> int:
-    return _count(text.removeprefix("jobs/"))
+    return count(text.removeprefix("jobs/"))
 
 
 def _add_jobs(commands: Commands) -> None:
@@ -255,8 +239,7 @@ def _add_local(commands: Commands) -> None:
     check.add_argument(
         "--full", action="store_true", help="also compare the base points' content with the journal"
     )
-    for command in (rebuild, check):
-        command.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    take_disk(rebuild, check)
     completion = commands.leaf(
         "completion",
         lazy("complete", "print_script"),

@@ -1,6 +1,7 @@
 """The commands of retention in the tree: policies, and locks on points."""
 
 from cdpserver import names
+from recovery.arguments import take_disk, take_point
 from recovery.tree import Commands, Group, lazy
 
 POLICY_OPTIONS = (
@@ -46,7 +47,7 @@ def add_retention(commands: Commands) -> None:
         "Drop history that no policy keeps, which the service also does by itself.",
         "cdp prune web/vda --dry-run",
     )
-    prune.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
+    take_disk(prune, optional=True)
     prune.add_argument("--dry-run", action="store_true", help="only show what would go, and why")
 
 
@@ -58,7 +59,7 @@ def add_locks(point: Group) -> None:
         "Hold a point: it outlives every policy. A point that is locked already gets the new terms.",
         "cdp point lock web/vda@before-upgrade --until 90d --reason 'ticket 4711'",
     )
-    lock.add_argument("point", metavar="DISK@WHEN", type=_point)
+    take_point(lock)
     lock.add_argument(
         "--until", metavar="TIME", help="2027-01-31T00:00:00Z, or from now: 30d; else until it is unlocked"
     )
@@ -69,12 +70,7 @@ def add_locks(point: Group) -> None:
     )
     unlock.add_argument("lock", metavar="LOCK|DISK@WHEN", help="its id, or the point that it holds")
     listing = point.leaf("locks", lazy("locks", "locks"), "List the locks.", "cdp point locks web/vda")
-    listing.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
-
-
-def _point(text: str) -> str:
-    names.parse_point(text)
-    return text
+    take_disk(listing, optional=True)
 
 
 USAGE_FIELDS = """
@@ -114,7 +110,7 @@ def add_capacity(commands: Commands) -> None:
         "Show what each disk takes by kind, how fast it grows and when a cap is reached. Needs no server.",
         "cdp usage web/vda",
     )
-    usage.add_argument("disk", metavar="DISK", nargs="?", type=names.check_disk_name)
+    take_disk(usage, optional=True)
     usage.epilog = f"{usage.epilog}{USAGE_FIELDS}"
     forecast = commands.leaf(
         "forecast",
@@ -122,7 +118,7 @@ def add_capacity(commands: Commands) -> None:
         "Estimate from a disk's journal what another policy would need. Needs no server, and changes nothing.",
         "cdp forecast web/vda --keep 24h --keep-bp '48h 7d 4w'",
     )
-    forecast.add_argument("disk", metavar="DISK", type=names.check_disk_name)
+    take_disk(forecast)
     forecast.add_argument("--keep", metavar="SPAN", help="how long every instant is kept: 24h")
     forecast.add_argument("--keep-bp", metavar="SLOTS", help="how many base points after that: '48h 7d 4w'")
     forecast.add_argument("--bp-every", metavar="SPAN", help="how often a base point is cut: 20m")

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 
 import nbd
 
-from cdpserver import nodes, qemu
+from cdpserver import locks, nodes, qemu
 from cdpserver.catalog import Catalog
 from cdpserver.journal.control import Grade
 from cdpserver.journal.log import interval_path
+from cdpserver.locks import Lock
 from cdpserver.state import StateDir
 from cdpserver.timeline import EmptyBase, PointBase, create_timeline
 
@@ -124,6 +125,13 @@ class Forest:
         finally:
             server.terminate()
             server.wait()
+
+    def lock(self, line: Line, seq: int, until_ns: int | None = None) -> Lock:
+        """An operator's lock on an instant."""
+        id = locks.new_id(self.catalog.rows("locks"))
+        made = Lock(id, line.id, seq, START_NS, until_ns, immutable=False, reason="", created_ns=START_NS)
+        self.catalog.put_row("locks", made.row())
+        return made
 
     # -- what must hold
 

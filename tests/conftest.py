@@ -1,13 +1,17 @@
-"""What every test may rely on: nbdkit's PATH, Hypothesis without deadlines, short socket paths."""
+"""What every test may rely on: nbdkit's PATH, Hypothesis without deadlines, short socket paths, a world of timelines."""
 
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.core import World
 
 # nbdkit takes its packages from the first python3 on PATH, which must be the one that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -22,3 +26,14 @@ def short_path() -> Iterator[Path]:
     """A directory for Unix sockets, whose paths hold 107 bytes: `tmp_path` uses up most of them."""
     with tempfile.TemporaryDirectory(prefix="cdp-") as path:
         yield Path(path)
+
+
+@pytest.fixture
+def world() -> Iterator["World"]:
+    """A state directory whose timelines the test drives itself."""
+    from tests.core import World, scratch  # the tests of pure things do without LMDB
+
+    with scratch() as path:
+        made = World(path)
+        yield made
+        made.close()

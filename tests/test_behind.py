@@ -1,26 +1,15 @@
 """How far behind a disk's parts are, told from its files."""
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-
-import pytest
 
 from cdpserver.journal.log import Journal
 from cdpserver.service import behind
 from cdpserver.service.behind import Tail
 from cdpserver.service.event_counts import EventCounts
-from tests.core import INDEXER, SECOND_NS, START_NS, Line, World, scratch
+from tests.core import INDEXER, SECOND_NS, START_NS, Line, World
 
 BLOCK = 4096
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
 
 
 def tail(line: Line) -> Tail:

@@ -113,11 +113,10 @@ def names(branch: Branch) -> Any:
 def test_a_tree(forest: Forest) -> None:
     disk = forest.disk("web", 3)
     forest.fork("rescue", disk, 1, 2)
-    forest.catalog.put_row("locks", Row("k1", 1, {"timeline": disk.id, "seq": 20, "time_ns": 5}))
-    forest.catalog.put_row("locks", Row("k2", 1, {"timeline": disk.id, "seq": 25, "time_ns": START_NS}))
-    forest.catalog.put_row("locks", Row("k3", 1, {"timeline": disk.id, "seq": 3, "time_ns": START_NS}))
-    over = {"timeline": disk.id, "seq": 10, "time_ns": START_NS, "until_ns": 0}
-    forest.catalog.put_row("locks", Row("k4", 1, over))
+    forest.lock(disk, 20)
+    forest.lock(disk, 25)
+    forest.lock(disk, 3)
+    forest.lock(disk, 10, until_ns=0)
     found = tree(forest.state, forest.catalog, "web")
     fork = ["rescue", ["bp:0", ["bp:1"]]]
     assert names(found) == ["web", ["seq:3"], ["bp:0", ["bp:1", fork, ["seq:25"], ["bp:2"]]]]
@@ -260,7 +259,7 @@ def test_what_must_stay(forest: Forest) -> None:
     disk = forest.disk("web", 5)
     fork = forest.fork("rescue", disk, 1, 2)
     forest.fork("deeper", fork, 0, 1)
-    forest.catalog.put_row("locks", Row("k1", 1, {"timeline": disk.id, "seq": 30, "time_ns": 5}))
+    forest.lock(disk, 30)
     refused(forest, disk, 4, "bp:4 of web must stay: the next base point will stand on it")
     refused(forest, disk, 1, "the fork rescue stands on it")
     refused(forest, disk, 2, "it is locked")

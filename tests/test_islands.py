@@ -1,7 +1,6 @@
 """Intervals are dropped, and what is left reads as before: instants in islands of history, and base points themselves."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,7 +10,7 @@ from cdpserver.journal.log import Journal
 from cdpserver.names import At, BasePoint, Seq
 from cdpserver.nodes import base_point_path, nodes, note_path
 from cdpserver.view.chain import map_path
-from tests.core import Line, World, check_view, scratch
+from tests.core import Line, World, check_view
 from tests.islands import drop, publish
 from tests.model import BLOCK
 
@@ -29,14 +28,6 @@ def churn(line: Line, dice: random.Random, count: int = 30) -> None:
             line.zero(offset, length, trim=dice.random() < 0.5)
         else:
             line.write(offset, dice.randbytes(length))
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -68,14 +68,6 @@ anything = st.recursive(
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
-
-
-@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of 8 records, intervals of 3 segments, windows of one page."""
     monkeypatch.setattr(segment, "SEGMENT_RECORDS", 8)

@@ -6,7 +6,6 @@ After each pass and merge: what anything holds reads bit-exact; everything else 
 import contextlib
 import os
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,13 +15,13 @@ from cdpserver.check import check_timeline
 from cdpserver.config import parse_config
 from cdpserver.errors import RefusedError
 from cdpserver.leases import Lease
+from cdpserver.locks import Lock
 from cdpserver.nodes import nodes
 from cdpserver.retention import offtime, prune
 from cdpserver.retention.facts import gather
-from cdpserver.retention.locks import Lock
 from cdpserver.view.history import History
 from cdpserver.view.view import View
-from tests.core import INDEXER, SECOND_NS, Line, World, scratch
+from tests.core import INDEXER, SECOND_NS, Line, World
 from tests.islands import publish
 from tests.model import BLOCK
 
@@ -170,14 +169,6 @@ def read(line: Line, seq: int) -> bytes:
             view.close()
     finally:
         history.close()
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
 
 
 @pytest.mark.parametrize("turn", range(int(os.environ.get("CDP_LIVES", "3"))))

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdpserver import locks
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain.lock import FILE, stays
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.locks import Lock
 from cdpserver.names import MAX_TIME_NS, format_time
-from cdpserver.retention import locks
-from cdpserver.retention.locks import Lock
 from cdpserver.state import StateDir
 from tests.test_policy import cdp
 from tests.test_service import ApiError, Server, pattern, write

@@ -20,10 +20,10 @@ from cdpserver.config import Config, parse_config
 from cdpserver.errors import RefusedError
 from cdpserver.journal.log import Journal, interval_path, intervals
 from cdpserver.leases import GRACE_NS, Lease
+from cdpserver.locks import Lock
 from cdpserver.retention import offtime, policies
 from cdpserver.retention import prune as pruning
 from cdpserver.retention.facts import gather
-from cdpserver.retention.locks import Lock
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch

@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
@@ -17,17 +16,9 @@ from cdpserver.journal.record import CHANGES, Kind
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
 from cdpserver.view.view import View
-from tests.core import INDEXER, Line, World, scratch
+from tests.core import INDEXER, Line, World
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
 
 
 def kinds(history: History, after: int) -> dict[Kind, int]:

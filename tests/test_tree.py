@@ -35,7 +35,7 @@ STAGES = (
         "cdpserver.timeline",
         "cdpserver.qemu",
     ),
-    ("cdpserver.journal", "cdpserver.nodes", "cdpserver.leases"),
+    ("cdpserver.journal", "cdpserver.nodes", "cdpserver.leases", "cdpserver.locks", "cdpserver.forks"),
     ("cdpserver.index",),
     ("cdpserver.view",),
     ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.upgrade", "cdpserver.chain"),

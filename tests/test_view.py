@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,10 @@ from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Piece, _lay, advance
 from cdpserver.view.tail import Tail
 from cdpserver.view.view import View
-from tests.core import INDEXER, Line, World, check_view, path_of, scratch
+from tests.core import INDEXER, Line, World, check_view, path_of
 from tests.model import BLOCK
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with scratch() as path:
-        made = World(path)
-        yield made
-        made.close()
 
 
 def history(world: World, size: int = MIB) -> Line:

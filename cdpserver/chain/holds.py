@@ -5,33 +5,18 @@ closed the first interval that is gone. So while the interval before is there, n
 base point.
 """
 
-from cdpserver import leases, timeline
+from cdpserver import leases
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, CorruptError
+from cdpserver.forks import forks_of
 from cdpserver.journal.log import interval_path
+from cdpserver.locks import locked_points
 from cdpserver.nodes import Node, base_point_path, nodes, published, read_header, without_note
 from cdpserver.state import StateDir
-from cdpserver.timeline import PointBase, Timeline
+from cdpserver.timeline import Timeline
 
 NEWEST = "the next base point will stand on it"
-
-
-def locked_points(catalog: Catalog, id: str, *, now_ns: int) -> dict[int, int]:
-    """Locked instants of a timeline: seq to time. CorruptError for a lock that cannot be read: it may hold anything."""
-    found = {}
-    for row in catalog.rows("locks").values():
-        line, seq, time_ns, until_ns = (
-            row.fields.get(key) for key in ("timeline", "seq", "time_ns", "until_ns")
-        )
-        if not isinstance(line, str) or type(seq) is not int or type(time_ns) is not int:
-            raise CorruptError(
-                f"lock {row.id} in the catalog cannot be read",
-                hint="a newer cdpserver wrote it: use that one",
-            )
-        if line == id and (until_ns is None or now_ns < until_ns):
-            found[seq] = time_ns
-    return found
 
 
 def now_ns(state: StateDir) -> int:
@@ -40,21 +25,6 @@ def now_ns(state: StateDir) -> int:
         return Clock.load(state.clock).now_ns()
     except (CdpError, OSError):
         return 0
-
-
-def forks_of(state: StateDir, catalog: Catalog, id: str) -> list[Timeline]:
-    """The timelines that are forks of a timeline, oldest first. One that cannot be read stands in the way: CorruptError."""
-    found = []
-    for entry in catalog.names().values():
-        try:
-            line = timeline.load(state.timeline(entry.id))
-        except CorruptError as error:
-            raise CorruptError(f"{entry.name} may be a fork: {error.message}", hint=error.hint) from None
-        except CdpError:
-            continue  # it is just being removed
-        if isinstance(line.base, PointBase) and line.base.timeline == id:
-            found.append(line)
-    return sorted(found, key=lambda line: (line.base.seq if isinstance(line.base, PointBase) else 0, line.id))
 
 
 def holds(state: StateDir, catalog: Catalog, id: str) -> dict[int, list[str]]:
@@ -85,11 +55,10 @@ def holds(state: StateDir, catalog: Catalog, id: str) -> dict[int, list[str]]:
         for number in _stood_on(state, fork, id):
             if number in reasons:
                 reasons[number].append(f"the fork {fork.full_name} stands on it")
-        assert isinstance(fork.base, PointBase)
-        if fork.base.timeline == id:
-            for node in held:
-                if node.seq == fork.base.seq and not _has(state, id, node.interval):
-                    reasons[node.number].append(f"the fork {fork.full_name} starts at it")
+    for base, fork in forks_of(state, catalog, id):
+        for node in held:
+            if node.seq == base.seq and not _has(state, id, node.interval):
+                reasons[node.number].append(f"the fork {fork.full_name} starts at it")
     return reasons
 
 
@@ -103,7 +72,7 @@ def _carries_history(state: StateDir, id: str, node: Node) -> bool:
 
 def _descendants(state: StateDir, catalog: Catalog, id: str) -> list[Timeline]:
     """Forks, and forks of forks: one without base points of its own lets those on it stand on its parent's."""
-    found = forks_of(state, catalog, id)
+    found = [fork for _, fork in forks_of(state, catalog, id)]
     for fork in tuple(found):
         found += _descendants(state, catalog, fork.id)
     return found

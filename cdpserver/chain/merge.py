@@ -65,7 +65,7 @@ def merge(
 
 def _used(directory: Path, planned: Merge) -> int:
     paths = (base_point_path(directory, n) for n in (planned.keep, *planned.gone))
-    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+    return sum(map(durable.used_bytes, paths))
 
 
 def _execute(directory: Path, planned: Merge, progress: Progress) -> None:

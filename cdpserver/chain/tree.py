@@ -8,17 +8,18 @@ disk
          +- bp:2
 """
 
-import contextlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from cdpserver import timeline
+from cdpserver import durable, timeline
 from cdpserver.catalog import Catalog
-from cdpserver.chain.holds import forks_of, locked_points, now_ns
+from cdpserver.chain.holds import now_ns
 from cdpserver.errors import NotFoundError, RefusedError, RemovedError
+from cdpserver.forks import forks_of
+from cdpserver.locks import locked_points
 from cdpserver.names import show
 from cdpserver.nodes import Node, base_point_path, nodes
 from cdpserver.state import StateDir
@@ -28,9 +29,6 @@ Kind: TypeAlias = Literal["disk", "bp", "fork", "point"]
 
 MAX_BASE_POINTS = 400
 """Of one disk in a tree: each is two levels deeper in JSON, and Python's own reader and writer of it stop at 1000."""
-
-SECTOR = 512
-"""What st_blocks counts, whatever the file system's own block is (stat(2))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +87,9 @@ def _root(state: StateDir, catalog: Catalog, line: Timeline) -> Branch:
     locked = locked_points(catalog, line.id, now_ns=now_ns(state))
     under: dict[int, list[Branch]] = defaultdict(list)
     forks_bytes = 0
-    for fork in forks_of(state, catalog, line.id):
-        assert isinstance(fork.base, PointBase)
+    for base, fork in forks_of(state, catalog, line.id):
         branch = _root(state, catalog, fork)
-        under[_place(held, fork.base.seq)].append(branch)
+        under[_place(held, base.seq)].append(branch)
         forks_bytes += branch.size_bytes
     for seq, time_ns in sorted(locked.items()):
         if all(node.seq != seq for node in held):
@@ -113,17 +110,12 @@ def _place(held: list[Node], seq: int) -> int:
 
 
 def _base_point(directory: Path, node: Node, *, locked: bool, children: tuple[Branch, ...]) -> Branch:
-    size = 0
-    with contextlib.suppress(FileNotFoundError):  # merged away since it was listed
-        size = base_point_path(directory, node.number).stat().st_blocks * SECTOR
+    # 0 of one that was merged away since it was listed.
+    size = durable.used_bytes(base_point_path(directory, node.number))
     return Branch("bp", f"bp:{node.number}", node.time_ns, size, locked, children)
 
 
 def _used(directory: Path) -> int:
     """Bytes that the files of a directory use."""
-    total = 0
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(folder, name)).st_blocks * SECTOR
-    return total
+    paths = (os.path.join(folder, name) for folder, _, files in os.walk(directory) for name in files)
+    return sum(map(durable.used_bytes, paths))

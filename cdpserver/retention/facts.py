@@ -8,25 +8,21 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from cdpserver import leases, timeline
+from cdpserver import durable, leases, locks
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.config import Config
-from cdpserver.errors import CdpError, CorruptError, NotFoundError
+from cdpserver.errors import CdpError
+from cdpserver.forks import forks_of
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.nodes import base_point_path, nodes
-from cdpserver.retention import locks, policies
+from cdpserver.retention import policies
 from cdpserver.retention.offtime import Off, lived_since, off_times
 from cdpserver.retention.plan import Facts, Hold, Interval, Node, plan
 from cdpserver.state import StateDir
-from cdpserver.timeline import PointBase
-
-SECTOR = 512
-"""What st_blocks counts (stat(2))."""
 
 
 def gather(
@@ -66,11 +62,16 @@ def gather(
             lived_since(n.time_ns, off),
             n.interval,
             int(n.grade),
-            _used(base_point_path(directory, n.number)),
+            durable.used_bytes(base_point_path(directory, n.number)),
         )
         for n in nodes(directory)
     )
-    holds += [*_locked(catalog, entry, now_ns), *_forks(state, catalog, entry)]
+    holds += _locked(catalog, entry, now_ns)
+    # A fork's files stand on the newest base point at or below its point; what holds the point holds that.
+    holds += [
+        Hold(base.seq, f"the fork {fork.full_name} stands on it")
+        for base, fork in forks_of(state, catalog, entry.id)
+    ]
     holds += [Hold(seq, "it is open") for seq in leases.held(directory, now_ns=now_ns, tidy=tidy)]
     return Facts(
         entry.name,
@@ -79,16 +80,8 @@ def gather(
         intervals,
         held,
         tuple(holds),
-        other_bytes=_used(directory / "base.raw"),
+        other_bytes=durable.used_bytes(directory / "base.raw"),
     )
-
-
-def _used(path: Path) -> int:
-    """The room that a file takes; 0 if there is none."""
-    try:
-        return path.stat().st_blocks * SECTOR
-    except FileNotFoundError:
-        return 0
 
 
 def _compared_with(journal: Journal) -> list[Hold]:
@@ -108,7 +101,7 @@ def _intervals(journal: Journal, off: Off, *, references: bool) -> Iterator[Inte
         last = journal.reader(number, journal.segments(number)[-1])
         path = interval_path(journal.timeline, number)
         with os.scandir(path) as files:
-            size = sum(file.stat().st_blocks * SECTOR for file in files)
+            size = sum(durable.used_bytes(file.path) for file in files)
         seqs = _referred(journal, number, following) if references else set()
         yield Interval(
             number,
@@ -145,25 +138,6 @@ def _locked(catalog: Catalog, entry: Entry, now_ns: int) -> Iterator[Hold]:
             yield Hold(
                 lock.seq, f"locked: {lock.id}{f' ({lock.reason})' if lock.reason else ''}", locked=True
             )
-
-
-def _forks(state: StateDir, catalog: Catalog, entry: Entry) -> Iterator[Hold]:
-    """The points that forks stand on. One that cannot be read may stand anywhere: CorruptError.
-
-    A fork's files stand on the newest base point at or below its point; what holds the point holds that.
-    """
-    for other in catalog.names().values():
-        try:
-            base = timeline.load(state.timeline(other.id)).base
-        except NotFoundError:
-            if other.state == "removing":
-                continue
-            raise CorruptError(
-                f"the timeline of {other.name} is missing; it may be a fork of {entry.name}",
-                hint=f"cdp disk remove {other.name} if it is lost",
-            ) from None
-        if isinstance(base, PointBase) and base.timeline == entry.id:
-            yield Hold(base.seq, f"the fork {other.name} stands on it")
 
 
 def gather_all(

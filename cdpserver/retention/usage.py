@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cdpserver import timeline
+from cdpserver import durable, timeline
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain.holds import now_ns as clock_ns
 from cdpserver.config import Config
@@ -21,9 +21,6 @@ from cdpserver.retention.growth import HOUR_NS, Part, Span, held_ns, hours_until
 from cdpserver.retention.policy import SHORTEN, Effective, Policy
 from cdpserver.retention.slots import span_ns
 from cdpserver.state import StateDir
-
-SECTOR = 512
-"""What st_blocks counts (stat(2))."""
 
 KINDS = ("base", "data", "headers", "index", "base_points", "maps", "other")
 CAPPED = ("base", "data", "headers", "index", "base_points")
@@ -104,14 +101,6 @@ class Store:
     caps: tuple[Cap, ...] = field(default=())
 
 
-def _used(path: str | Path) -> int:
-    """The room that a file takes; 0 if there is none (any more)."""
-    try:
-        return os.stat(path).st_blocks * SECTOR
-    except FileNotFoundError:
-        return 0
-
-
 def _kind(name: str, *, in_interval: bool) -> str:
     _, dot, suffix = name.rpartition(".")
     if in_interval:
@@ -130,7 +119,7 @@ def by_kind(directory: Path) -> dict[str, int]:
     for folder, _, names in os.walk(directory):
         for name in names:
             in_interval = Path(folder).parent == directory / timeline.INTERVALS
-            found[_kind(name, in_interval=in_interval)] += _used(os.path.join(folder, name))
+            found[_kind(name, in_interval=in_interval)] += durable.used_bytes(os.path.join(folder, name))
     return found
 
 
@@ -140,7 +129,7 @@ def spans(journal: Journal) -> Iterator[Span]:
         first = journal.first_reader(number)
         last = journal.reader(number, journal.segments(number)[-1])
         with os.scandir(interval_path(journal.timeline, number)) as files:
-            size = sum(_used(file.path) for file in files)
+            size = sum(durable.used_bytes(file.path) for file in files)
         last_ns = last.time_of(last.count - 1) if last.count else last.header.first_time_ns
         yield Span(number, first.header.first_time_ns, last_ns, size)
 
@@ -176,7 +165,10 @@ def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Effectiv
         return Usage(entry.name, entry.id, entry.state, kinds, problem=error)
     # Where nobody knows the time, or it was set back, it is that of the newest record.
     now = max(now_ns, held[-1].last_ns) if held else now_ns
-    made = [(node.time_ns, _used(base_point_path(directory, node.number))) for node in nodes(directory)]
+    made = [
+        (node.time_ns, durable.used_bytes(base_point_path(directory, node.number)))
+        for node in nodes(directory)
+    ]
     return Usage(
         entry.name,
         entry.id,
@@ -234,7 +226,7 @@ def survey(state: StateDir, config: Config, *, disk: str | None = None) -> Store
     free = shutil.disk_usage(state.path).free
     found = caps(disks, store_cap=config.store_size_cap, free_bytes=free)
     now = max([now, *(span.last_ns for usage in disks for span in usage.spans[-1:])])
-    images = sum(_used(path) for path in state.bases.iterdir()) if state.bases.is_dir() else 0
+    images = sum(durable.used_bytes(path) for path in state.bases.iterdir()) if state.bases.is_dir() else 0
     chosen = tuple(usage for usage in disks if disk in (None, usage.disk))
     wanted = tuple(cap for cap in found if disk is None or cap.of in (f"disk {disk}", "store", "file system"))
     return Store(now, chosen, images, free, wanted)

@@ -14,13 +14,14 @@ from typing import Any
 
 import trio
 
-from cdpserver import durable, names, timeline
+from cdpserver import durable, locks, names, timeline
 from cdpserver.catalog import Entry
 from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
+from cdpserver.forks import forks_of
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
-from cdpserver.retention import locks, policies
+from cdpserver.retention import policies
 from cdpserver.service import facts, images
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
@@ -206,11 +207,7 @@ class Disks:
                     self._core.log.emit("image.removed", file=file)
 
     def _check_no_forks(self, entry: Entry) -> None:
-        forks = [
-            other.name
-            for other in self._core.catalog.names().values()
-            if other.id != entry.id and self._stands_on(other, entry.id)
-        ]
+        forks = [fork.full_name for _, fork in forks_of(self._core.state, self._core.catalog, entry.id)]
         if forks:
             raise RefusedError(
                 f"{entry.name} is what {len(forks)} fork(s) stand on: {', '.join(sorted(forks)[:10])}",
@@ -220,13 +217,6 @@ class Disks:
     def _check_no_locks(self, entry: Entry) -> None:
         held = [lock for lock in locks.all_locks(self._core.catalog) if lock.timeline == entry.id]
         locks.check_unlocked(held, entry.name, now_ns=self._core.clock.now_ns())
-
-    def _stands_on(self, other: Entry, id: str) -> bool:
-        try:
-            base = timeline.load(self._core.state.timeline(other.id)).base
-        except NotFoundError:
-            return False
-        return isinstance(base, PointBase) and base.timeline == id
 
     async def _let_go(self, entry: Entry) -> None:
         """Nobody opens the disk from here on, and nobody has it open; else everything is as before and RefusedError."""

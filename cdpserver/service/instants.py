@@ -7,9 +7,9 @@ import trio
 from cdpserver import names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
+from cdpserver.locks import locked_seqs
 from cdpserver.names import At
 from cdpserver.points import KINDS, Point
-from cdpserver.retention.locks import locked_seqs
 from cdpserver.service.core import Core
 
 SECOND_NS = 1_000_000_000

@@ -7,14 +7,13 @@ from typing import Any
 
 import trio
 
-from cdpserver import names
+from cdpserver import locks, names
 from cdpserver.catalog import Entry
 from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, NotFoundError, UsageError
+from cdpserver.locks import Lock
 from cdpserver.names import Seq
-from cdpserver.retention import locks
 from cdpserver.retention.facts import gather_all
-from cdpserver.retention.locks import Lock
 from cdpserver.retention.plan import locked_bytes
 from cdpserver.retention.quota import check_quota, quota_bytes
 from cdpserver.service.core import Core

@@ -4,10 +4,10 @@ from typing import Any
 
 import trio
 
+from cdpserver import locks
 from cdpserver.config import Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.names import format_bytes
-from cdpserver.retention import locks
 from cdpserver.retention.policy import REFUSE
 from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
 from cdpserver.service.core import Core

@@ -67,7 +67,7 @@ def read_lock(row: Row) -> Lock:
     }
     if row.schema != SCHEMA or any(type(f.get(key)) not in kind for key, kind in kinds.items()):
         raise CorruptError(
-            f"lock {row.id} in the catalog cannot be read, so nothing is pruned",
+            f"lock {row.id} in the catalog cannot be read, so nothing is dropped or merged",
             hint="a newer cdpserver wrote it: use that one",
         )
     return Lock(row.id, **{key: f[key] for key in kinds})
@@ -77,6 +77,12 @@ def all_locks(catalog: Catalog) -> list[Lock]:
     """Every lock, also expired ones, oldest first. CorruptError: a lock that cannot be read must not be passed over."""
     found = [read_lock(row) for row in catalog.rows("locks").values()]
     return sorted(found, key=lambda lock: (lock.created_ns, lock.id))
+
+
+def locked_points(catalog: Catalog, timeline: str, *, now_ns: int) -> dict[int, int]:
+    """Instants of a timeline that are locked now: seq to time. CorruptError: a lock that cannot be read may hold any."""
+    held = [lock for lock in all_locks(catalog) if lock.timeline == timeline and lock.holds(now_ns)]
+    return {lock.seq: lock.time_ns for lock in held}
 
 
 def new_id(taken: Iterable[str]) -> str:

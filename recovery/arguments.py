@@ -1,0 +1,45 @@
+"""Arguments that several commands of `cdp` take, as argparse knows them. Loaded by every command, so it is small."""
+
+from argparse import ArgumentParser
+
+from cdpserver import names
+from cdpserver.errors import UsageError
+
+
+def point(text: str) -> str:
+    """`DISK@WHEN`"""
+    names.parse_point(text)
+    return text
+
+
+def when(text: str) -> str:
+    """`WHEN`"""
+    names.parse_when(text)
+    return text
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise UsageError(f"not a count: {names.show(text)}", hint="write a whole number from 0")
+    return int(text)
+
+
+def take_disk(*commands: ArgumentParser, metavar: str = "DISK", optional: bool = False) -> None:
+    """Each of them is about a disk or fork, or about all of them if none is named."""
+    for command in commands:
+        command.add_argument(
+            metavar.lower(), metavar=metavar, nargs="?" if optional else None, type=names.check_disk_name
+        )
+
+
+def take_point(*commands: ArgumentParser, help: str | None = None) -> None:
+    """Each of them is about one point."""
+    for command in commands:
+        command.add_argument("point", metavar="DISK@WHEN", type=point, help=help)
+
+
+def take_yes(*commands: ArgumentParser) -> None:
+    """Each of them asks before it takes something away."""
+    for command in commands:
+        command.add_argument("--yes", action="store_true", help="do not ask")
