@@ -153,6 +153,26 @@ def create_overlay(path: Path, *, backing: Path, format: str, size: int) -> None
     _run([*command, path.name, str(size)], doing=f"creating {path.name}", cwd=path.parent)
 
 
+def create_image(path: Path, *, size: int) -> None:
+    """An empty QCOW2 file as QEMU makes it."""
+    _run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", path.name, str(size)],
+        doing=f"creating {path.name}",
+        cwd=path.parent,
+    )
+
+
+def drop_leaks(path: Path) -> None:
+    """Give room back that a QCOW2 file lost when its writer was killed. CorruptError if more than that is wrong with it."""
+    try:
+        _run(
+            ["qemu-img", "check", "-q", "-r", "leaks", "-f", "qcow2", str(path.absolute())],
+            doing=f"checking {path.name}",
+        )
+    except BrokenError as error:
+        raise CorruptError(error.message, hint="--force writes it anew") from None
+
+
 def convert_delta(uri: str, path: Path, *, backing: Path, format: str, progress: Progress = nobody) -> None:
     """Write the delta export `uri` as a QCOW2 file over `backing`, which is named relative to it.
 
@@ -237,19 +257,28 @@ def import_base(source: Path, target: Path, *, format: str, progress: Progress =
 
 
 @contextlib.contextmanager
-def serve(path: Path, at: Path, *, format: str = "qcow2", depth: bool = False) -> Iterator[str]:
-    """Serve an image read-only on a Unix socket of its own for as long as the context lasts; the URI.
+def serve(
+    path: Path,
+    at: Path,
+    *,
+    format: str = "qcow2",
+    depth: bool = False,
+    clients: int = 2,
+    writable: bool = False,
+) -> Iterator[str]:
+    """Serve an image on a Unix socket of its own for as long as the context lasts; the URI.
 
-    With `depth` it also says in which file of the chain a block is (`qemu:allocation-depth`).
+    With `depth` it also says in which file of the chain a block is (`qemu:allocation-depth`). What is written is durable, and the
+    image whole, after an NBD FLUSH: the server is killed at the end.
     """
     at.unlink(missing_ok=True)
     command = [
         "qemu-nbd",
-        "-r",
+        *(["--discard=unmap"] if writable else ["-r"]),
         "-f",
         format,
         "-e",
-        "2",
+        str(clients),
         "-t",
         "-k",
         str(at.absolute()),
@@ -257,7 +286,12 @@ def serve(path: Path, at: Path, *, format: str = "qcow2", depth: bool = False) -
         str(path.absolute()),
     ]
     server = subprocess.Popen(
-        [*NICED, *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*NICED, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # A terminal's Ctrl-C is for who started us, who may still have something to flush.
+        start_new_session=True,
     )
     try:
         _wait_for_socket(server, at, path)

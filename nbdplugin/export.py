@@ -36,6 +36,7 @@ MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
 
 _state_dir = ""
+_alone = False
 _state: StateDir | None = None
 _catalog: Catalog | None = None
 _log: events.EventLog | None = None
@@ -55,11 +56,14 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`state_dir=DIR` is all there is."""
-    global _state_dir
-    if key != "state_dir":
-        raise RuntimeError(f"unknown parameter {key}; state_dir=DIR is the only one")
-    _state_dir = value
+    """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one."""
+    global _state_dir, _alone
+    if key == "state_dir":
+        _state_dir = value
+    elif key == "alone":
+        _alone = value == "1"
+    else:
+        raise RuntimeError(f"unknown parameter {key}; there are state_dir=DIR and alone=1")
 
 
 def config_complete() -> None:
@@ -77,7 +81,11 @@ def thread_model() -> int:
 def after_fork() -> None:
     """LMDB and files belong to the process that serves."""
     events.configure("export")
-    serving.begin(StateDir.open(Path(_state_dir)).run / "export.lock", _start)
+    if _alone:
+        # It waits for no predecessor, and ends with its parent.
+        _start()
+    else:
+        serving.begin(StateDir.open(Path(_state_dir)).run / "export.lock", _start)
 
 
 def _start() -> None:

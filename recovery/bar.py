@@ -1,9 +1,15 @@
-"""The bar that a long command shows on a terminal while its job is under way."""
+"""The bar that a long command shows on a terminal while its work is under way."""
 
-from typing import Any
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from recovery.client import Client
 from recovery.output import printable, say
+
+Bar: TypeAlias = Callable[[int, int], None]
+"""Hears of (bytes done, bytes in all)."""
 
 LOOK_S = 0.5
 """How long one question for a job waits for its end; the bar moves as often."""
@@ -28,3 +34,32 @@ def watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:
         say(f"{job['name']} goes on: cdp job show {number}; to end it: cdp job cancel {number}")
         raise
     return job
+
+
+@contextlib.contextmanager
+def moving(title: str, total: int = 0) -> Iterator[Bar]:
+    """A bar of bytes with rate and time left on a terminal's stderr, else nothing; called with (done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(printable(title)), total=total or None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)

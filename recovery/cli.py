@@ -16,6 +16,7 @@ from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
 from recovery.arguments import count, take_disk, take_point, take_yes, when
+from recovery.export_tree import add_export
 from recovery.output import printable
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_disk(commands)
     _add_points(commands)
     chain_tree.add(commands)
+    add_export(commands)
     _add_fork(commands)
     add_retention(commands)
     add_capacity(commands)

@@ -120,9 +120,13 @@ class Client:
         """Published base points of a disk, oldest first."""
         return self._list("GET", _disk(name, "basepoints"))
 
+    def place(self, point: str) -> Object:
+        """Where a point is: its URIs, timeline, seq and time."""
+        return self._object("GET", "uri", query={"point": point})
+
     def uri(self, point: str) -> str:
         """The absolute NBD URI of a point."""
-        uri = self._object("GET", "uri", query={"point": point}).get("uri")
+        uri = self.place(point).get("uri")
         if not isinstance(uri, str):
             raise self._strange("an answer without a URI")
         return uri

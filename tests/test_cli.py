@@ -599,7 +599,7 @@ def test_help_has_an_example_of_every_command() -> None:
         *("point list", "point mark", "point lock", "point unlock", "point locks"),
         *("uri", "bp cut", "bp list", "bp rebuild"),
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),
-        *("fork add", "fork list", "fork remove"),
+        *("export", "fork add", "fork list", "fork remove"),
         *("policy set", "policy show", "policy clear", "prune"),
         "usage",
         "forecast",

@@ -36,7 +36,7 @@ STAGES = (
         "cdpserver.qemu",
     ),
     ("cdpserver.journal", "cdpserver.nodes", "cdpserver.leases", "cdpserver.locks", "cdpserver.forks"),
-    ("cdpserver.index",),
+    ("cdpserver.index", "cdpserver.copying"),
     ("cdpserver.view",),
     ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.upgrade", "cdpserver.chain"),
     ("cdpserver.retention",),

@@ -142,4 +142,4 @@ class Instants:
             # Reading what is there must work above all when writing doesn't.
             self._core.log.emit("point.not-durable", level="warning", point=point, reason=str(error))
         uris = self._core.point_uris(disk, position.seq)
-        return {**uris, "seq": position.seq, "time_ns": position.time_ns}
+        return {**uris, "timeline": entry.id, "seq": position.seq, "time_ns": position.time_ns}

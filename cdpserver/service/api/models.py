@@ -249,6 +249,7 @@ class PointUri(Answer):
 
     uri: str
     uri_unix: str | None = None
+    timeline: str = Field(description="the line of history that seq counts in, whatever its name becomes")
     seq: Count
     time_ns: Count
 

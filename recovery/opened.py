@@ -1,0 +1,128 @@
+"""A point opened for reading by a command: through the service, or from the state directory when there is none.
+
+Either way an export serves it, which holds a lease on the point as long as somebody is connected.
+"""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdpserver.errors import BrokenError, CdpError, UnreachableError
+from cdpserver.names import parse_point
+from cdpserver.state import StateDir, default_state_dir
+from recovery.output import say
+from recovery.remote import client
+
+START_S = 10.0
+"""nbdkit is up in well under a tenth of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An instant and where it is read; the URI is valid as long as the context."""
+
+    disk: str
+    timeline: str
+    seq: int
+    time_ns: int
+    uri: str
+
+
+@contextlib.contextmanager
+def opened(options: Namespace, point: str) -> Iterator[Opened]:
+    """`DISK@WHEN`. NotFoundError or RefusedError if it is not there (any more)."""
+    disk = parse_point(point)[0]
+    try:
+        found = client(options).place(point)
+    except UnreachableError as error:
+        state = StateDir.open(default_state_dir(options.state_dir))
+        if not os.access(state.path / "timelines", os.R_OK | os.X_OK):
+            raise
+        say(f"{error.message}: reading {state.path} without it")
+        with _alone(state, point) as alone:
+            yield alone
+        return
+    uri = str(found.get("uri_unix") or found["uri"])
+    yield Opened(disk, str(found["timeline"]), int(found["seq"]), int(found["time_ns"]), uri)
+
+
+@contextlib.contextmanager
+def _alone(state: StateDir, point: str) -> Iterator[Opened]:
+    """An export of our own, which ends with this process."""
+    from cdpserver import timeline as timeline_file
+    from cdpserver.catalog import Catalog
+    from cdpserver.clock import Clock
+    from cdpserver.errors import NotFoundError
+    from cdpserver.points import Timeline
+    from cdpserver.view.history import History
+
+    disk, when = parse_point(point)
+    with Catalog.open(state, writable=False) as catalog:
+        entry = catalog.get(disk)
+    if entry is None:
+        raise NotFoundError(f"there is no disk {disk}", hint="list the disks: cdp catalog show")
+    with contextlib.closing(History(state.path, timeline_file.load(state.timeline(entry.id)))) as history:
+        position = Timeline(history).resolve(when, now_ns=Clock.load(state.clock).now_ns())
+    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
+        socket = Path(directory) / "nbd"
+        with _served(state, socket):
+            uri = f"nbd+unix:///{disk}@seq:{position.seq}?socket={socket}"
+            yield Opened(disk, entry.id, position.seq, position.time_ns, uri)
+
+
+@contextlib.contextmanager
+def _served(state: StateDir, socket: Path) -> Iterator[None]:
+    found = importlib.util.find_spec("nbdplugin")
+    assert found is not None and found.submodule_search_locations
+    plugin = Path(found.submodule_search_locations[0]) / "export.py"
+    # nbdkit finds its Python by PATH. It is not to hear the terminal's Ctrl-C before we have ended.
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    command = [
+        "nbdkit",
+        "-f",
+        "-t",
+        "1",
+        "-r",
+        "-U",
+        str(socket),
+        "--exit-with-parent",
+        "python",
+        str(plugin),
+    ]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, f"state_dir={state.path}", "alone=1"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env={**os.environ, "PATH": path},
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + START_S
+            while not socket.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise _did_not_start(log)
+                time.sleep(0.005)
+            yield
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def _did_not_start(log: object) -> CdpError:
+    log.seek(0)  # type: ignore[attr-defined]
+    said = log.read().decode(errors="replace").strip().splitlines()  # type: ignore[attr-defined]
+    last = said[-1] if said else "it said nothing"
+    return BrokenError(
+        f"the export did not start: {last[:300]}", hint="run tools/setup: a package is missing"
+    )
