@@ -28,4 +28,6 @@ def add_export(commands: Commands) -> None:
         action="store_true",
         help="read back and compare digests; what is there already is compared only",
     )
-    export.add_argument("--force", action="store_true", help="replace what is there, begin anew")
+    export.add_argument(
+        "--force", action="store_true", help="replace what is there; begin an interrupted export anew"
+    )

@@ -290,3 +290,22 @@ def test_a_full_disk_says_what_is_missing_and_the_export_goes_on_with_room(
     finally:
         subprocess.run(["umount", small], check=True)
     assert (short_path / "o").read_bytes() == content(server)
+
+
+def test_a_device_is_written_when_told_so(
+    server: Server, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = short_path / "image"
+    image.write_bytes(b"\xee" * SIZE)
+    made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr}")
+    device = Path(made.stdout.strip())
+    try:
+        with pytest.raises(RefusedError, match="there already"):
+            run(server, device)
+        interrupted(server, device, monkeypatch, "--force")
+        run(server, device, "--verify")
+        assert device.read_bytes() == content(server)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
