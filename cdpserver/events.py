@@ -84,8 +84,12 @@ class EventLog:
 
     def emit(self, event: str, *, level: Level = "info", **fields: Any) -> None:
         """Log the event and append it to the file. Never raises because of what the system does."""
-        assert _EVENT_NAME.fullmatch(event), event
         getattr(structlog.get_logger(), level)(event, **fields)
+        self.record(event, level=level, **fields)
+
+    def record(self, event: str, *, level: Level = "info", **fields: Any) -> None:
+        """Append it to the file alone: what a command does at a terminal is no line of a log there."""
+        assert _EVENT_NAME.fullmatch(event), event
         head = {"time": format_time(time.time_ns()), "level": level, "process": _process, "event": event}
         try:
             self._append(_line(head, fields))

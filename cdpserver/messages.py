@@ -56,11 +56,14 @@ def unpack(body: bytes, what: str = "a message") -> dict[str, Any]:
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
     """The next message on a blocking socket; None at its end."""
-    prefix = _exactly(connection, LENGTH.size)
-    if prefix is None:
-        return None
-    body = _exactly(connection, check_length(prefix))
+    body = receive_bytes(connection)
     return unpack(body) if body is not None else None
+
+
+def receive_bytes(connection: socket.socket) -> bytes | None:
+    """The next message as it is, be it msgpack or plain bytes; None at the connection's end."""
+    prefix = _exactly(connection, LENGTH.size)
+    return None if prefix is None else _exactly(connection, check_length(prefix))
 
 
 def _exactly(connection: socket.socket, length: int) -> bytes | None:

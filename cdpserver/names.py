@@ -37,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,18}))?(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,18}))?(ns|us|ms|s|m|h|d)")
 _NUMBER = re.compile(r"[0-9]{1,19}")
+_VOLUME = re.compile(r"p[1-9][0-9]{0,3}|lv/[A-Za-z0-9+_.-]{1,127}/[A-Za-z0-9+_.-]{1,127}")
 _RFC3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
     r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))"
@@ -336,6 +337,17 @@ def parse_point(text: str) -> tuple[str, When]:
     if not at or "@" in when:
         raise UsageError(f"not a point: {show(text)}", hint=f"write DISK@WHEN; {WHEN_FORMS}")
     return check_disk_name(disk), parse_when(when)
+
+
+def split_volume(text: str) -> tuple[str, str | None]:
+    """`DISK@WHEN/p3` or `DISK@WHEN/lv/VG/LV`: the point, and the volume in it; None where none is named."""
+    disk, at, rest = text.partition("@")
+    when, slash, volume = rest.partition("/")
+    if not slash:
+        return text, None
+    if not _VOLUME.fullmatch(volume):
+        raise UsageError(f"not a volume: {show(volume)}", hint="write DISK@WHEN/p2 or DISK@WHEN/lv/VG/LV")
+    return f"{disk}{at}{when}", volume
 
 
 def parse_export(text: str) -> Export:

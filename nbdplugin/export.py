@@ -15,15 +15,13 @@ from pathlib import Path
 import nbdkit
 
 from cdpserver import events
-from cdpserver import timeline as timeline_file
 from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
-from cdpserver.errors import CdpError, NotFoundError, RemovedError
-from cdpserver.journal.log import Position
+from cdpserver.errors import CdpError, NotFoundError
+from cdpserver.held import hold, open_history
 from cdpserver.leases import Lease
-from cdpserver.names import DeltaExport, DiskExport, Seq, When, parse_export
-from cdpserver.points import Timeline as Points
+from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -111,16 +109,6 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return ""
 
 
-def _history(name: str) -> History:
-    assert _catalog is not None and _state is not None
-    entry = _catalog.get(name)
-    if entry is None:
-        raise NotFoundError(f"there is no disk {name!r}", hint="cdp disk list shows the names")
-    if entry.state != "live":
-        raise RemovedError(f"{name} is being removed")
-    return History(_state.path, timeline_file.load(_state.timeline(entry.id)))
-
-
 def _open(text: str) -> Export:
     assert _state is not None
     export = parse_export(text)
@@ -128,7 +116,8 @@ def _open(text: str) -> Export:
         raise NotFoundError(
             f"{export.name} names no instant", hint=f"open {export.name}@latest, or an earlier one"
         )
-    history = _history(export.name)
+    assert _catalog is not None
+    history = open_history(_catalog, _state.path, export.name)
     try:
         if isinstance(export, DeltaExport):
             pair = delta_views(_state.path, history, export.number)
@@ -138,7 +127,7 @@ def _open(text: str) -> Export:
                 pair.old.close()  # what changed is known: only the newer instant is read
             return Export(delta, pair.histories, text, absolute=True, lock=threading.Lock())
         now_ns = Clock.load(_state.clock).now_ns()
-        position, lease = _hold(history, export.when, now_ns)
+        position, lease = hold(history, export.when, now_ns)
         absolute = isinstance(export.when, Seq)
         try:
             view = View(history, position.seq)
@@ -148,19 +137,6 @@ def _open(text: str) -> Export:
         return Export(view, [history], text, absolute=absolute, lock=threading.Lock(), lease=lease)
     except BaseException:
         history.close()
-        raise
-
-
-def _hold(history: History, when: When, now_ns: int) -> tuple[Position, Lease]:
-    """The place of an instant, and its lease: it is there, and stays."""
-    position = Points(history).resolve(when, now_ns=now_ns)
-    lease = Lease.take(history.directory, position.seq)
-    try:
-        # It may have been dropped between the look and the lease.
-        history.journal.refresh()
-        return Points(history).resolve(Seq(position.seq), now_ns=now_ns), lease
-    except BaseException:
-        lease.close()
         raise
 
 

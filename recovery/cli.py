@@ -17,6 +17,7 @@ from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
 from recovery.arguments import count, take_disk, take_point, take_yes, when
 from recovery.export_tree import add_export
+from recovery.files_tree import add_files
 from recovery.output import printable
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -30,7 +31,7 @@ LEAST_PAUSE_S = 0.1
 DEFAULT_PAUSE_S = 2.0
 """Between two looks of `--watch`."""
 
-_TAKE_A_NEGATIVE = {"--since", "--until", "--size"}
+_TAKE_A_NEGATIVE = {"--since", "--until", "--newer", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
 
 
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_points(commands)
     chain_tree.add(commands)
     add_export(commands)
+    add_files(commands)
     _add_fork(commands)
     add_retention(commands)
     add_capacity(commands)

@@ -40,6 +40,7 @@ STAGES = (
     ("cdpserver.view",),
     ("cdpserver.points", "cdpserver.check", "cdpserver.basepoint", "cdpserver.upgrade", "cdpserver.chain"),
     ("cdpserver.retention",),
+    ("cdpserver.held", "cdpserver.files"),
     ("cdpserver.target",),
     ("nbdplugin",),
     ("cdpserver.service",),

@@ -1,0 +1,1 @@
+"""The file systems: one interface, a module each, on dissect's parsers."""

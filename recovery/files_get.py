@@ -1,0 +1,128 @@
+"""`cdp file get`: files of a point into a directory or a tar stream, with a bar, and a line in the event log."""
+
+import contextlib
+import getpass
+import os
+import resource
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cdpserver.errors import CorruptError
+from cdpserver.events import EventLog
+from cdpserver.files.fetch import DAMAGED, Fetch, Progress, Taken
+from cdpserver.files.tarball import write_tar
+from cdpserver.names import format_bytes
+from cdpserver.state import StateDir, default_state_dir
+from recovery.files import choose, opened, path_of
+from recovery.output import answer, answer_json, printable, say
+
+
+def get(options: Namespace) -> None:
+    """Fetch. CorruptError at the end if a file could not be had; the others are there."""
+    if options.tar == "-" and options.json:
+        options.json = False  # the stream has the standard output
+    with opened(options) as place:
+        volume = choose(place)
+        top = place.browser.stat(volume, path_of(options))
+        name = top.name
+        found = place.browser.walk(volume, b"/" + b"/".join(top.path))
+        with _bar(top.size if top.type == "file" else None) as progress:
+            if options.tar is not None:
+                with _out(options.tar) as out:
+                    taken = write_tar(place.browser, found, name or b"root", out, progress=progress)
+            else:
+                _many_files()
+                fetch = Fetch(
+                    place.browser,
+                    Path(options.output),
+                    point=f"{place.point}/{volume}",
+                    force=options.force,
+                    progress=progress,
+                )
+                taken = fetch.run(found, name)
+        _record(options, place.point, volume, taken)
+    _answer(options, place.point, taken)
+    if taken.failed:
+        raise CorruptError(f"{taken.failed} of them could not be had", hint=DAMAGED)
+
+
+def _many_files() -> None:
+    """A directory is open for each level of the tree."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096) if most > 0 else 4096, most))
+
+
+@contextlib.contextmanager
+def _out(path: str) -> Iterator[IO[bytes]]:
+    if path == "-":
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        return
+    with open(path, "xb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _bar(size: int | None) -> Iterator[Progress | None]:
+    """On a terminal: how far a file is, or how much of a tree there was."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("0 files", total=size)
+        files = 0
+
+        def tell(more: int, done: int) -> None:
+            nonlocal files
+            files += more
+            bar.update(task, advance=done, description=f"{files} files")
+
+        yield tell
+
+
+def _record(options: Namespace, point: str, volume: str, taken: Taken) -> None:
+    """Who took what from which point. Whoever may read the disk but not write the log leaves no line."""
+    EventLog(StateDir(default_state_dir(options.state_dir)).events).record(
+        "file.taken",
+        user=getpass.getuser(),
+        sudo_user=os.environ.get("SUDO_USER"),
+        disk=point.partition("@")[0],
+        point=point,
+        volume=volume,
+        path=printable(path_of(options).decode(errors="backslashreplace")),
+        files=taken.files,
+        bytes=taken.bytes,
+        failed=taken.failed,
+    )
+
+
+def _answer(options: Namespace, point: str, taken: Taken) -> None:
+    for problem in taken.problems:
+        say(f"not fetched: {problem}")
+    fields = {
+        "point": point,
+        "files": taken.files,
+        "bytes": taken.bytes,
+        "kept": taken.kept,
+        "skipped": taken.skipped,
+        "attributes_lost": taken.attributes_lost,
+        "failed": taken.failed,
+    }
+    if options.json:
+        answer_json(fields)
+        return
+    write = say if options.tar == "-" else answer
+    kept = f", {taken.kept} were there already" if taken.kept else ""
+    write(f"{point}: {taken.files} files, {format_bytes(taken.bytes)}{kept}")
+    if taken.skipped:
+        say(f"{taken.skipped} devices and sockets were left out")
+    if taken.attributes_lost:
+        say(f"{taken.attributes_lost} extended attributes could not be set here")

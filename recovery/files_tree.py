@@ -1,0 +1,105 @@
+"""The commands of files in the tree: `cdp file`."""
+
+import argparse
+
+from cdpserver import names
+from cdpserver.errors import UsageError
+from recovery.tree import Commands, lazy
+
+PREVIEW_BYTES = 4096
+MAX_PREVIEW = 64 << 10
+
+
+def _place(text: str) -> str:
+    point, _ = names.split_volume(text)
+    names.parse_point(point)
+    return text
+
+
+def _newer(text: str) -> str:
+    if not isinstance(names.parse_when(text), names.At | names.Ago):
+        raise UsageError(f"not a time: {names.show(text)}", hint="write 2026-11-22T20:18:05Z or -90s")
+    return text
+
+
+def _preview(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:9]) <= MAX_PREVIEW:
+        raise UsageError(
+            f"not a number of bytes: {names.show(text)}", hint=f"write a number from 1 to {MAX_PREVIEW}"
+        )
+    return int(text)
+
+
+def add_files(commands: Commands) -> None:
+    """`cdp file`."""
+    file = commands.group("file", "the files in a point, read without a mount")
+    ls = file.leaf(
+        "ls",
+        lazy("files", "ls"),
+        "List a directory as it was; without a volume, the volumes of a disk that has several.",
+        "cdp file ls web/vda@-5m/p2 /var/www",
+    )
+    cat = file.leaf(
+        "cat", lazy("files", "cat"), "Print a file as it was.", "cdp file cat web/vda@-5m /etc/fstab"
+    )
+    stat = file.leaf(
+        "stat",
+        lazy("files", "stat"),
+        "Show all that is known of a file.",
+        "cdp file stat web/vda@latest /etc",
+    )
+    preview = file.leaf(
+        "preview",
+        lazy("files", "preview"),
+        "Show the head of a file: text, else bytes in hex; of an image its dimensions.",
+        "cdp file preview web/vda@-1h /srv/logo.png",
+    )
+    preview.add_argument(
+        "--bytes",
+        type=_preview,
+        default=PREVIEW_BYTES,
+        metavar="N",
+        help=f"how many; default: {PREVIEW_BYTES}",
+    )
+    find = file.leaf(
+        "find",
+        lazy("files", "find"),
+        "List what is below a directory, by name, time or type.",
+        "cdp file find web/vda@-1d/lv/vg0/home /anna --name '*.odt' --newer -2d",
+    )
+    find.add_argument("--name", metavar="PATTERN", help="its name, as in the shell: '*.txt'")
+    find.add_argument("--regex", metavar="REGEX", help="its path below the directory, a regular expression")
+    find.add_argument("--newer", metavar="WHEN", type=_newer, help="changed after this time")
+    find.add_argument("--type", choices=("file", "dir", "link"))
+    get = file.leaf(
+        "get",
+        lazy("files_get", "get"),
+        "Fetch a file, or a directory with all that is below. Run again, it goes on where it ended.",
+        "cdp file get web/vda@-5m/p2 /var/www --output rescued",
+    )
+    into = get.add_mutually_exclusive_group(required=True)
+    into.add_argument(
+        "--output", metavar="DIR", help="where it is put, under its name; made if it is not there"
+    )
+    into.add_argument("--tar", metavar="IMAGE", help="a tar file instead; - is the standard output")
+    get.add_argument("--force", action="store_true", help="replace files of the same name")
+    for command in (ls, cat, stat, preview, find, get):
+        _add_place(command, needs_path=command not in (ls, find))
+    for command in (ls, preview, find):
+        command.add_argument("--lock", action="store_true", help="and lock the point, for a restore later")
+
+
+def _add_place(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
+    command.add_argument(
+        "point",
+        metavar="DISK@WHEN",
+        type=_place,
+        help="and where there are several: /p2 or /lv/VG/LV after it",
+    )
+    command.add_argument(
+        "path",
+        metavar="FILE",
+        nargs=None if needs_path else "?",
+        default="/",
+        help="its path in the file system",
+    )

@@ -1,0 +1,396 @@
+"""Files of a point: every file system that is read against the tree that it was made from, and the commands."""
+
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpserver.errors import NotFoundError, RefusedError, UsageError
+from cdpserver.files.browser import Browser, File
+from cdpserver.files.fetch import Fetch
+from cdpserver.files.tarball import write_tar
+from tests import filesystems as make
+from tests.filesystems import ImageDisk
+from tests.test_service import Server, write
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make.source_tree(tmp_path_factory.mktemp("files") / "tree")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make.source_tree(tmp_path_factory.mktemp("plain") / "tree", posix=False)
+
+
+@pytest.fixture(scope="module")
+def ext4(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    os.setxattr(tree / "large", "user.note", b"kept")
+    return make.make_ext(tmp_path_factory.mktemp("image") / "ext4.img", tree)
+
+
+@pytest.fixture
+def browser(ext4: Path) -> Iterator[Browser]:
+    with Browser(ImageDisk(ext4)) as opened:
+        yield opened
+
+
+def compare(image: Path, tree: Path, *, exact: bool = True, left_out: int = 0) -> None:
+    """Everything in the image is as in the tree; `exact`ly so in mode and time."""
+    seen = 0
+    with Browser(ImageDisk(image)) as browser:
+        volume = browser.choose(None)
+        browser.open(volume)
+        for file in browser.walk(volume, b"/"):
+            assert not file.why, file
+            if not file.path or file.path[0] == b"lost+found":
+                continue
+            path = Path(os.fsdecode(b"/".join([bytes(tree), *file.path])))
+            known = path.lstat()
+            seen += 1
+            assert file.type == kind(known.st_mode), path
+            if exact:
+                assert (file.mode, file.mtime_ns) == (stat.S_IMODE(known.st_mode), known.st_mtime_ns), path
+            if file.type == "link":
+                assert file.target == os.readlink(os.fsencode(path))
+            if file.type == "file":
+                assert file.size == known.st_size
+                assert make.is_same(browser.content(file), path), path
+    assert seen == sum(len(folders) + len(files) for _, folders, files in os.walk(tree)) - left_out
+
+
+def kind(mode: int) -> str:
+    return (
+        "dir"
+        if stat.S_ISDIR(mode)
+        else "link"
+        if stat.S_ISLNK(mode)
+        else "fifo"
+        if stat.S_ISFIFO(mode)
+        else "file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        ("ext2", ("-b", "1024")),
+        ("ext3", ("-b", "4096")),
+        ("ext4", ()),
+        ("ext4", ("-O", "inline_data,^has_journal", "-I", "256")),
+        ("ext4", ("-b", "1024", "-O", "^64bit,^metadata_csum")),
+    ],
+)
+def test_ext(version: str, options: tuple[str, ...], tree: Path, tmp_path: Path) -> None:
+    compare(make.make_ext(tmp_path / "image", tree, *options, kind=version), tree)
+
+
+@pytest.mark.parametrize("options", [(), ("-m", "crc=0"), ("-n", "size=8192"), ("-i", "nrext64=1")])
+def test_xfs(options: tuple[str, ...], tree: Path, tmp_path: Path) -> None:
+    # A prototype knows no times, no strange names, no pipes; hard links become files.
+    strange = [name for name in os.listdir(os.fsencode(tree)) if not _a_word(name)]
+    compare(make.make_xfs(tmp_path / "image", tree, *options), tree, exact=False, left_out=len(strange) + 2)
+
+
+def _a_word(name: bytes) -> bool:
+    text = os.fsdecode(name)
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def test_xfs_shows_nothing_of_what_was_never_written(tree: Path, tmp_path: Path) -> None:
+    """An extent that was allocated and never written holds what was deleted there before."""
+    image = make.make_xfs(tmp_path / "image", tree)
+    with Browser(ImageDisk(image)) as browser:
+        number = browser.stat("", b"/large").id
+        before = make.content_of(browser, "", b"/large")
+    make.run("xfs_db", "-x", "-c", f"inode {number}", "-c", "write -d u3.bmx[0].extentflag 1", image)
+    with Browser(ImageDisk(image)) as browser:
+        now = make.content_of(browser, "", b"/large")
+    assert len(now) == len(before) and not any(now)
+
+
+def test_btrfs(tree: Path, tmp_path: Path) -> None:
+    compare(make.make_btrfs(tmp_path / "image", tree), tree)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_fat(bits: int, plain: Path, tmp_path: Path) -> None:
+    compare(make.make_fat(tmp_path / "image", plain, bits), plain, exact=False)
+
+
+def test_a_fat_chain_that_goes_backwards(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a").write_bytes(b"1" * 512 + b"2" * 512)
+    held = bytearray(make.make_fat(tmp_path / "image", tree, 16, 16 << 20).read_bytes())
+    sector, cluster, reserved, tables, roots = (
+        int.from_bytes(held[11:13], "little"), held[13], int.from_bytes(held[14:16], "little"), held[16],
+        int.from_bytes(held[17:19], "little"),
+    )  # fmt: skip
+    table, table_size = reserved * sector, int.from_bytes(held[22:24], "little") * sector
+    data = table + tables * table_size + roots * 32
+    size = sector * cluster
+    entry = held.index(b"A          ", data - roots * 32, data)
+    # The file is the clusters 6, then 5.
+    held[entry + 26 : entry + 28] = (6).to_bytes(2, "little")
+    held[entry + 28 : entry + 32] = (2 * size).to_bytes(4, "little")
+    held[table + 12 : table + 14], held[table + 10 : table + 12] = b"\x05\x00", b"\xff\xff"
+    held[data + 4 * size : data + 5 * size] = b"6" * size
+    held[data + 3 * size : data + 4 * size] = b"5" * size
+    with Browser(ImageDisk(bytes(held))) as browser:
+        assert make.content_of(browser, "", b"/A") == b"6" * size + b"5" * size
+        assert make.content_of(browser, "", b"/a") == b"6" * size + b"5" * size
+    held[table + 10 : table + 12] = b"\x06\x00"
+    with Browser(ImageDisk(bytes(held))) as browser:
+        file = browser.stat("", b"/a")
+        assert len(b"".join(data or b"" for _, _, data in browser.content(file))) == 2 * size
+
+
+def test_ntfs(plain: Path, tmp_path: Path) -> None:
+    files = [path for path in plain.iterdir() if path.is_file()]
+    image = make.make_ntfs(tmp_path / "image", files)
+    with Browser(ImageDisk(image)) as browser:
+        assert {file.name for file in browser.entries("", b"/")} == {os.fsencode(path.name) for path in files}
+        for path in files:
+            assert make.content_of(browser, "", os.fsencode(path.name)) == path.read_bytes()
+        assert make.content_of(browser, "", b"LARGE") == (plain / "large").read_bytes()
+
+
+# --- paths
+
+
+def test_paths_stay_inside(browser: Browser, tree: Path) -> None:
+    assert browser.stat("", b"/relative", follow=True).path == (b"many", b"file-1")
+    assert browser.stat("", b"/many/../../../large").size == 2_000_000
+    with pytest.raises(NotFoundError):
+        browser.stat("", b"/outside", follow=True)
+    with pytest.raises(NotFoundError):
+        browser.stat("", b"/large/below")
+    assert browser.xattrs(browser.stat("", b"/large")) == {"user.note": b"kept"}
+
+
+def test_finding(browser: Browser) -> None:
+    found = {file.path for file in browser.find("", b"/", name=b"file-1*")}
+    assert found == {(b"many", f"file-{n}".encode()) for n in range(400) if str(n).startswith("1")}
+    assert [file.path for file in browser.find("", b"/level0", regex=rb"/bottom$")] == [
+        (*(f"level{n}".encode() for n in range(1, 30)), b"bottom")
+    ]
+    assert not list(browser.find("", b"/", newer_ns=make.MTIME_NS, type="file"))
+    with pytest.raises(UsageError):
+        list(browser.find("", b"/", regex=b"("))
+
+
+def test_holes_are_told_not_read(browser: Browser) -> None:
+    sparse = browser.stat("", b"/sparse")
+    assert [(start, end) for start, end, place in browser.extents(sparse) if place == -1] == [(0, 40 << 20)]
+    assert browser.head(sparse, 10) == bytes(10)
+
+
+# --- partitions
+
+
+@pytest.mark.parametrize("label", ["gpt", "dos"])
+def test_partitions(label: str, ext4: Path, plain: Path, tmp_path: Path) -> None:
+    fat = make.make_fat(tmp_path / "fat", plain, 16, 16 << 20).read_bytes()
+    disk = make.disk_with(bytes(1 << 20), fat, ext4.read_bytes(), label=label)
+    with Browser(ImageDisk(disk)) as browser:
+        assert [(volume.name, volume.holds) for volume in browser.volumes()] == [
+            ("p1", ""), ("p2", "fat"), ("p3", "ext"),
+        ]  # fmt: skip
+        with pytest.raises(UsageError, match="p2, p3"):
+            browser.choose(None)
+        assert len(make.content_of(browser, "p3", b"/large")) == 2_000_000
+        with pytest.raises(NotFoundError):
+            browser.open("p4")
+        with pytest.raises(RefusedError):
+            browser.open("p1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="lvm wants a block device: a loop device needs root")
+def test_logical_volumes(ext4: Path, tmp_path: Path) -> None:
+    """In two pieces that are not neighbours, and in stripes; devices are only ever made of the test's own file."""
+    image = tmp_path / "disk"
+    with open(image, "wb") as file:
+        file.truncate(400 << 20)
+    device = make.run("losetup", "-f", "--show", image).decode().strip()
+    options = (
+        "--driverloaded",
+        "n",
+        "--config",
+        f'devices {{ filter=["a|^{device}$|","r|.*|"] scan_lvs=0 use_devicesfile=0 }}',
+    )
+    create = ("lvcreate", *options, "-an", "-Zn", "-Wn")
+    try:
+        make.run("pvcreate", *options, "-q", device)
+        make.run("vgcreate", *options, "-q", "cdpfiles", device)
+        make.run(*create, "-L", "32M", "-n", "root", "cdpfiles")
+        make.run(*create, "-L", "16M", "-n", "other", "cdpfiles")
+        make.run("lvextend", *options, "-L", "+64M", "cdpfiles/root")
+        make.run("sync")
+    finally:
+        make.run("losetup", "-d", device)
+    held = bytearray(image.read_bytes())
+    held[(1 << 20) : (33 << 20)] = ext4.read_bytes()[: 32 << 20]
+    held[(49 << 20) : (81 << 20)] = ext4.read_bytes()[32 << 20 :]
+    with Browser(ImageDisk(bytes(held))) as browser:
+        assert [(v.name, v.holds) for v in browser.volumes()] == [
+            ("", "lvm"), ("lv/cdpfiles/other", ""), ("lv/cdpfiles/root", "ext"),
+        ]  # fmt: skip
+        assert browser.choose(None) == "lv/cdpfiles/root"
+        assert len(make.content_of(browser, "lv/cdpfiles/root", b"/large")) == 2_000_000
+
+
+# --- fetching
+
+
+def test_a_tree_is_fetched_and_goes_on(browser: Browser, tree: Path, tmp_path: Path) -> None:
+    def fetch() -> Any:
+        return Fetch(browser, tmp_path / "out", point="p").run(browser.walk("", b"/"), b"")
+
+    taken = fetch()
+    assert not taken.problems and taken.files > 400
+    same = subprocess.run(
+        ["diff", "-r", "--no-dereference", "-x", "lost+found", "-x", "pipe", tree, tmp_path / "out"],
+        capture_output=True,
+        check=False,
+    )
+    assert same.returncode == 0, same.stdout
+    out = tmp_path / "out"
+    assert (out / "hard").stat().st_ino == (out / "large").stat().st_ino
+    assert (out / "sparse").stat().st_blocks < 100
+    assert (out / "many").stat().st_mtime_ns == make.MTIME_NS
+    assert os.getxattr(out / "large", "user.note") == b"kept"
+    assert stat.S_ISFIFO((out / "pipe").lstat().st_mode)
+    assert stat.S_IMODE((out / "empty").stat().st_mode) == (0o4751 if os.geteuid() == 0 else 0o751)
+    again = fetch()
+    assert (again.files, again.problems) == (0, []) and again.kept == taken.files
+    (out / "many" / "file-3").write_text("changed here")
+    assert [problem.split(":")[0] for problem in fetch().problems] == ["'many/file-3'"]
+
+
+class Breaks:
+    """A browser whose file ends in an interrupt after so many pieces."""
+
+    def __init__(self, browser: Browser, pieces: int) -> None:
+        self._browser, self._left, self.asked = browser, pieces, -1
+
+    def content(self, file: File, offset: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
+        self.asked = offset
+        for piece in self._browser.content(file, offset):
+            if not self._left:
+                raise KeyboardInterrupt
+            self._left -= 1
+            yield piece
+
+    def xattrs(self, file: File) -> dict[str, bytes]:
+        return self._browser.xattrs(file)
+
+
+def test_a_file_goes_on_where_it_ended(browser: Browser, tree: Path, tmp_path: Path) -> None:
+    for point, begun in (("p", 0), ("p", 1 << 20), ("q", 0)):
+        source = Breaks(browser, 1)
+        if begun:
+            source = Breaks(browser, 99)
+            Fetch(source, tmp_path, point=point).run(browser.walk("", b"/large"), b"large")
+            assert (tmp_path / "large").read_bytes() == (tree / "large").read_bytes()
+            (tmp_path / "large").unlink()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                Fetch(source, tmp_path, point=point).run(browser.walk("", b"/large"), b"large")
+        assert source.asked == begun, "another point does not go on with it"
+
+
+def test_a_tar_stream(browser: Browser, tree: Path, tmp_path: Path) -> None:
+    out = io.BytesIO()
+    taken = write_tar(browser, browser.walk("", b"/"), b"top", out)
+    assert not taken.problems
+    assert len(out.getvalue()) < 20 << 20, "holes are left out"
+    make.run("tar", "-x", "-f", "-", "-C", tmp_path, "--xattrs", stdin=out.getvalue())
+    same = subprocess.run(
+        ["diff", "-r", "--no-dereference", "-x", "lost+found", "-x", "pipe", tree, tmp_path / "top"],
+        capture_output=True,
+        check=False,
+    )
+    assert same.returncode == 0, same.stdout
+    assert (tmp_path / "top/hard").stat().st_ino == (tmp_path / "top/large").stat().st_ino
+    assert (tmp_path / "top/sparse").stat().st_blocks < 100
+    assert os.getxattr(tmp_path / "top/large", "user.note") == b"kept"
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+        assert tar.getmember("top/large").mtime == pytest.approx(make.MTIME_NS / 1e9)
+
+
+# --- the commands
+
+
+def cdp(state_dir: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "recovery.cli", "--state-dir", state_dir, "file", *arguments],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr.decode()
+    return done
+
+
+def small_image(path: Path) -> bytes:
+    tree = path / "small"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "hello").write_text("hello, world\n")
+    (tree / "sub" / "data").write_bytes(bytes(range(256)))
+    Path(os.fsdecode(bytes(tree) + b"/latin-\xe9")).write_text("x")
+    os.symlink("hello", tree / "link")
+    os.utime(tree / "hello", ns=(make.MTIME_NS, make.MTIME_NS))
+    return make.make_ext(path / "small.img", tree, size="8M").read_bytes()
+
+
+@pytest.fixture
+def server(short_path: Path) -> Iterator[Server]:
+    with Server(short_path / "s") as running:
+        yield running
+
+
+def test_the_commands_with_the_service_and_without(server: Server, short_path: Path) -> None:
+    uri = server.add()
+    write(uri, small_image(short_path))
+    server.post("/v1/disks/d:synced")
+    state = server.state_dir
+    rows = {row["name"]: row for row in json.loads(cdp(state, "ls", "d@latest", "/", "--json").stdout)}
+    assert rows["hello"] == {
+        "name": "hello", "type": "file", "size": 13, "mtime_ns": make.MTIME_NS, "mode": 0o644,
+        "uid": os.getuid(), "gid": os.getgid(), "target": None,
+    }  # fmt: skip
+    assert rows["link"]["target"] == "hello" and rows["link"]["type"] == "link"
+    assert rows["latin-�"]["name_hex"] == b"latin-\xe9".hex()
+    assert cdp(state, "cat", "d@latest", "/link").stdout == b"hello, world\n"
+    out = short_path / "out"
+    cdp(state, "get", "d@latest", "/sub", "--output", str(out))
+    assert (out / "sub" / "data").read_bytes() == bytes(range(256))
+    (event,) = server.events("file.taken")
+    assert (event["disk"], event["path"], event["files"]) == ("d", "/sub", 1)
+    assert event["point"].startswith("d@seq:") and event["user"]
+    cdp(state, "preview", "d@latest", "/hello", "--lock")
+    (lock,) = server.get("/v1/locks")
+    assert lock["point"] == event["point"] or lock["seq"]
+    server.stop()
+    assert cdp(state, "cat", "d@latest", "/hello").stdout == b"hello, world\n"
+    found = json.loads(cdp(state, "stat", "d@latest", "/hello", "--json").stdout)
+    assert (found["links"], found["size"]) == (1, 13)
+    assert cdp(state, "find", "d@latest", "--name", "d*").stdout == b"sub/data\n"
+    assert cdp(state, "preview", "d@latest", "/sub/data").stdout.startswith(b"00000000  00 01 02")
+    tar = cdp(state, "get", "d@latest", "/", "--tar", "-").stdout
+    with tarfile.open(fileobj=io.BytesIO(tar)) as read:
+        assert "root/sub/data" in read.getnames()
+    assert b"not a volume" in cdp(state, "ls", "d@latest/x", code=2).stderr
+    assert b"there is no '/nothing'" in cdp(state, "cat", "d@latest", "/nothing", code=2).stderr
+    assert b"there is no disk" in cdp(state, "ls", "other@latest", code=2).stderr
