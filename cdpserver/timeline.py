@@ -1,13 +1,14 @@
 """What a timeline is (`timeline.json`), and how its directory is made.
 
-Invariants: `timeline.json` is written once and never changed. A directory in `timelines/` named by an id is
+Invariants: `timeline.json` is written once and never changed, but for the size of a disk that grows before its history begins
+(later growth is in the journal). A directory in `timelines/` named by an id is
 complete: it is built under a temporary name and appears by rename.
 """
 
 import contextlib
 import re
 import uuid as uuids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -175,6 +176,14 @@ def load(directory: Path) -> Timeline:
     if timeline.id != directory.name:
         raise corrupt_json(path, f"it is of timeline {timeline.id}")
     return timeline
+
+
+def set_size(directory: Path, timeline: Timeline, size: int) -> Timeline:
+    """Write another size into `timeline.json`, durably; for a disk before its history. UsageError if no disk can have it."""
+    changed = replace(timeline, size=size)
+    _check(changed)
+    durable.write_json(directory / FILE, changed.to_json())
+    return changed
 
 
 def create_timeline(

@@ -25,9 +25,14 @@ class Step:
     run: Callable[[StateDir], None]
 
 
+def allow_growth(state: StateDir) -> None:
+    """3 -> 4: disks may grow. No file changes; the version keeps older programs from what they would misread."""
+
+
 STEPS = (
     Step(1, "the catalog gets tables for locks and policies", add_locks_and_policies),
     Step(2, "each base point gets a note of what it holds", note_base_points),
+    Step(3, "disks may grow", allow_growth),
 )
 
 

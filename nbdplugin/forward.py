@@ -77,7 +77,7 @@ class Forward:
                     kind = ERRORS.get(error.errno, BrokenError)
                     raise kind(f"{self.name}: {error.string}", hint=EVENTS) from None
             self._handle = self._connect()
-            if self._handle.get_size() != self.size:
+            if self._handle.get_size() < self.size:  # more when it has grown
                 raise RemovedError(f"{self.name} is another disk now", hint="connect again")
 
     def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:

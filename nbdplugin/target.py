@@ -16,7 +16,7 @@ from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError,
 from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import DiskExport, parse_export
 from cdpserver.state import StateDir
-from cdpserver.target.disk import Connection
+from cdpserver.target.connection import Connection
 from cdpserver.target.placement import worker_of
 from cdpserver.target.registry import Registry
 from nbdplugin import serving, thread_state

@@ -101,6 +101,12 @@ def _add_disk(commands: Commands) -> None:
     add.add_argument("--size", required=True, type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
     add.add_argument("--vm", metavar="VM", type=names.check_name, help="the VM that it belongs to: VM/NAME")
     add.add_argument("--base", metavar="IMAGE", help="the image that its content started from")
+    resize = disk.leaf(
+        "resize",
+        lazy("remote", "disk_resize"),
+        "Let a disk grow as its source has; points before keep their size. To shrink is refused.",
+        "cdp disk resize web/vda 128M",
+    )
     disk.leaf("list", lazy("remote", "disk_list"), "List the disks.", "cdp disk list --json")
     show = disk.leaf("show", lazy("remote", "disk_show"), "Show one disk.", "cdp disk show web/vda")
     remove = disk.leaf(
@@ -120,7 +126,8 @@ def _add_disk(commands: Commands) -> None:
     synced.add_argument(
         "--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking"
     )
-    take_disk(show, remove, synced, metavar="NAME")
+    take_disk(resize, show, remove, synced, metavar="NAME")
+    resize.add_argument("size", metavar="SIZE", type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
 
 
 def _add_points(commands: Commands) -> None:

@@ -90,6 +90,10 @@ class Client:
         """One disk."""
         return self._object("GET", _disk(name))
 
+    def resize_disk(self, name: str, *, size: int) -> Object:
+        """Let a disk grow to `size` bytes."""
+        return self._object("POST", _disk(name, "resize"), body={"size": size})
+
     def remove_disk(self, name: str) -> Object:
         """Remove a disk with its history."""
         return self._long("DELETE", _disk(name))

@@ -123,7 +123,7 @@ class _Index:
 
 def _state(value: bytes) -> Item:
     try:
-        return Item("state", asdict(control.unpack(msgpack.unpackb(value))))
+        return Item("state", control.pack(control.unpack(msgpack.unpackb(value))))
     except (CorruptError, ValueError, msgpack.exceptions.UnpackException):
         return Item("state", {"value": value.hex()}, "it cannot be read")
 

@@ -104,6 +104,11 @@ def disk_show(options: Namespace) -> None:
     _answer_one(options, client(options).disk(options.name))
 
 
+def disk_resize(options: Namespace) -> None:
+    """Let a disk grow, as its source has."""
+    _answer_one(options, client(options).resize_disk(options.name, size=options.size))
+
+
 def disk_remove(options: Namespace) -> None:
     """Remove a disk and its history, after asking."""
     service = client(options)

@@ -7,7 +7,7 @@ A damaged record is a line of its own and what follows it is still shown: each r
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class SegmentText:
         """The header page."""
         header = self.header
         state = STATES.get(self._state, str(self._state))
-        carry = " ".join(f"{key}={json.dumps(value)}" for key, value in asdict(header.carry).items())
+        carry = " ".join(f"{key}={json.dumps(value)}" for key, value in control.pack(header.carry).items())
         yield f"segment {header.segment} of interval {header.interval}, timeline {header.timeline.hex()}"
         yield f"version {self._version}, {state}, {self._tail} records"
         yield f"first seq {header.first_seq}, first time {format_time(header.first_time_ns)}, boot {header.boot_id}"

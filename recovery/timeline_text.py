@@ -7,12 +7,12 @@ Only header logs are read, a part at a time, and of their records only the contr
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cdpserver import durable, timeline
 from cdpserver.errors import CdpError
+from cdpserver.journal import control
 from cdpserver.journal.log import interval_path, segments
 from cdpserver.journal.segment import log_path
 from cdpserver.timeline import INTERVALS, ImageBase, Timeline
@@ -99,7 +99,7 @@ def _segment(directory: Path, path: Path, interval: int, number: int) -> Iterato
             "first_seq": header.first_seq,
             "first_time_ns": header.first_time_ns,
             "boot": header.boot_id,
-            "carry": asdict(header.carry),
+            "carry": control.pack(header.carry),
         }
         damage = segment.damage
         if (header.interval, header.segment) != (interval, number):

@@ -27,7 +27,8 @@ from cdpserver.journal.writer import JournalWriter
 from cdpserver.limits import INDEX_BATCH
 from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
-from cdpserver.target.disk import Connection, TargetDisk
+from cdpserver.target.connection import Connection
+from cdpserver.target.disk import TargetDisk
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline, create_timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -183,8 +184,9 @@ class World:
         seq = journal.at_seq(seq).seq
         journal.close()
         base = PointBase(parent.timeline.id, seq, self.now_ns)
-        made = self._timeline(parent.model.size, base, "point")
-        return Line(self, made, Model(parent.model.size, parent.model, seq))
+        size = parent.model.size_at(seq)
+        made = self._timeline(size, base, "point")
+        return Line(self, made, Model(size, parent.model, seq))
 
     def _timeline(self, size: int, base: EmptyBase | ImageBase | PointBase, mode: str = "") -> Timeline:
         id = f"t{len(self.lines) + 1}"
@@ -221,6 +223,7 @@ class World:
         for line in self.lines:
             model = line.model
             copied = Model(model.size, None, model.parent_seq, list(model.changes), list(model.instants))
+            copied.grown = list(model.grown)
             if model.parent is not None:
                 copied.parent = models[id(model.parent)]
             models[id(model)] = copied
@@ -291,6 +294,8 @@ class Line:
         """What came after `seq` is lost."""
         self.model.changes = [change for change in self.model.changes if change.seq <= seq]
         self.model.instants = [instant for instant in self.model.instants if instant <= seq]
+        while self.model.grown and self.model.grown[-1][0] > seq:
+            self.model.size = self.model.grown.pop()[1]
         self.marks = {name: mark for name, mark in self.marks.items() if mark <= seq}
         self.cuts = [cut for cut in self.cuts if cut <= seq]
 
@@ -311,6 +316,15 @@ class Line:
         time_ns = self.disk.journal.last_time_ns if self.disk.journal else 0
         self.model.zero(seq=self.last_seq, time_ns=time_ns, offset=offset, length=length)
         self._note()
+
+    def grow(self, size: int) -> None:
+        """Its source has grown; clients connect anew to see it."""
+        self.disk.grow(size)
+        self.timeline = self.disk.timeline
+        self.model.grow(seq=self.last_seq, size=size)
+        self._note()
+        for number in list(self.connections):
+            self.disconnect(number)
 
     def synced(self, *, write_blocking: bool = True) -> None:
         """A controller's word."""
@@ -395,8 +409,10 @@ def path_of(view: View) -> str:
 
 
 def check_view(view: View, model: Model, seq: int) -> None:
-    """Content and block status of a whole view."""
-    for start, end in model.touched():
+    """Size, content and block status of a whole view."""
+    assert view.size == model.size_at(seq)
+    touched = clip(model.touched(), 0, view.size)
+    for start, end in touched:
         for at in range(start, end, PIECE):
             length = min(PIECE, end - at)
             held, expected = view.read(at, length), model.read(seq, at, length)
@@ -404,7 +420,7 @@ def check_view(view: View, model: Model, seq: int) -> None:
                 first = next(i for i in range(length) if held[i] != expected[i])
                 raise AssertionError(f"seq {seq}: byte {at + first} is {held[first]}, not {expected[first]}")
     dice = random.Random(seq)
-    for start, end in dice.choices(model.touched() or [(0, model.size)], k=6):
+    for start, end in dice.choices(touched or [(0, view.size)], k=6):
         # Single blocks are looked up in another way than ranges.
         offset = dice.randrange(start, end)
         if dice.random() < 0.5:

@@ -51,12 +51,13 @@ def publish(line: Line, number: int) -> Path:
         cut = find_cut(history.journal, number)
         assert cut is not None
         under = basepoint.backing(history, cut)
+        size = line.model.size_at(cut.seq)
         path = base_point_path(line.directory, number)
         backing = os.path.relpath(under.path, line.directory)
         subprocess.run(
             [
                 *("qemu-img", "create", "-q", "-f", "qcow2", "-o", qemu.OPTIONS, "-F", under.format),
-                *("-b", backing, str(path), str(line.timeline.size)),
+                *("-b", backing, str(path), str(size)),
             ],
             check=True,
         )
@@ -66,8 +67,8 @@ def publish(line: Line, number: int) -> Path:
             assert below.parent is not None
             at, below = at.parent, below.parent
         with writable(path) as image:
-            for offset in range(0, line.timeline.size, BLOCK):
-                length = min(BLOCK, line.timeline.size - offset)
+            for offset in range(0, size, BLOCK):
+                length = min(BLOCK, size - offset)
                 new = line.model.read(cut.seq, offset, length)
                 if new != below.read(seq, offset, length):
                     if new.strip(b"\0"):

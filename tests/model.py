@@ -43,6 +43,19 @@ class Model:
     parent_seq: int = 0
     changes: list[Change] = field(default_factory=list)
     instants: list[int] = field(default_factory=list)
+    grown: list[tuple[int, int]] = field(default_factory=list)
+    """(seq from which the disk had more bytes, how many it had before); `size` is how many it has now."""
+
+    def grow(self, *, seq: int, size: int) -> None:
+        """The disk has `size` bytes from `seq` on; 0 is the first copy, of which no instant is kept."""
+        assert size > self.size
+        if seq:
+            self.grown.append((seq, self.size))
+        self.size = size
+
+    def size_at(self, seq: int) -> int:
+        """Bytes of the disk just after `seq`."""
+        return next((before for at, before in self.grown if at > seq), self.size)
 
     def write(self, *, seq: int, time_ns: int, offset: int, data: bytes) -> None:
         """The disk holds `data` at `offset` from `seq` on."""
@@ -231,14 +244,16 @@ def read_log(timeline: Path) -> list[LogRecord]:
 
 def replay(records: list[LogRecord], base: Model, upto: int) -> Model:
     """The disk as records up to `upto` tell it, on `base` (at its seq 0: the first copy, or a fork's parent)."""
-    told = Model(base.size, base.parent, base.parent_seq, [c for c in base.changes if c.seq == 0])
+    told = Model(base.size_at(0), base.parent, base.parent_seq, [c for c in base.changes if c.seq == 0])
     for r in records:
         if r.seq > upto:
             break
+        if r.message.get("type") == "grow":
+            told.grow(seq=r.seq, size=r.message["size"])
         if not r.changes:
             continue
         # An extent at an unaligned disk end is stored whole.
-        end = min(r.offset + r.length, base.size)
+        end = min(r.offset + r.length, told.size)
         if r.kind == DATA:
             told.write(seq=r.seq, time_ns=r.time_ns, offset=r.offset, data=r.payload[: end - r.offset])
         elif r.kind == SAME:

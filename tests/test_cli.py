@@ -166,6 +166,7 @@ ASKED = [
         "/v1/disks",
         {"name": "vda", "size": 3 << 29, "vm": "web", "base": "/images/x.qcow2"},
     ),
+    (["disk", "resize", "web/vda", "2G"], "POST", "/v1/disks/web/vda:resize", {"size": 2 << 30}),
     (["disk", "show", "web/vda"], "GET", "/v1/disks/web/vda", None),
     (["disk", "remove", "web/vda", "--yes"], "DELETE", "/v1/disks/web/vda", None),
     (["disk", "synced", "vda"], "POST", "/v1/disks/vda:synced", {"write_blocking": False}),
@@ -595,11 +596,13 @@ def test_help_has_an_example_of_every_command() -> None:
     commands = every_command()
     assert [" ".join(words) for words in commands] == [
         *("status", "metrics"),
-        *("disk add", "disk list", "disk show", "disk remove", "disk synced"),
+        *("disk add", "disk resize", "disk list", "disk show", "disk remove", "disk synced"),
         *("point list", "point mark", "point lock", "point unlock", "point locks"),
         *("uri", "bp cut", "bp list", "bp rebuild"),
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),
-        *("export", "fork add", "fork list", "fork remove"),
+        "export",
+        *("file ls", "file cat", "file stat", "file preview", "file find", "file get"),
+        *("fork add", "fork list", "fork remove"),
         *("policy set", "policy show", "policy clear", "prune"),
         "usage",
         "forecast",

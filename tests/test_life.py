@@ -1,4 +1,4 @@
-"""The life of points at random: writes, base points, locks, forks, leases, passes of retention, merges, reboots.
+"""The life of points at random: writes, growth, base points, locks, forks, leases, passes of retention, merges, reboots.
 
 After each pass and merge: what anything holds reads bit-exact; everything else reads bit-exact or is refused, never wrong.
 """
@@ -57,9 +57,10 @@ class Life:
     def churn(self) -> None:
         line, _ = self.dice.choice(self.lines)
         for _ in range(self.dice.randrange(1, 8)):
-            block = self.dice.randrange(64)
+            blocks = line.model.size // BLOCK
+            block = self.dice.randrange(blocks)
             if self.dice.random() < 0.2:
-                line.zero(block * BLOCK, BLOCK * self.dice.randrange(1, 65 - block))
+                line.zero(block * BLOCK, BLOCK * self.dice.randrange(1, blocks + 1 - block))
             else:
                 line.write(block * BLOCK, self.dice.randbytes(BLOCK))
             self.world.now_ns += self.dice.randrange(4 * MINUTE_NS)
@@ -102,6 +103,10 @@ class Life:
             self.leases.append(Lease.take(line.directory, seq))
             self.held.append((line, seq))
 
+    def grow(self) -> None:
+        line, _ = self.dice.choice(self.lines)
+        line.grow(line.model.size + BLOCK * self.dice.randrange(1, 20))
+
     def reboot(self) -> None:
         before_ns = self.world.now_ns
         self.world.now_ns += self.dice.choice((SECOND_NS, 30 * 24 * 3600 * SECOND_NS))
@@ -132,7 +137,7 @@ class Life:
         assert not done.failed, done.failed
         for line, seqs in recent:
             for seq in self.dice.sample(seqs, min(4, len(seqs))):
-                assert read(line, seq) == line.model.read(seq, 0, SIZE)
+                assert read(line, seq) == held(line, seq)
         self.check()
         again = prune.look(self.world.state, self.catalog, CONFIG, now_ns=self.world.now_ns, disk=None)[0]
         assert not again.dropped, "one pass is enough"
@@ -141,14 +146,14 @@ class Life:
 
     def check(self) -> None:
         for line, seq in self.held:
-            assert read(line, seq) == line.model.read(seq, 0, SIZE), (line.timeline.id, seq)
+            assert read(line, seq) == held(line, seq), (line.timeline.id, seq)
         for line, _ in self.lines:
             some = self.dice.sample(line.model.instants, min(8, len(line.model.instants)))
             for seq in [*some, line.last_seq]:
                 with contextlib.suppress(RefusedError):
-                    assert read(line, seq) == line.model.read(seq, 0, SIZE), (line.timeline.id, seq)
-            assert read(line, line.last_seq) == line.model.read(line.last_seq, 0, SIZE)
-            line.check_live(0, SIZE)
+                    assert read(line, seq) == held(line, seq), (line.timeline.id, seq)
+            assert read(line, line.last_seq) == held(line, line.last_seq)
+            line.check_live(0, line.model.size)
 
     def check_the_whole(self) -> None:
         self.check()
@@ -164,11 +169,16 @@ def read(line: Line, seq: int) -> bytes:
     try:
         view = View(history, seq)
         try:
-            return view.read(0, SIZE)
+            return view.read(0, view.size)
         finally:
             view.close()
     finally:
         history.close()
+
+
+def held(line: Line, seq: int) -> bytes:
+    """The same, as the model tells it."""
+    return line.model.read(seq, 0, line.model.size_at(seq))
 
 
 @pytest.mark.parametrize("turn", range(int(os.environ.get("CDP_LIVES", "3"))))
@@ -177,8 +187,18 @@ def test_points_live_and_end_by_rule(world: World, turn: int) -> None:
     print(f"CDP_SEED={seed}")
     dice = random.Random(seed)
     life = Life(world, dice)
-    steps = [life.churn, life.cut, life.prune, life.merge, life.lock, life.fork, life.lease, life.reboot]
-    for step in dice.choices(steps, weights=(10, 10, 5, 3, 1, 1, 1, 1), k=STEPS):
+    steps = [
+        life.churn,
+        life.cut,
+        life.prune,
+        life.merge,
+        life.lock,
+        life.fork,
+        life.lease,
+        life.reboot,
+        life.grow,
+    ]
+    for step in dice.choices(steps, weights=(10, 10, 5, 3, 1, 1, 1, 1, 1), k=STEPS):
         print(step.__name__)
         step()
     life.prune()

@@ -170,6 +170,11 @@ class Histories(RuleBasedStateMachine):
         if end == 2 and not line.timeline.is_fork:
             line.synced(write_blocking=dice.random() < 0.8)
 
+    @rule(number=which, more=st.sampled_from((512, BLOCK - 512, BLOCK, 70_144, 1 << 30)))
+    def grow(self, number: int, more: int) -> None:
+        line = self._line(number)
+        line.grow(line.model.size + more)
+
     @rule(number=which)
     def flush(self, number: int) -> None:
         line = self._line(number)

@@ -11,7 +11,8 @@ import pytest
 from cdpserver import limits, messages
 from cdpserver.index.indexer import TimelineIndexer
 from cdpserver.state import StateDir
-from cdpserver.target.disk import Connection, TargetDisk
+from cdpserver.target.connection import Connection
+from cdpserver.target.disk import TargetDisk
 from cdpserver.target.registry import Registry
 from tests.core import forget_indexes
 from tools.measure.seed import seed

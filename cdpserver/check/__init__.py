@@ -121,7 +121,7 @@ def _the_rest(
         yield from check_base(state_dir, held, boot_id=boot_id, first_boot_id=_first_boot_id(directory))
     known = _cuts(directory, check)
     for done, number in enumerate(files, start=1):
-        yield from check_base_point(state_dir, held, number, known)
+        yield from check_base_point(state_dir, held, number, known, check.sizes.get(number))
         if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"

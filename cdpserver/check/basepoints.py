@@ -61,8 +61,13 @@ def check_base(
                 yield Finding(what, state_dir / "timelines" / parent, 1, 0, hint="restore it")
 
 
-def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS) -> Iterator[Finding]:
-    """What is wrong with a published base point. BrokenError if qemu-img cannot be run."""
+def check_base_point(
+    state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS, wanted: int | None
+) -> Iterator[Finding]:
+    """What is wrong with a published base point, of a disk that had `wanted` bytes then, if anybody knows.
+
+    BrokenError if qemu-img cannot be run.
+    """
     directory = state_dir / "timelines" / timeline_.id
     path = base_point_path(directory, number)
     # What stands on it is no better.
@@ -81,8 +86,9 @@ def check_base_point(state_dir: Path, timeline_: Timeline, number: int, cuts: CU
         yield finding(
             f"the note bp-{number}.json is missing or damaged: restart cdpserver, it writes it anew"
         )
-    if size != timeline_.size:
-        yield finding(f"base point {number} is of a disk of {size} bytes, not {timeline_.size}")
+    least = wanted or timeline_.size
+    if size < least or (wanted and size != wanted):
+        yield finding(f"base point {number} is of a disk of {size} bytes, not {least}")
     if not _is_backing(state_dir, timeline_, number, backing):
         yield finding(f"base point {number} has the backing file {backing!r}, which it should not stand on")
         return
@@ -147,8 +153,9 @@ def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> I
     path = base_point_path(history.directory, number)
     if _stands_on_itself(path):
         return  # QEMU would open it for ever; said already
-    view = View(history, cut[0])
+    view = None
     try:
+        view = View(history, cut[0])
         # A socket's path is short, and this one must not meet that of another check.
         with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
             basepoint.compare(uri, _Whole(view))
@@ -157,4 +164,5 @@ def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> I
         what = error.message.replace("the new base point", f"base point {number}")
         yield Finding(what, path, *cut, *cut, named=(f"bp:{number}",), hint=AGAIN)
     finally:
-        view.close()
+        if view is not None:
+            view.close()

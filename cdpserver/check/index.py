@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,7 @@ class _IntervalCheck:
     def _same_state(self) -> bool:
         assert self._held.state is not None and self._expected.state is not None
         try:
-            return bool(msgpack.unpackb(self._held.state) == asdict(self._expected.state))
+            return bool(msgpack.unpackb(self._held.state) == control.pack(self._expected.state))
         except ValueError:
             return False
 

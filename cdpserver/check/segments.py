@@ -17,7 +17,7 @@ from cdpserver.check.records import runs, whole_records, wrong_fields
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
-from cdpserver.journal.log import Journal, interval_path, intervals, segments
+from cdpserver.journal.log import Journal, disk_size, interval_path, intervals, segments
 from cdpserver.journal.record import BODY, DIGEST_SIZE, DTYPE, RECORD_SIZE, Kind, payload_digest
 from cdpserver.journal.segment import (
     CLOSED,
@@ -72,6 +72,9 @@ class SegmentCheck:
     progress: Callable[[int], None]
     totals: Totals = field(default_factory=Totals)
     cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    sizes: dict[int, int | None] = field(default_factory=dict)
+    """Bytes of the disk at each cut; None when nobody knows."""
+
     unsure: set[int] = field(default_factory=set)
     _next_seq: int | None = 1
     _time_ns: int = 0
@@ -259,8 +262,7 @@ class SegmentCheck:
         records = np.frombuffer(raw, DTYPE, count=len(whole))[whole]
         self._broken_headers(reader.first_seq + first, whole, records)
         self._times(records)
-        size = self.timeline.size if self.timeline is not None else None
-        for seq, time_ns, what in wrong_fields(records, disk_size=size):
+        for seq, time_ns, what in wrong_fields(records, disk_size=self._disk_size(reader)):
             self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
         bad = self._payloads(reader, raw, np.flatnonzero(whole).tolist())
         self._damaged_payloads(reader, np.frombuffer(raw, DTYPE)[bad])
@@ -268,6 +270,14 @@ class SegmentCheck:
         self.totals.records += len(records)
         self.totals.bytes += len(raw)
         self.progress(self.totals.bytes)
+
+    def _disk_size(self, reader: SegmentReader) -> int | None:
+        """Bytes that the disk has in a segment; None when timeline.json does not say how many it began with."""
+        try:
+            grown = disk_size(reader)
+        except CorruptError:  # its first record is damaged, and reported as that
+            grown = reader.header.carry.size
+        return grown or (self.timeline.size if self.timeline is not None else None)
 
     def _broken_headers(
         self, first_seq: int, whole: npt.NDArray[np.bool_], records: npt.NDArray[np.void]
@@ -314,10 +324,10 @@ class SegmentCheck:
             if len(payload) != size or payload_digest(payload) != raw[at : at + DIGEST_SIZE]:
                 bad.append(number)
             elif kinds[number] == Kind.CONTROL:
-                self._control(records[number], payload)
+                self._control(reader, records[number], payload)
         return bad
 
-    def _control(self, record: np.void, payload: bytes) -> None:
+    def _control(self, reader: SegmentReader, record: np.void, payload: bytes) -> None:
         seq, time_ns = int(record["seq"]), int(record["time"])
         try:
             message = control.decode(payload)
@@ -325,13 +335,23 @@ class SegmentCheck:
                 self.effects.name(seq, time_ns, str(message["name"]))
             elif message["type"] == "cut":
                 self.cuts[int(message["number"])] = seq, time_ns
+                self.sizes[int(message["number"])] = self._disk_size(reader)
                 self.effects.name(seq, time_ns, f"bp:{message['number']}")
+            elif message["type"] == "grow":
+                self._growth(reader, seq, message["size"])
             if self._state is not None:
                 self._state = control.fold(self._state, message, seq=seq, time_ns=time_ns)
         except (CorruptError, KeyError, TypeError, ValueError) as error:
             self._state = None
             why = error.message if isinstance(error, CorruptError) else error
             self._say(f"control record {seq} cannot be read: {why}", seq=seq, extents=())
+
+    def _growth(self, reader: SegmentReader, seq: int, size: int) -> None:
+        before = reader.header.carry.size or (self.timeline.size if self.timeline is not None else 0)
+        if size <= before:
+            self._say(f"record {seq} lets the disk shrink from {before} to {size} bytes", seq=seq, extents=())
+        if seq != reader.first_seq:
+            self._say(f"record {seq} lets the disk grow in the middle of a segment", seq=seq, extents=())
 
     def _damaged_payloads(self, reader: SegmentReader, bad: npt.NDArray[np.void]) -> None:
         if not len(bad):

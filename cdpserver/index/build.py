@@ -6,7 +6,6 @@ takes several times faster than random order.
 
 import os
 from bisect import bisect_right
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -141,7 +140,7 @@ def _add_points_and_controls(index: IndexFile, txn: lmdb.Transaction, run: Run) 
         last = part.records[-1]
         if last["kind"] == Kind.CONTROL:
             state = _add_control(index, txn, part, last, state)
-    txn.put(b"state", msgpack.packb(asdict(state)), db=index.meta)
+    txn.put(b"state", msgpack.packb(control.pack(state)), db=index.meta)
 
 
 def _add_control(

@@ -12,6 +12,7 @@ import msgpack
 
 from cdpserver import messages
 from cdpserver.errors import CorruptError
+from cdpserver.limits import MAX_DISK_SIZE, SECTOR
 
 
 class Grade(IntEnum):
@@ -41,6 +42,7 @@ class State:
     cuts           base points cut so far; the next one has this number
     resync_ref     seq before the session began: what a resync compares with; -1 when none is under way
     gap_until_ns   time at which the last gap ended, 0 without one
+    size           bytes of the disk since it last grew, 0 if it never did: then `timeline.json` has them
     """
 
     session: int = 0
@@ -50,6 +52,7 @@ class State:
     cuts: int = 0
     resync_ref: int = -1
     gap_until_ns: int = 0
+    size: int = 0
 
     @property
     def grade(self) -> Grade:
@@ -72,8 +75,11 @@ def show_evidence(session: int, evidence: int) -> dict[str, Any]:
 
 
 def pack(state: State) -> dict[str, Any]:
-    """The state as plain values for a header page."""
-    return asdict(state)
+    """The state as plain values for a header page; `size` only of a disk that has grown."""
+    values = asdict(state)
+    if not state.size:
+        del values["size"]
+    return values
 
 
 def unpack(values: object) -> State:
@@ -85,6 +91,8 @@ def unpack(values: object) -> State:
     for field in fields(State):
         if type(getattr(state, field.name)) is not field.type:
             raise CorruptError(f"a header page's carry has a {field.name} that cannot be read")
+    if state.size:
+        _check_size(state.size, "a header page's carry")
     return state
 
 
@@ -118,6 +126,11 @@ def gap(*, from_seq: int, from_time_ns: int, reason: str) -> dict[str, Any]:
     return {"type": "gap", "from_seq": from_seq, "from_time_ns": from_time_ns, "reason": reason}
 
 
+def grow(size: int) -> dict[str, Any]:
+    """From here the disk has `size` bytes. Always the first record of its segment."""
+    return {"type": "grow", "size": size}
+
+
 def encode(message: dict[str, Any]) -> bytes:
     """A control record's payload."""
     return bytes(msgpack.packb(message))
@@ -130,6 +143,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "mark": {"name": str},
     "cut": {"number": int},
     "gap": {"from_seq": int, "from_time_ns": int, "reason": str},
+    "grow": {"size": int},
 }
 """What each type of message carries (docs/format.md)."""
 
@@ -143,7 +157,14 @@ def decode(payload: bytes) -> dict[str, Any]:
     for name, wanted in FIELDS.get(kind, {}).items():
         if type(message.get(name)) is not wanted:
             raise CorruptError(f"the control record {kind!r} has no {name} that can be read")
+    if kind == "grow":
+        _check_size(message["size"], "a control record")
     return message
+
+
+def _check_size(size: int, where: str) -> None:
+    if not 0 < size <= MAX_DISK_SIZE or size % SECTOR:
+        raise CorruptError(f"{where} says that the disk has {size} bytes, which none can have")
 
 
 def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> State:
@@ -164,5 +185,7 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
             return replace(state, cuts=message["number"] + 1)
         case "gap":
             return replace(state, synced=False, write_blocking=False, gap_until_ns=time_ns)
+        case "grow":
+            return replace(state, size=message["size"])
         case _:
             return state

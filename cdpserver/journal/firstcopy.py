@@ -70,12 +70,18 @@ class FirstCopy:
             return {"boot_id": "", "session": 0, "wrote": self.path.exists()}
 
     def _lost_base(self) -> bool:
-        """Is the base gone or cut short behind our back?"""
-        return not self.path.exists() or self.path.stat().st_size != self.size
+        """Is the base gone or cut short behind our back? A disk that was to grow when we were killed left a longer one."""
+        return not self.path.exists() or self.path.stat().st_size < self.size
 
     def _save(self) -> None:
         values = {"boot_id": self.boot_id, "session": self.session, "wrote": self.wrote}
         durable.write_whole(self.directory / "first-copy.json", json.dumps(values).encode())
+
+    def grow(self, size: int) -> None:
+        """Room for `size` bytes, more than before. It counts when `timeline.json` says so; until then it is taken back."""
+        with durable.io_errors("grow", self.path):
+            os.ftruncate(self._fd, size)
+        self.size = size
 
     def begin_session(self) -> int:
         """A connection writes for the first time, or one that wrote is lost. Returns the session's number."""

@@ -286,11 +286,27 @@ class Journal:
         count = max(0, min(reader.count, seq - reader.first_seq + 1))
         return fold_controls(reader, reader.header.carry, 0, count)
 
+    def grown_to(self, seq: int | None = None) -> int:
+        """Bytes of the disk just after the record `seq`, by default the newest; 0 if it had not grown until then."""
+        if self.empty:
+            return 0
+        if seq is None:
+            return disk_size(self.newest()[1])
+        position = self.at_seq(seq)
+        return disk_size(self.reader(position.interval, position.segment))
+
     def close(self) -> None:
         """Close every segment."""
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+
+
+def disk_size(reader: SegmentReader) -> int:
+    """Bytes of the disk after any record of a segment; 0 if it had not grown. A disk grows with the first record of a segment."""
+    if reader.first_seq == 1:
+        return 0  # that record begins the history; a payload that nobody needs is not read
+    return fold_controls(reader, reader.header.carry, 0, min(1, reader.count)).size
 
 
 def fold_controls(reader: SegmentReader, state: control.State, first: int, end: int) -> control.State:

@@ -42,6 +42,13 @@ class Resync:
         self._next = 0
         self._misses = 0
 
+    def grown(self, size: int) -> "Resync":
+        """The same for a disk that has grown to `size` bytes."""
+        made = Resync(size)
+        made._words[: len(self._words)] = self._words
+        made._next, made._misses = self._next, self._misses
+        return made
+
     def wants(self, offset: int, length: int) -> bool:
         """Should this write be compared? Not comparing costs journal space, never truth."""
         sequential = offset == self._next

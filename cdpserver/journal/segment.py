@@ -26,7 +26,7 @@ from cdpserver import messages
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
 from cdpserver.journal.record import BODY, CHECK, DTYPE, MAGIC, RECORD_SIZE, VERSION, salt
-from cdpserver.limits import BLOCK, MAX_CONTROL_BYTES, SEGMENT_RECORDS, WINDOW_BYTES
+from cdpserver.limits import BLOCK, MAX_CONTROL_BYTES, SECTOR, SEGMENT_RECORDS, WINDOW_BYTES
 
 SEGMENT_MAGIC = b"CDPSEG\r\n"
 SEGMENT_VERSION = 1
@@ -215,6 +215,10 @@ class SegmentWriter:
     def append_payload(self, payload: bytes | memoryview) -> int:
         """Append a payload to the data file; returns its place. Raises OSError; nothing is then referred to."""
         place = self.place
+        if len(payload) % SECTOR == 0 and len(payload) % BLOCK:
+            # The end of an unaligned disk. Once the disk has grown, the rest of this block is read too, and what a write
+            # that failed left there must not show.
+            payload = bytes(payload) + bytes(-len(payload) % BLOCK)
         written = os.pwrite(self.data_fd, payload, place)
         length = len(payload)
         while written < length:

@@ -61,6 +61,7 @@ class JournalWriter:
         self._resync: Resync | None = None
         self._ends_interval = False
         self._segment = self._take_over()
+        self.size = self.state.size or size
         self._track_resync()
 
     # -- opening ---------------------------------------------------------------------------------------------
@@ -228,15 +229,19 @@ class JournalWriter:
             raise self._failed(error) from error
         self._publish(Kind.DATA, len(payload) // SECTOR, offset, place, digest)
 
-    def _reserve(self, length: int) -> None:
-        """Room for one more record and its payload; opens the next segment where needed. Under `_lock`."""
+    def _reserve(self, length: int, *, fresh: bool = False) -> None:
+        """Room for one more record and its payload, `fresh` as the first of its segment. Under `_lock`."""
         if self._broken:
             raise BrokenError(self._broken, hint="the service reopens the writer")
         segment = self._segment
         try:
             if self._ends_interval:
                 self._roll(new_interval=True)
-            elif segment.full or (segment.place and segment.place + length > limits.SEGMENT_BYTES):
+            elif (
+                segment.full
+                or (fresh and segment.count)
+                or (segment.place and segment.place + length > limits.SEGMENT_BYTES)
+            ):
                 self._roll(new_interval=segment.header.segment >= limits.INTERVAL_SEGMENTS)
             else:
                 segment.reserve()
@@ -368,6 +373,19 @@ class JournalWriter:
             self._reserve(0)
         self.commit()
         return number, seq, time_ns
+
+    def grow(self, size: int) -> tuple[int, int]:
+        """From here the disk has `size` bytes, more than before; durable on return: (seq, time)."""
+        with self._lock:
+            assert size > self.size
+            # First of its segment: whoever looks for a size looks at one header page and one record.
+            self._reserve(0, fresh=True)
+            result = self._put_control(control.grow(size))
+            self.size = size
+            if self._resync is not None:
+                self._resync = self._resync.grown(size)
+        self.commit()
+        return result
 
     # -- durability ------------------------------------------------------------------------------------------
 

@@ -151,6 +151,15 @@ def read_spans(directory: Path) -> tuple[Span, ...]:
         ) from None
 
 
+def _size(directory: Path) -> int:
+    """Bytes that a disk has grown to; 0 if it has not."""
+    journal = Journal(directory)
+    try:
+        return journal.grown_to()
+    finally:
+        journal.close()
+
+
 def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Effective], *, now_ns: int) -> Usage:
     """One disk. Never fails for what its files hold: that is its `problem`."""
     directory = state.timeline(entry.id)
@@ -161,6 +170,7 @@ def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Effectiv
         found = timeline.load(directory)
         effective = policy_of(entry)
         held = read_spans(directory)
+        size = _size(directory) or found.size
     except CdpError as error:
         return Usage(entry.name, entry.id, entry.state, kinds, problem=error)
     # Where nobody knows the time, or it was set back, it is that of the newest record.
@@ -176,7 +186,7 @@ def measure(state: StateDir, entry: Entry, policy_of: Callable[[Entry], Effectiv
         kinds,
         held,
         held_ns(held, now),
-        found.size,
+        size,
         per_hour(held, now),
         made_per_hour(made, held, now),
         effective.policy,

@@ -104,9 +104,10 @@ class Core:
         return policies.effective(self.catalog, self.config, entry).policy
 
     def resolve(self, entry: Entry, when: When) -> tuple[Position, int]:
-        """(place of an instant, size of the disk). For threads."""
+        """(place of an instant, size of the disk then). For threads."""
         with self.points(entry) as points:
-            return points.resolve(when, now_ns=self.clock.now_ns()), points.history.size
+            position = points.resolve(when, now_ns=self.clock.now_ns())
+            return position, points.history.size_at(position.seq)
 
     async def target_status(self, entry: Entry) -> dict[str, Any]:
         """What the target says of one disk; {} when it has not opened it."""

@@ -121,6 +121,17 @@ class Disks:
             (self._core.state.nbd / f"{id}.sock").unlink(missing_ok=True)
             durable.remove_tree(self._core.state.timeline(id))
 
+    async def resize(self, name: str, size: str | int) -> dict[str, Any]:
+        """A disk or fork that has grown where it comes from grows here; durable on return. RefusedError for a smaller size.
+
+        Points before this keep their size, and so do connections that are open; whoever connects anew sees the new one.
+        """
+        wanted = names.parse_size(str(size))
+        entry = self._core.entry(names.check_disk_name(name))
+        async with self._changing:
+            await self._core.targets.call(entry.id, "grow", disk=entry.name, size=wanted)
+        return await self.show(name)
+
     # -- showing ---------------------------------------------------------------------------------------------
 
     async def show(self, name: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def describe(core: Core, entry: Entry, open_disks: dict[str, Any]) -> dict[str, 
         history = History(core.state.path, found, core.clock.boot_id)
         try:
             facts |= open_disks.get(found.full_name) or closed_status(history)
+            facts["size"] = history.size
             facts["journal_bytes"] = journal_bytes(history.journal)
             facts["points"] = Points(history).count(now_ns=core.clock.now_ns())
         finally:

@@ -129,7 +129,7 @@ class Overview:
         try:
             status = look.said.get(found.full_name) or facts.closed_status(history)
             shown = {
-                "size": found.size,
+                "size": history.size,
                 "state": facts.state_of(found, status),
                 # What only the target can say is not known while it says nothing.
                 "clients": status.get("clients", 0) if look.asked(entry) else None,

@@ -13,26 +13,19 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any, TypeAlias
 
-from cdpserver.errors import (
-    BrokenError,
-    CdpError,
-    CorruptError,
-    NoSpaceError,
-    RefusedError,
-    RemovedError,
-    UsageError,
-)
+from cdpserver import timeline as timeline_file
+from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
 from cdpserver.journal import firstcopy
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal
-from cdpserver.journal.record import Kind
 from cdpserver.journal.writer import JournalWriter
+from cdpserver.names import format_size
 from cdpserver.target import leftover
-from cdpserver.target.counts import NOT_TIMED, Counts, total
+from cdpserver.target.connection import Connection
+from cdpserver.target.counts import Counts, total
 from cdpserver.target.reads import LiveReads
 from cdpserver.timeline import Timeline
 from cdpserver.view.history import History
@@ -47,7 +40,7 @@ class TargetDisk:
         self, state_dir: Path, timeline: Timeline, *, clock_ns: Callable[[], int], boot_id: str, emit: Emit
     ) -> None:
         self.timeline = timeline
-        self.size = timeline.size
+        self.size = 0
         self.directory = state_dir / "timelines" / timeline.id
         self._state_dir = state_dir
         self._clock_ns = clock_ns
@@ -58,7 +51,8 @@ class TargetDisk:
         self._base_lock = threading.Lock()
         self._base_durable = False
         self._connections: dict[int, Connection] = {}
-        self._gone = False
+        self.gone = False
+        """Closed for good: what its clients still ask for is refused."""
         self.full = ""
         """Why writes are refused, by the policy of a disk at its cap; else nothing."""
         self._counts = Counts()
@@ -78,6 +72,7 @@ class TargetDisk:
     def _open(self) -> None:
         leftover.restart_lost_first_copy(self.directory, self.timeline, self._boot_id)
         if Journal(self.directory).empty:
+            self.size = self.timeline.size
             self.first_copy = FirstCopy(self.directory, size=self.size, boot_id=self._boot_id)
             if self.first_copy.restarted:
                 self._emit("target.first-copy-restarted", level="warning", disk=self.timeline.full_name)
@@ -90,7 +85,7 @@ class TargetDisk:
             self.journal = JournalWriter(
                 self.directory,
                 uuid=self.timeline.uuid,
-                size=self.size,
+                size=self.timeline.size,
                 clock_ns=self._clock_ns,
                 boot_id=self._boot_id,
             )
@@ -99,6 +94,7 @@ class TargetDisk:
             self._emit("target.damaged", level="error", disk=self.timeline.full_name, reason=str(error))
             raise
         self.journal.reads = self.reads
+        self.size = self.journal.size
         if self.journal.recovered is not None:
             name = self.timeline.full_name
             self._emit("target.unclean-boot", level="warning", disk=name, **self.journal.recovered)
@@ -148,10 +144,10 @@ class TargetDisk:
 
     # -- connections -----------------------------------------------------------------------------------------
 
-    def connect(self) -> "Connection":
+    def connect(self) -> Connection:
         """A client opened the export."""
         with self._mode_lock:
-            if self._gone:
+            if self.gone:
                 raise RemovedError(f"{self.timeline.full_name} is being removed", hint="choose another disk")
             connection = Connection(self)
             self._connections[id(connection)] = connection
@@ -162,7 +158,7 @@ class TargetDisk:
         with self._mode_lock:
             if self._connections.pop(id(connection), None) is not None:
                 self._counts.add(connection.counts)
-            if connection.wrote and not self._gone and not self.broken:
+            if connection.wrote and not self.gone and not self.broken:
                 try:
                     self.begin_session("connection lost")
                 except CdpError as error:
@@ -250,6 +246,29 @@ class TargetDisk:
         )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
+    def grow(self, size: int) -> dict[str, Any]:
+        """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.
+
+        In its first copy the disk has no past, so what it is changes; later its history says when it grew.
+        """
+        with self._mode_lock:
+            before = self.size
+            if size < before:
+                raise RefusedError(
+                    f"{self.timeline.full_name} has {format_size(before)} and cannot shrink to {format_size(size)}: "
+                    "its points hold what would be cut off",
+                    hint="protect the smaller disk under a name of its own: cdp disk add",
+                )
+            if size > before and self.first_copy is not None:
+                self.first_copy.grow(size)
+                self.timeline = timeline_file.set_size(self.directory, self.timeline, size)
+            elif size > before:
+                self.writer("growth").grow(size)
+            self.size = size
+        if size > before:
+            self._emit("disk.grown", disk=self.timeline.full_name, before=before, size=size)
+        return {"before": before, "size": size}
+
     def writer(self, wish: str) -> JournalWriter:
         """The journal's writer, or a refusal that says what is missing."""
         if self.journal is None:
@@ -289,9 +308,9 @@ class TargetDisk:
         Else the process is about to be killed, and they wait for that: a mirror that reconnects must not see an error.
         """
         with self._mode_lock:
-            if self._gone:
+            if self.gone:
                 return
-            self._gone = True
+            self.gone = True
             held = list(self._connections.values())
             for connection in held:
                 connection.lock.acquire()
@@ -316,130 +335,3 @@ class TargetDisk:
                     self._emit(
                         "target.broken", level="error", disk=self.timeline.full_name, reason=str(error)
                     )
-
-
-class Connection:
-    """One client of one disk. All requests of a connection come from one thread at a time."""
-
-    __slots__ = ("_disk", "counts", "lock", "thread_state", "wrote")
-
-    def __init__(self, disk: TargetDisk) -> None:
-        self._disk = disk
-        self.lock = threading.Lock()
-        self.counts = Counts()
-        self.wrote = False
-        self.thread_state = 0
-        """What the plugin must give back when the connection ends."""
-
-    @property
-    def name(self) -> str:
-        """The disk's name when it was opened."""
-        return self._disk.timeline.full_name
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk."""
-        return self._disk.size
-
-    def _check(self, offset: int, length: int, *, writing: bool = False) -> None:
-        disk = self._disk
-        if writing and disk.full:
-            raise NoSpaceError(
-                disk.full, hint="raise its size_cap, or let it shorten history: cdp policy set"
-            )
-        if disk._gone:
-            raise RemovedError(f"{disk.timeline.full_name} is closed")
-        if offset < 0 or length < 0 or offset + length > disk.size:
-            raise UsageError(
-                f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes",
-                hint="stay below its size: cdp disk list",
-            )
-
-    def _first_write(self) -> None:
-        # In this order: a session that could not begin, for want of space, begins with the next write.
-        self._disk.begin_session("first write")
-        self.wrote = True
-
-    def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
-        """On return the write survives a kill of any process; with `fua` a power loss."""
-        if not payload:
-            return
-        with self.lock:
-            disk = self._disk
-            if disk._gone or disk.full or offset + len(payload) > disk.size:
-                self._check(offset, len(payload), writing=True)
-            if not self.wrote:
-                self._first_write()
-            counts = self.counts
-            number = counts.writes
-            counts.writes = number + 1
-            counts.data_bytes += len(payload)
-            started = 0 if number & NOT_TIMED else perf_counter_ns()
-            journal = disk.journal
-            if journal is not None:
-                journal.write(payload, offset)
-            else:
-                disk.first_copy.write(payload, offset)  # type: ignore[union-attr]
-            if started:
-                counts.timed += 1
-                counts.timed_ns += perf_counter_ns() - started
-        if fua:
-            disk.sync()
-
-    def zero(self, offset: int, length: int, *, trim: bool = False, fua: bool = False) -> None:
-        """Make a range read as zeros: one record, whatever its length. `fua` as for `write`."""
-        if length == 0:
-            return
-        with self.lock:
-            self._check(offset, length, writing=True)
-            if not self.wrote:
-                self._first_write()
-            disk = self._disk
-            if disk.journal is not None:
-                disk.journal.zero(offset, length, Kind.TRIM if trim else Kind.ZERO)
-            else:
-                assert disk.first_copy is not None
-                disk.first_copy.zero(offset, length)
-            counts = self.counts
-            if trim:
-                counts.trims += 1
-                counts.trim_bytes += length
-            else:
-                counts.zeros += 1
-                counts.zero_bytes += length
-        if fua:
-            disk.sync()
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """What was written last."""
-        with self.lock:
-            self._check(offset, len(buffer))
-            disk = self._disk
-            if disk.reads is not None:
-                disk.reads.read_into(buffer, offset)
-            else:
-                assert disk.first_copy is not None
-                disk.first_copy.read_into(buffer, offset)
-            self.counts.reads += 1
-            self.counts.read_bytes += len(buffer)
-
-    def status(self, offset: int, length: int, *, one: bool) -> list[tuple[int, int, bool]]:
-        """(start, end, zero) runs from `offset` on."""
-        with self.lock:
-            self._check(offset, length)
-            disk = self._disk
-            if disk.reads is not None:
-                return disk.reads.status(offset, offset + length, one=one)
-            assert disk.first_copy is not None
-            return disk.first_copy.status(offset, offset + length)
-
-    def flush(self) -> None:
-        """Everything acknowledged before, over all connections, is durable on return."""
-        if self._disk._gone:
-            raise RemovedError(f"{self._disk.timeline.full_name} is closed")
-        self._disk.flush()
-        self.counts.flushes += 1
-
-    def close(self) -> None:
-        """The client is gone."""
-        self._disk.disconnect(self)

@@ -195,6 +195,7 @@ class Registry:
             "synced": lambda r: self.disk(r["disk"]).synced(r["session"], write_blocking=r["write_blocking"]),
             "mark": lambda r: self.disk(r["disk"]).writer("bookmark").mark(r["name"]),
             "cut": lambda r: self.disk(r["disk"]).writer("base point").cut(),
+            "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),
             "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),
             "full": self._set_full,
             "shut": self._shut,

@@ -89,16 +89,17 @@ def _ask(image: Path) -> OwnMap:
 
 
 class Chain:
-    """The content of the QCOW2 file `top` with all that it stands on, of a disk of `size` bytes; files stay open in `files`."""
+    """The content of the QCOW2 file `top` with all that it stands on; files stay open in `files`."""
 
-    def __init__(self, top: Path, size: int, files: Files) -> None:
+    def __init__(self, top: Path, files: Files) -> None:
         self._keys: list[str] = []
         self.root: tuple[str, int] | None = None
         """(key in `files`, length) of the raw file at the bottom."""
+        self.size = 0
+        """Bytes of the disk that `top` holds; what it stands on may be of the time when there were fewer."""
         self._open(top, files)
         self._keys.reverse()
-        self._lay([own_map(Path(key.partition("#")[0]), files.fd(key)) for key in self._keys], size)
-        self._size = size
+        self._lay([own_map(Path(key.partition("#")[0]), files.fd(key)) for key in self._keys], self.size)
 
     def _open(self, top: Path, files: Files) -> None:
         for _ in range(ATTEMPTS):
@@ -129,7 +130,8 @@ class Chain:
             found.append((path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
             if path.suffix == ".raw":
                 return
-            backing, _ = read_header(path)
+            backing, size = read_header(path)
+            self.size = size if path == top else self.size
             if not backing:
                 return
             path = Path(os.path.normpath(path.parent / backing))
@@ -161,7 +163,7 @@ class Chain:
         number = int(np.searchsorted(self._starts, offset, side="right")) - 1
         while offset < end:
             last = number + 1 == len(self._starts)
-            stop = min(end, self._size if last else int(self._starts[number + 1]))
+            stop = min(end, self.size if last else int(self._starts[number + 1]))
             owner, place = int(self._owner[number]), int(self._place[number])
             into = offset - int(self._starts[number])
             if owner == 0:

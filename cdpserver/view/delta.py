@@ -124,6 +124,9 @@ class Delta:
         ranges = changed(new, old)
         # An extent that is padded to the block at an unaligned disk end stays inside the disk.
         ranges[:, 1] = np.minimum(ranges[:, 1], new.size)
+        if old.size < new.size:
+            # Without a record it reads as zeros, and whoever compares looks at it as well.
+            ranges = union(np.concatenate((ranges, np.array([[old.size, new.size]], dtype=np.int64))))
         self.ranges = [(int(start), int(end)) for start, end in ranges.tolist()]
         self._starts = [start for start, _ in self.ranges]
         self.size = new.size

@@ -8,8 +8,8 @@ from pathlib import Path
 from cdpserver import timeline as timeline_file
 from cdpserver.clock import boot_id
 from cdpserver.errors import CorruptError, RefusedError, RemovedError
-from cdpserver.journal.log import FIRST_INTERVAL, Journal
-from cdpserver.nodes import Node, newest_at, nodes
+from cdpserver.journal.log import FIRST_INTERVAL, Journal, Position
+from cdpserver.nodes import Node, base_point_path, newest_at, nodes, read_header
 from cdpserver.timeline import PointBase, Timeline
 
 
@@ -30,25 +30,26 @@ class History:
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
-        return self.timeline.size
+        """Bytes of the disk now."""
+        return self.journal.grown_to() or self.timeline.size
+
+    def size_at(self, seq: int) -> int:
+        """Bytes of the disk at an instant; 0 is its base. RefusedError for an instant that is not kept."""
+        if seq == 0:
+            return self.timeline.size
+        if self._place(seq) is not None:
+            return self.journal.grown_to(seq) or self.timeline.size
+        return read_header(base_point_path(self.directory, self._node(seq).number))[1]
 
     def standing(self, seq: int) -> tuple[list[int], Node | None]:
         """(intervals that an instant is read from, newest first; the base point that they stand on, if older ones are gone).
 
         RefusedError for an instant that is not kept, CorruptError where something that it needs is missing.
         """
-        journal = self.journal
-        position = journal.at_seq(seq) if seq >= journal.first().seq else None
-        if position is None or (position.seq != seq and journal.ends_with(position)):
-            node = newest_at(self.directory, seq)
-            if node is None or node.seq != seq:
-                raise RefusedError(
-                    f"{self.timeline.full_name}@seq:{seq} is not kept any more",
-                    hint=f"cdp point list {self.timeline.full_name}",
-                )
-            return [], node
-        numbers = [number for number in reversed(journal.intervals) if number <= position.interval]
+        position = self._place(seq)
+        if position is None:
+            return [], self._node(seq)
+        numbers = [number for number in reversed(self.journal.intervals) if number <= position.interval]
         island = list(takewhile(lambda pair: pair[1] == position.interval - pair[0], enumerate(numbers)))
         lowest = island[-1][1]
         floor = None
@@ -60,6 +61,23 @@ class History:
                     hint="cdp check says what it touches",
                 )
         return [number for _, number in island], floor
+
+    def _place(self, seq: int) -> Position | None:
+        """Where the journal has an instant; None where only a base point may."""
+        position = self.journal.at_seq(seq) if seq >= self.journal.first().seq else None
+        if position is None or (position.seq != seq and self.journal.ends_with(position)):
+            return None
+        return position
+
+    def _node(self, seq: int) -> Node:
+        """The base point that holds an instant which the journal has no more."""
+        node = newest_at(self.directory, seq)
+        if node is None or node.seq != seq:
+            raise RefusedError(
+                f"{self.timeline.full_name}@seq:{seq} is not kept any more",
+                hint=f"cdp point list {self.timeline.full_name}",
+            )
+        return node
 
     def close(self) -> None:
         """Close the journal and give the lease back."""

@@ -2,7 +2,8 @@
 
     block -> open interval (tail, index) -> older intervals -> base (raw file, or the parent's view)
 
-Invariants: a view shows exactly the records up to its seq, indexed or not. Opening costs the same however long the journal is;
+Invariants: a view shows exactly the records up to its seq, indexed or not; beyond its size are zeros.
+Opening costs the same however long the journal is;
 older intervals are opened when a read first falls through to them.
 A *same* piece sends the lookup back to the seq that it names; the writer made sure that this takes one step.
 Threads: none; every connection has a view of its own.
@@ -40,7 +41,7 @@ class View:
     def __init__(self, history: History, seq: int, files: Files | None = None) -> None:
         self.history = history
         self.seq = seq
-        self.size = history.size
+        self.size = history.size_at(seq)
         self.files = files or Files()
         self._layers: list[Layer] = []
         self._older: list[int] = []
@@ -206,20 +207,24 @@ class View:
             return self._raw(f"{self.history.state_dir}/{base.file}", offset, end, least=1, holes=holes)
         assert isinstance(base, EmptyBase)
         path = f"{self.history.directory}/base.raw"
-        return self._raw(path, offset, end, least=self.size, holes=holes)
+        return self._raw(path, offset, end, least=self.history.timeline.size, holes=holes)
 
     def _node(self, node: Node, offset: int, end: int, *, holes: bool) -> list[Extent]:
         """The base point that stands where older history was."""
         if self._chain is None:
             path = base_point_path(self.history.directory, node.number)
-            self._chain = Chain(path, self.size, self.files)
+            self._chain = Chain(path, self.files)
         extents: list[Extent] = []
         root = self._chain.root
-        for part in self._chain.resolve(offset, end):
+        # The disk may have grown since.
+        held = max(offset, min(end, self._chain.size))
+        for part in self._chain.resolve(offset, held):
             if root is not None and part[2] == root[0]:
                 extents.extend(self._raw(root[0], part[0], part[1], least=root[1], holes=holes))
             else:
                 extents.append(part)
+        if held < end:
+            extents.append((held, end, None, 0))
         return extents
 
     def _raw(self, path: str, offset: int, end: int, *, least: int, holes: bool) -> list[Extent]:

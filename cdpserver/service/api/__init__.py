@@ -48,6 +48,7 @@ def _operation_id(route: APIRoute) -> str:
 ADMINS_ONLY = {
     "add_disk",
     "remove_disk",
+    "resize_disk",
     "remove_fork",
     "merge_base_points",
     "set_policy",

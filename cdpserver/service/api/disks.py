@@ -121,6 +121,11 @@ def disks(answers: Answers, long: Long, disks: Disks) -> APIRouter:
         """One disk or fork."""
         return await answers.one(await disks.show(name))
 
+    @routes.post(f"{DISK}:resize", response_model=models.Disk)
+    async def resize_disk(name: str, body: models.Resize) -> Response:
+        """Let a disk grow, as its source has. Points before this keep their size; to shrink is refused."""
+        return await answers.one(await disks.resize(name, body.size))
+
     @routes.delete(DISK, response_model=models.Removed, responses=ACCEPTED)
     async def remove_disk(name: str, prefer: Prefer = None) -> Response:
         """Remove a disk or fork with its history. Refused while something stands on it or has it open."""

@@ -55,6 +55,12 @@ class AddDisk(Body):
     base: Text | None = Field(None, description="The absolute path of an image on the server.")
 
 
+class Resize(Body):
+    """POST /v1/disks/NAME:resize"""
+
+    size: Text | Natural = Field(description="Bytes, or a text such as 64M; not less than it has.")
+
+
 class Synced(Body):
     """POST /v1/disks/NAME:synced"""
 
