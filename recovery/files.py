@@ -21,7 +21,16 @@ from cdpserver.files.fetch import DAMAGED
 from cdpserver.held import HeldPoint
 from cdpserver.names import Seq, format_bytes
 from cdpserver.state import StateDir, default_state_dir
-from recovery.output import Column, answer, answer_fields, answer_json, answer_json_items, answer_table, say
+from recovery.output import (
+    Column,
+    answer,
+    answer_fields,
+    answer_json,
+    answer_json_items,
+    answer_table,
+    format_field,
+    say,
+)
 from recovery.remote import client
 
 SORTED = 100_000
@@ -224,12 +233,14 @@ def _answer_files(options: Namespace, found: Iterator[File]) -> None:
     if options.json:
         answer_json_items(map(row, _and_then(first, found)))
         return
-    rows = [
-        {"mode_text": _mode(file), "uid": file.uid, "gid": file.gid, "size_text": str(file.size)}
-        | {"time_ns": max(file.mtime_ns, 0), "shown": _shown(file)}
-        for file in _and_then(first, found)
-    ]
-    answer_table(COLUMNS, rows, nothing="the directory is empty")
+    answer_table(COLUMNS, list(map(_line, first)), nothing="the directory is empty")
+    for file in found if len(first) == SORTED else ():
+        answer("  ".join(format_field(key, value) for key, value in _line(file).items()))
+
+
+def _line(file: File) -> dict[str, Any]:
+    known = {"mode_text": _mode(file), "uid": file.uid, "gid": file.gid, "size_text": str(file.size)}
+    return known | {"time_ns": max(file.mtime_ns, 0), "shown": _shown(file)}
 
 
 def _and_then(first: list[File], rest: Iterator[File]) -> Iterator[File]:

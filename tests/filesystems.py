@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ MTIME_NS = 1_700_000_000_000_000_000
 """mke2fs and mkfs.btrfs keep seconds."""
 SECTOR = 512
 PIECE = 1 << 20
+STAMP = (2023 - 1980) << 25 | 11 << 21 | 14 << 16 | 12 << 11
+"""2023-11-14 12:00 as exFAT has it."""
 
 
 class ImageDisk:
@@ -132,6 +135,30 @@ def make_ntfs(image: Path, files: list[Path], size: int = 48 << 20) -> Path:
     run("mkntfs", "-q", "-F", "-p", "0", "-H", "1", "-S", "1", "-s", "512", image)
     for path in files:
         run("ntfscp", "-q", image, path, path.name)
+    return image
+
+
+def make_exfat(image: Path, size: int = 16 << 20, *, empty: bool = False) -> Path:
+    """exFAT with nothing in it but a file, `file`, whose second half was never written; no tool writes files without a mount."""
+    with open(image, "wb") as file:
+        file.truncate(size)
+    run("mkfs.exfat", image)
+    if empty:
+        return image
+    held = bytearray(image.read_bytes())
+    _, _, heap, _, root = struct.unpack_from("<IIIII", held, 80)
+    cluster = 1 << (held[108] + held[109])
+    start = (heap << held[108]) + (root - 2) * cluster
+    at = next(place for place in range(start, start + cluster, 32) if held[place] == 0)
+    data = root + 8
+    held[at : at + 96] = (
+        struct.pack("<BBHHHIIIBBBBB7x", 0x85, 2, 0, 0x20, 0, STAMP, STAMP, STAMP, 0, 0, 0x80, 0x80, 0x80)
+        + struct.pack("<BBxBHHQ4xIQ", 0xC0, 3, 4, 0, 0, 1000, data, 2000)
+        + struct.pack("<BB30s", 0xC1, 0, "file".encode("utf-16-le"))
+    )
+    place = (heap << held[108]) + (data - 2) * cluster
+    held[place : place + 2000] = b"e" * 2000
+    image.write_bytes(held)
     return image
 
 

@@ -259,14 +259,20 @@ class Browser:
                 raise self._gone()
             if "read" not in message:
                 messages.raise_error(message)
-                return dict(message["ok"])
+                if not isinstance(found := message.get("ok"), dict):
+                    raise CorruptError("the process that reads file systems answers nonsense")
+                return found
             self._serve(*message["read"])
 
     def _serve(self, offset: int, length: int) -> None:
         if not 0 <= offset <= offset + length <= self._disk.size or length > messages.MAX_MESSAGE:
             self._process.kill()
             raise CorruptError("the process that reads file systems asked for what is no part of the disk")
-        data = self._disk.read(offset, length)
+        try:
+            data = self._disk.read(offset, length)
+        except BaseException:
+            self._process.kill()  # it waits for bytes that do not come
+            raise
         try:
             self._connection.settimeout(self._answer_s)
             self._connection.sendall(messages.LENGTH.pack(length) + data)

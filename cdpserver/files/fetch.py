@@ -230,6 +230,11 @@ class Fetch:
                     _write(fd, data, start)
                 self._tell(0, end - start)
             self._dress(fd, file)
+        except (CdpError, OSError) as error:
+            # Another try would end here, too, unless there is more room by then.
+            if getattr(error, "errno", None) != errno.ENOSPC or isinstance(error, CdpError):
+                os.unlink(part, dir_fd=above)
+            raise
         finally:
             os.close(fd)
         self._place(part, name, above)

@@ -10,6 +10,9 @@ from cdpserver.files.source import Reader
 NEEDS_RECOVERY = 0x4
 """Of ext4: s_feature_incompat."""
 
+LOG_ROOT = 65536 + 96
+"""Of Btrfs: where its superblock names the log tree; 0 for none."""
+
 OLDER = (
     "it was in use at this instant, and changes in its journal are not read: files may be missing or older"
 )
@@ -21,8 +24,8 @@ def journal_replayed(reader: Reader, holds: str) -> tuple[Reader, list[str]]:
         return reader, [OLDER]
     if holds == "xfs":
         return reader, ["if it was in use at this instant, what its log holds is not read: it may look older"]
-    if holds == "btrfs":
-        return reader, ["files that were fsynced in the last 30 s before the instant may look older"]
+    if holds == "btrfs" and any(reader.read(LOG_ROOT, 8)):
+        return reader, ["it was in use at this instant: what was fsynced since its last commit is not read"]
     if holds == "ntfs":
         return reader, ["changes of the last seconds before the instant may be missing"]
     return reader, []

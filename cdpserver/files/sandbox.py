@@ -46,17 +46,17 @@ def enter(parent: int) -> str:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be asked about
-    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
+    rules = _filter()
+    if rules is None and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
         restrained = "namespace"
-    load = _filter()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    if load is not None:
-        load.load()
+    if rules is not None:
+        rules.load()
         restrained = "seccomp"
     return restrained
 

@@ -141,9 +141,9 @@ class Tree:
                 continue
             yield found
 
-    def search(self, top: Found, matches: Callable[[Found], bool]) -> Iterator[Found]:
-        """What is below and matches."""
-        return (found for found in self.walk(top) if found.stat is None or matches(found))
+    def search(self, top: Found, matches: Callable[[Found], bool]) -> Iterator[Found | None]:
+        """What is below and matches; None for what does not, since somebody may want to stop."""
+        return (found if found.stat is None or matches(found) else None for found in self.walk(top))
 
 
 def matcher(

@@ -153,17 +153,14 @@ class Worker:
         matches = matcher(
             glob=request["name"], regex=request["regex"], newer_ns=request["newer_ns"], kind=request["type"]
         )
-        top = tree.find(request["path"], follow=True)
-        found = tree.search(top, matches)
-        # Nothing for a while is an answer, too: somebody may want to stop it.
-        return self._begin(self._items(tree, found))
+        return self._begin(self._items(tree, tree.search(tree.find(request["path"], follow=True), matches)))
 
     def _stat(self, request: dict[str, Any]) -> dict[str, Any]:
         tree = self._tree(request)
         return self._item(tree, tree.find(request["path"], follow=request["follow"]))
 
-    def _items(self, tree: Tree, found: Iterator[Found]) -> Iterator[dict[str, Any]]:
-        return (self._item(tree, one) for one in found)
+    def _items(self, tree: Tree, found: Iterator[Found | None]) -> Iterator[dict[str, Any] | None]:
+        return (None if one is None else self._item(tree, one) for one in found)
 
     def _item(self, tree: Tree, found: Found) -> dict[str, Any]:
         self._next += 1
@@ -196,7 +193,8 @@ class Worker:
         deadline = time.monotonic() + BATCH_SECONDS
         try:
             for item in items:
-                batch.append(item)
+                if item is not None:
+                    batch.append(item)
                 if len(batch) >= BATCH_ITEMS or time.monotonic() > deadline:
                     return {"items": batch, "cursor": cursor}
         except Exception as error:
