@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cdpserver import names
@@ -130,7 +130,13 @@ def stat(options: Namespace) -> None:
         if file.type == "unreadable":
             raise RefusedError(f"{_text(path_of(options))} cannot be read: {file.why}", hint=DAMAGED)
         attributes = {name: value.hex() for name, value in place.browser.xattrs(file).items()}
-        known = row(file) | {"atime_ns": file.atime_ns, "links": file.links, "xattrs": attributes}
+        path = f"/{row(file)['name'].lstrip('/')}"
+        known = row(replace(file, path=file.path[-1:])) | {
+            "path": path,
+            "atime_ns": file.atime_ns,
+            "links": file.links,
+            "xattrs": attributes,
+        }
         if options.json:
             answer_json(known | {"point": place.point})
         else:

@@ -174,7 +174,9 @@ def test_the_commands_with_the_service_and_without(server: Server, short_path: P
     server.stop()
     assert cdp(state, "cat", "d@latest", "/hello").stdout == b"hello, world\n"
     found = json.loads(cdp(state, "stat", "d@latest", "/hello", "--json").stdout)
-    assert (found["links"], found["size"]) == (1, 13)
+    assert (found["links"], found["size"], found["name"], found["path"]) == (1, 13, "hello", "/hello")
+    (one,) = json.loads(cdp(state, "ls", "d@latest", "/sub/data", "--json").stdout)
+    assert (one["name"], one["size"]) == ("data", 256)
     assert cdp(state, "find", "d@latest", "--name", "d*").stdout == b"sub/data\n"
     assert cdp(state, "preview", "d@latest", "/sub/data").stdout.startswith(b"00000000  00 01 02")
     tar = cdp(state, "get", "d@latest", "/", "--tar", "-").stdout

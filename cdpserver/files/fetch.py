@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.files.browser import File
 from cdpserver.names import show
@@ -86,7 +87,7 @@ class Fetch:
         self._source = source
         self._force = force
         self._tell = progress or (lambda files, bytes: None)
-        self._point = hashlib.blake2b(point.encode(), digest_size=8).hexdigest()
+        self._begun = f"{boot_id()}:{point}"
         self._owner = os.geteuid() == 0
         self._links: dict[int, tuple[bytes, ...]] = {}
         self._open: list[tuple[tuple[bytes, ...], int, File | None]] = []
@@ -259,8 +260,7 @@ class Fetch:
 
     def _part(self, file: File, name: bytes) -> bytes:
         """The name that a file has until it is whole."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        key = f"{self._point}:{boot}:{file.id}:{file.size}".encode() + name
+        key = f"{self._begun}:{file.id}:{file.size}".encode() + name
         return b".cdp-" + hashlib.blake2b(key, digest_size=12).hexdigest().encode() + b".part"
 
     def _place(self, part: bytes, name: bytes, above: int) -> None:

@@ -1,6 +1,8 @@
 """The journal of a file system: what a crash-consistent point says of it, before it is read.
 
-A file system that was in use when the point was taken has changes in its journal that are not in their places yet.
+A file system that was in use when the point was taken has changes in its journal that are not in their places yet. The reader
+that comes back reads as if they were, and its `places` leave out what only the journal has: content there comes through the
+worker.
 """
 
 import struct

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -142,7 +143,7 @@ class Worker:
         found = tree.find(request["path"], follow=False)
         if found.stat is not None and found.stat.type == "dir":
             return self._begin(self._items(tree, tree.entries(found)))
-        return self._begin(self._items(tree, iter([found])))
+        return self._begin(self._items(tree, iter([replace(found, path=found.path[-1:])])))
 
     def _walk(self, request: dict[str, Any]) -> dict[str, Any]:
         tree = self._tree(request)
