@@ -32,6 +32,7 @@ from cdpserver.names import show
 from cdpserver.retention.policy import FIELDS as POLICY_FIELDS
 from cdpserver.retention.policy import MIN_SIZE_CAP, Layer, Policy, combine
 from cdpserver.retention.slots import Rule
+from cdpserver.retention.steps import Step
 
 __all__ = ["KEYS", "Address", "Config", "Key", "Settings", "load_config", "parse_config", "parse_listen"]
 
@@ -71,7 +72,7 @@ class Config:
     store_lock_quota: int = 50
     policy_rp_every_ns: int = _DEFAULT.rp_every_ns
     policy_bp_every_ns: int = _DEFAULT.bp_every_ns
-    policy_keep_rp_ns: int = _DEFAULT.keep_rp_ns
+    policy_keep_rp: tuple[Step, ...] = _DEFAULT.keep_rp
     policy_keep_bp: tuple[Rule, ...] = _DEFAULT.keep_bp
     policy_max_chain: int = _DEFAULT.max_chain
     policy_size_cap: int | None = _DEFAULT.size_cap

@@ -15,6 +15,7 @@ from cdpserver.index.build import SECOND_NS, merge_rows, point_rows, split_at_co
 from cdpserver.index.store import PointRow, Snapshot, find_index, open_index, release
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade, State
+from cdpserver.journal.instants import Instant, Instants
 from cdpserver.journal.log import FIRST_INTERVAL, Journal, Position, interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
@@ -106,6 +107,11 @@ def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
 
 def _place(node: Node) -> Position:
     return Position(node.interval, 0, node.seq, node.time_ns)
+
+
+def _instant(near: Position, instant: Instant) -> Position:
+    """An instant of the thinned interval that `near` is in."""
+    return Position(near.interval, near.segment, instant.seq, instant.time_ns)
 
 
 def _point(row: PointRow) -> Point:
@@ -316,42 +322,72 @@ class Timeline:
         if seq > last.seq:
             raise self._nowhere(Seq(seq), "after the newest record", last, None)
         position = self.journal.at_seq(seq) if seq >= self.journal.first().seq else None
-        if position is not None and position.seq == seq:
+        thinned = self.journal.thinned_at_seq(seq) if position is not None else None
+        if position is not None and position.seq == seq and (thinned is None or seq in thinned):
             return position
         kept = next((_place(n) for n in nodes(self.history.directory) if n.seq == seq), None)
         if kept is not None:
             return kept
         if position is None or self.journal.ends_with(position):
-            raise self._dropped(Seq(seq), position, lambda place: place.seq <= seq)
+            raise self._dropped(Seq(seq), self._around(position), lambda place: place.seq <= seq)
+        if thinned is not None and (following := thinned.after_seq(seq)) is not None:
+            sides = [self._newest_at(seq), _instant(position, following)]
+            raise self._dropped(Seq(seq), sides, lambda place: place.seq <= seq)
         raise self._nowhere(Seq(seq), "inside a gap", position, self._after(position))
 
     def _at_time(self, time_ns: int, now_ns: int, when: When) -> Position:
         if time_ns > now_ns:
             raise self._nowhere(when, "after now", self.journal.last(), None)
         position = self.journal.at_time(time_ns)
+        thinned = self.journal.thinned_at_time(time_ns) if position is not None else None
+        if position is not None and thinned is not None:
+            position = self._at_thinned(thinned, position, time_ns, when)
         if position is not None and position.time_ns == time_ns:
             return position
         if position is None or self.journal.ends_with(position):
             kept = next((_place(n) for n in nodes(self.history.directory) if n.time_ns == time_ns), None)
             if kept is not None:
                 return kept
-            raise self._dropped(when, position, lambda place: place.time_ns <= time_ns)
+            raise self._dropped(when, self._around(position), lambda place: place.time_ns <= time_ns)
         following = self._after(position)
         if following is not None and self._is_gap(following):
             raise self._nowhere(when, "inside a gap", position, following)
         return position
 
+    def _at_thinned(self, thinned: Instants, newest: Position, time_ns: int, when: When) -> Position:
+        """The instant of a thinned interval that is exact at a time; `newest` is the newest record that there is."""
+        found = thinned.at_time(time_ns)
+        if found is not None and time_ns < found.until_ns:
+            return _instant(newest, found)
+        before = _instant(newest, found) if found is not None else self._newest_at(newest.seq)
+        following = thinned.after_seq(before.seq)
+        sides = [before, *([_instant(newest, following)] if following is not None else [])]
+        raise self._dropped(when, sides, lambda place: place.time_ns <= time_ns)
+
+    def _newest_at(self, seq: int) -> Position:
+        """The newest place at or before `seq`, which is in a thinned interval, that can be opened."""
+        thinned = self.journal.thinned_at_seq(seq)
+        found = thinned.at_seq(seq) if thinned is not None else None
+        position = self.journal.at_seq(seq)
+        # What comes before the first instant is the end of the interval before, which is always there.
+        return _instant(position, found) if found is not None else position
+
     def _node(self, number: int) -> Node | None:
         return next((node for node in nodes(self.history.directory) if node.number == number), None)
 
-    def _dropped(
-        self, when: When, before: Position | None, is_before: Callable[[Position], bool]
-    ) -> UsageError:
-        """The refusal of an instant around which the history was dropped; `before` is the last record ahead of that."""
-        held = [before] if before is not None else []
-        held += [_place(node) for node in nodes(self.history.directory)]
+    def _around(self, before: Position | None) -> list[Position]:
+        """What there is around a stretch that was dropped; `before` is the last record ahead of it."""
         after = self._after(before) if before is not None else self.journal.first()
-        held += [after] if after is not None else []
+        if after is not None and (thinned := self.journal.thinned_at_seq(after.seq)) is not None:
+            first = thinned.after_seq(after.seq - 1)
+            after = _instant(after, first) if first is not None else None
+        return [place for place in (before, after) if place is not None]
+
+    def _dropped(
+        self, when: When, around: list[Position], is_before: Callable[[Position], bool]
+    ) -> UsageError:
+        """The refusal of an instant that is gone; `around` are places of the journal that are not."""
+        held = around + [_place(node) for node in nodes(self.history.directory)]
         held.sort(key=lambda place: place.seq)
         older = [place for place in held if is_before(place)]
         newer = [place for place in held if not is_before(place)]
@@ -370,7 +406,8 @@ class Timeline:
 
     def _is_gap(self, position: Position) -> bool:
         reader = self.journal.reader(position.interval, position.segment)
-        record = reader.records(position.seq - reader.first_seq, position.seq - reader.first_seq + 1)[0]
+        number = reader.count_to(position.seq) - 1
+        record = reader.records(number, number + 1)[0]
         return bool(record["kind"] == Kind.CONTROL) and reader.control(record)["type"] == "gap"
 
     def _nowhere(self, when: When, why: str, before: Position | None, after: Position | None) -> UsageError:

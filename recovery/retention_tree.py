@@ -7,7 +7,7 @@ from recovery.tree import Commands, Group, lazy
 POLICY_OPTIONS = (
     ("rp_every", "SPAN", "how far apart recovery points are listed: 1s"),
     ("bp_every", "SPAN", "how often a base point is cut: 20m"),
-    ("keep_rp", "SPAN", "how long every instant is kept: 24h"),
+    ("keep_rp", "SPAN", "how long instants are kept: 24h, or in steps '1h 24h/1m 7d/1h'"),
     ("keep_bp", "SLOTS", "how many base points after that: '48h 7d 4w 12m' (months), or none"),
     ("max_chain", "N", "how many files a base point and what it stands on may be: 128"),
     ("size_cap", "SIZE", "how much room the history may take: 500G, or none"),
@@ -119,7 +119,9 @@ def add_capacity(commands: Commands) -> None:
         "cdp forecast web/vda --keep 24h --keep-bp '48h 7d 4w'",
     )
     take_disk(forecast)
-    forecast.add_argument("--keep", metavar="SPAN", help="how long every instant is kept: 24h")
+    forecast.add_argument(
+        "--keep", metavar="SPAN", help="how long instants are kept: 24h, or in steps '1h 24h/1m 7d/1h'"
+    )
     forecast.add_argument("--keep-bp", metavar="SLOTS", help="how many base points after that: '48h 7d 4w'")
     forecast.add_argument("--bp-every", metavar="SPAN", help="how often a base point is cut: 20m")
     forecast.epilog = f"{forecast.epilog}{FORECAST_FIELDS}"

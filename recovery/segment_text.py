@@ -15,10 +15,11 @@ import numpy as np
 
 from cdpserver.errors import CorruptError, NotFoundError, UsageError
 from cdpserver.journal import control
+from cdpserver.journal.instants import FILE as INSTANTS
 from cdpserver.journal.record import DTYPE, RECORD_SIZE, Kind, Record, decode, payload_digest
 from cdpserver.journal.segment import CLOSED, FIXED, OPEN, PAGE, ROLLED, SEALED, Header, decode_page
 from cdpserver.limits import MAX_CONTROL_BYTES
-from cdpserver.names import format_time
+from cdpserver.names import format_duration, format_time
 
 READ_RECORDS = 4096
 """Records read at a time."""
@@ -151,6 +152,8 @@ class SegmentText:
         yield f"segment {header.segment} of interval {header.interval}, timeline {header.timeline.hex()}"
         yield f"version {self._version}, {state}, {self._tail} records"
         yield f"first seq {header.first_seq}, first time {format_time(header.first_time_ns)}, boot {header.boot_id}"
+        if header.thinned:
+            yield f"thinned: instants {format_duration(header.every_ns)} apart, in {INSTANTS} beside it"
         yield f"carry {carry}"
 
     def records(self, *, verify: bool) -> Iterator[Shown]:
@@ -181,7 +184,11 @@ class SegmentText:
 
     def _numbered(self, raw: bytes, first: int, number: int, *, verify: bool) -> Shown:
         part = raw[number * RECORD_SIZE : (number + 1) * RECORD_SIZE]
-        return self._shown(part, self.header.first_seq + first + number, verify=verify)
+        seq = self.header.first_seq + first + number
+        if self.header.thinned:
+            # Its own: those between are gone. What is damaged is named by what its bytes say.
+            seq = int(np.frombuffer(part, DTYPE)["seq"][0])
+        return self._shown(part, seq, verify=verify)
 
     def _shown(self, raw: bytes, seq: int, *, verify: bool) -> Shown:
         try:

@@ -13,8 +13,9 @@ from typing import Any
 from cdpserver import durable, timeline
 from cdpserver.errors import CdpError
 from cdpserver.journal import control
+from cdpserver.journal.instants import FILE as INSTANTS
 from cdpserver.journal.log import interval_path, segments
-from cdpserver.journal.segment import log_path
+from cdpserver.journal.segment import SegmentReader, log_path
 from cdpserver.timeline import INTERVALS, ImageBase, Timeline
 from recovery.item import Item
 from recovery.segment_text import STATES, SegmentText, Shown
@@ -80,8 +81,30 @@ def _interval(directory: Path, number: int) -> Iterator[Item]:
     held = segments(directory, number)
     indexes = sorted(entry.name for entry in path.iterdir() if _INDEX.fullmatch(entry.name))
     yield Item("interval", {"number": number, "segments": len(held), "indexes": indexes})
+    yield from _instants(path, held)
     for segment in held:
         yield from _segment(directory, log_path(path, segment), number, segment)
+
+
+def _instants(path: Path, held: list[int]) -> Iterator[Item]:
+    """What a thinned interval can still give; nothing of a whole one, or of one whose first segment cannot be read."""
+    with contextlib.ExitStack() as stack:
+        found = None
+        with contextlib.suppress(CdpError, IndexError, FileNotFoundError):
+            reader = SegmentReader(path, held[0])
+            stack.callback(reader.close)
+            if not reader.header.thinned:
+                return
+            found = reader.instants
+        if found is None:
+            if (path / INSTANTS).exists():
+                yield Item("instants", damage=f"{path / INSTANTS} cannot be read")
+            return
+        yield Item("instants", {"every_ns": found.every_ns, "count": len(found)})
+        for seq, time_ns, until_ns, held_too in found.rows.tolist():
+            yield Item(
+                "instant", {"seq": seq, "time_ns": time_ns, "until_ns": until_ns, "held": bool(held_too)}
+            )
 
 
 def _segment(directory: Path, path: Path, interval: int, number: int) -> Iterator[Item]:

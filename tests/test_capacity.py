@@ -24,6 +24,7 @@ from cdpserver.retention.distinct import Curve, Sample
 from cdpserver.retention.growth import HOUR_NS, Part, Span, hours_until, made_per_hour, per_hour, unbroken
 from cdpserver.retention.policy import Policy
 from cdpserver.retention.slots import parse_slots
+from cdpserver.retention.steps import Step
 from cdpserver.timeline import EmptyBase
 from tests.core import ROOT, SECOND_NS, Line, World, scratch
 
@@ -86,7 +87,7 @@ def test_every_instant_is_whole_intervals_then_the_write_rate() -> None:
 def test_gaps_are_those_between_the_ages_of_what_is_kept(minutes: int, times: int, rules: list[str]) -> None:
     every = minutes * MINUTE_NS
     policy = Policy(
-        bp_every_ns=every, keep_rp_ns=every * times, keep_bp=parse_slots(" ".join(rules) or "none")
+        bp_every_ns=every, keep_rp=(Step(every * times),), keep_bp=parse_slots(" ".join(rules) or "none")
     )
     units = {"h": 1, "d": 24, "w": 168, "m": 672}
     ages = {every * k for k in range(times + 1)}
@@ -264,7 +265,7 @@ def test_a_cap_in_reach_says_when(busy: tuple[World, Line, list[tuple[int, int]]
     ]
     assert near.caps[0].hours == 0 and near.caps[1].hours == pytest.approx(hours, rel=0.01)
     # What is dropped by then makes room for what comes.
-    kept = replace(disk, policy=Policy(keep_rp_ns=HOUR_NS, keep_bp=()))
+    kept = replace(disk, policy=Policy(keep_rp=(Step(HOUR_NS),), keep_bp=()))
     assert hours_until(kept.parts(), cap) is None
 
 

@@ -24,6 +24,7 @@ from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import MAX_DISK_SIZE
 from cdpserver.retention.policy import Policy, combine
 from cdpserver.retention.slots import Rule
+from cdpserver.retention.steps import Step
 from cdpserver.service import main
 from tests.core import ROOT
 
@@ -78,7 +79,7 @@ def test_every_key_is_read() -> None:
         store_lock_quota=30,
         policy_rp_every_ns=5 * SECOND,
         policy_bp_every_ns=3600 * SECOND,
-        policy_keep_rp_ns=48 * 3600 * SECOND,
+        policy_keep_rp=(Step(48 * 3600 * SECOND),),
         policy_keep_bp=(Rule(3, "d"), Rule(9, "w")),
         policy_max_chain=100,
         policy_size_cap=1 << 30,
@@ -298,7 +299,11 @@ ADDRESSES = st.none() | st.tuples(
 
 TOGETHER: dict[str, st.SearchStrategy[object]] = {
     "policy.bp_every": st.integers(3600 * SECOND, 7 * 86_400 * SECOND),
-    "policy.keep_rp": st.integers(7 * 86_400 * SECOND, 14 * 86_400 * SECOND),
+    "policy.keep_rp": st.builds(
+        lambda span, every: (Step(span),) if not every else (Step(86_400 * SECOND), Step(span, every)),
+        st.integers(7 * 86_400 * SECOND, 14 * 86_400 * SECOND),
+        st.integers(SECOND, 86_400 * SECOND) | st.just(0),
+    ),
     "policy.keep_bp": st.just(()) | st.tuples(st.builds(Rule, st.integers(2, 9999), st.just("w"))),
 }
 """Values of a policy that go together, whichever are chosen."""

@@ -11,7 +11,7 @@ from cdpserver.catalog.content import Content
 from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
 from cdpserver.index import pieces, store
 from cdpserver.index.pieces import SHIFTS, record_pieces
-from cdpserver.journal import control, record, segment
+from cdpserver.journal import control, instants, record, segment
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.record import BODY, CHECK, DTYPE, Kind, Record
 from cdpserver.journal.segment import FIXED, Header, data_path, log_path
@@ -60,6 +60,16 @@ def test_the_record_is_laid_out_as_documented() -> None:
     assert f"units of {limits.SECTOR} bytes" in meanings[3]
     assert f"first {record.DIGEST_SIZE} bytes" in meanings[8]
     assert f"(`{record.SALT.format}`)" in meanings[9]
+
+
+def test_the_list_of_instants_is_laid_out_as_documented() -> None:
+    rows = table(section("Thinned intervals"))
+    assert [(int(offset), int(size)) for offset, size, _ in rows[:5]] == layout(instants.HEAD)
+    assert rows[5][:2] == [str(instants.HEAD.size), f"{instants.ROW_BYTES} R"]
+    assert instants.DTYPE.itemsize == instants.ROW_BYTES
+    assert rows[6][1] == str(instants.DIGEST_BYTES)
+    assert repr(instants.MAGIC.decode())[1:-1] in rows[0][2]
+    assert f"format version {segment.THINNED_VERSION}" in section("Header page")
 
 
 def test_the_kinds_of_records_are_the_documented_ones() -> None:

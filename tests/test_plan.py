@@ -9,6 +9,7 @@ from cdpserver.retention import plan as plans
 from cdpserver.retention.plan import Decision, Facts, Hold, Interval, Node, drops, kept_bytes, plan, plan_all
 from cdpserver.retention.policy import DAY_NS, Policy
 from cdpserver.retention.slots import Rule, slot_of
+from cdpserver.retention.steps import Step
 
 MINUTE_NS = 60 * 1_000_000_000
 BEGAN_NS = 20_000 * DAY_NS
@@ -19,7 +20,7 @@ RULES = st.lists(
 POLICIES = st.builds(
     Policy,
     bp_every_ns=st.just(20 * MINUTE_NS),
-    keep_rp_ns=st.integers(20, 6000).map(lambda minutes: minutes * MINUTE_NS),
+    keep_rp=st.integers(20, 6000).map(lambda minutes: (Step(minutes * MINUTE_NS),)),
     keep_bp=RULES.map(tuple),
     size_cap=st.none() | st.integers(0, 3000),
     at_cap=st.sampled_from(["shorten", "refuse"]),

@@ -28,6 +28,7 @@ STAGES = (
         "cdpserver.config_values",
         "cdpserver.retention.policy",
         "cdpserver.retention.slots",
+        "cdpserver.retention.steps",
         "cdpserver.clock",
         "cdpserver.state",
         "cdpserver.catalog",

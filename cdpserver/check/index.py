@@ -183,7 +183,7 @@ class _IntervalCheck:
                 self._whole = False
                 return
             with contextlib.closing(reader):
-                end = min(reader.count, self._held.indexed + 1 - reader.first_seq)
+                end = reader.count_to(self._held.indexed)
                 for first in range(0, end, CHUNK):
                     stop = min(first + CHUNK, end)
                     good = reader.first_bad(reader.raw(first, stop), first)
@@ -257,7 +257,7 @@ class _IntervalCheck:
         start = (unit & ((1 << LEVEL_BITS) - 1)) << shift
         self._wrong.setdefault(what, []).append((seq, start * BLOCK, (start + (1 << shift)) * BLOCK))
         if run is not None:
-            at = seq - int(run.records["seq"][0])
+            at = int(np.searchsorted(run.records["seq"], np.uint64(seq)))
             self._expected.times[seq] = int(run.records["time"][at])
 
     # -- what is wrong -------------------------------------------------------------------------------------------
@@ -326,12 +326,14 @@ def _belongs(key: bytes, readers: Sequence[SegmentReader], indexed: int) -> bool
     """Does a record of the interval have this piece?"""
     unit, seq = int.from_bytes(key[:6], "big"), int.from_bytes(key[6:], "big")
     for reader in readers:
-        number = seq - reader.first_seq
-        if 0 <= number < reader.count and seq <= indexed:
+        if seq > indexed:
+            continue
+        for number in range(reader.count_to(seq - 1), reader.count_to(seq)):
             record: Any = reader.records(number, number + 1)[0]
             if not Kind.DATA <= record["kind"] <= Kind.SAME:
                 return False
             first, blocks = int(record["offset"]) // BLOCK, -(-int(record["length"]) * SECTOR // BLOCK)
             pieces = record_pieces(int(record["kind"]), first, blocks, reader.segment, int(record["place"]))
-            return any(unit == own for own, _ in pieces)
+            if any(unit == own for own, _ in pieces):
+                return True
     return False

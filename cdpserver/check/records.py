@@ -7,17 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cdpserver.journal.record import BODY, CHANGES, DTYPE, KNOWN_KINDS, MAGIC, RECORD_SIZE, VERSION, Kind
-from cdpserver.journal.segment import Header
+from cdpserver.journal.segment import Header, in_order
 from cdpserver.limits import BLOCK, SECTOR
 
 
 def whole_records(raw: bytes, header: Header, first: int) -> npt.NDArray[np.bool_]:
     """Which records of `raw`, whose first is number `first` of its segment, are whole and where they belong."""
     records = np.frombuffer(raw, DTYPE, count=len(raw) // RECORD_SIZE)
-    seqs = np.arange(len(records), dtype=np.uint64) + np.uint64(header.first_seq + first)
-    whole: npt.NDArray[np.bool_] = (
-        (records["magic"] == MAGIC) & (records["version"] == VERSION) & (records["seq"] == seqs)
-    )
+    whole: npt.NDArray[np.bool_] = (records["magic"] == MAGIC) & (records["version"] == VERSION)
+    whole &= in_order(records["seq"], header, first)
     checks, salt = records["crc"].tolist(), header.salt
     for number in np.flatnonzero(whole).tolist():
         at = number * RECORD_SIZE

@@ -83,6 +83,9 @@ class SegmentCheck:
     _dropped: dict[int, int] = field(default_factory=dict)
     """Interval that is gone to the seq that a base point holds of it."""
 
+    _thinned: tuple[int, int] | None = None
+    """Interval and number of the segment before, if it is a thinned one."""
+
     _interval: int = 0
     _where: Path = field(default_factory=Path)
 
@@ -173,6 +176,7 @@ class SegmentCheck:
             self.totals.segments += 1
             self.totals.bytes += PAGE
             self._header(reader)
+            self._instants(reader)
             count = self._count(reader)
             for first in range(0, count, CHUNK):
                 self._chunk(reader, first, min(first + CHUNK, count))
@@ -205,7 +209,12 @@ class SegmentCheck:
             # Older history was dropped: a base point stands in its place.
             self._next_seq, self._state = first_seq, header.carry
         # After an unclean host boot the seq jumps.
-        if self._next_seq is not None and not self._next_seq + SEQ_JUMP - 1 <= first_seq != self._next_seq:
+        goes_on = header.thinned and self._thinned == (self._interval, header.segment - 1)
+        self._thinned = (self._interval, header.segment) if header.thinned else None
+        jumped = self._next_seq is not None and first_seq >= self._next_seq + SEQ_JUMP - 1
+        if goes_on and self._next_seq is not None and first_seq >= self._next_seq:
+            self._next_seq = first_seq  # seqs of a thinned interval have holes
+        if self._next_seq is not None and not jumped and first_seq != self._next_seq:
             if first_seq > self._next_seq:
                 self._say(f"records {self._next_seq} to {first_seq - 1} are missing before this segment")
                 self._state = None
@@ -219,6 +228,21 @@ class SegmentCheck:
         self._state, self._next_seq = header.carry, first_seq
         self._time_ns = max(self._time_ns, header.first_time_ns)
 
+    def _instants(self, reader: SegmentReader) -> None:
+        """What a thinned interval says that it can give: as much of it as this segment should hold is there."""
+        try:
+            found = reader.instants
+        except CorruptError as error:
+            self._say(error.message, seq=reader.first_seq, extents=(), known=True)
+            return
+        if found is None:
+            return
+        wanted = found.rows["seq"]
+        wanted = wanted[(wanted >= reader.first_seq) & (wanted <= reader.last_seq)]
+        held = np.frombuffer(reader.raw(0, reader.count), DTYPE)["seq"]
+        for seq in wanted[~np.isin(wanted, held)].tolist():
+            self._say(f"record {seq} is missing, at which the interval says that it can be read", seq=seq)
+
     def _count(self, reader: SegmentReader) -> int:
         """How many records there are to be verified; what should come after them is noted."""
         claimed, state = reader.claimed, reader.state
@@ -229,9 +253,11 @@ class SegmentCheck:
         if kept is not None:
             return self._unclean_count(reader, kept)
         self._next_seq = reader.first_seq + claimed
+        if reader.header.thinned and claimed <= held:
+            self._next_seq = reader.last_seq + 1
         if claimed > held:
             what = f"the tail word counts {claimed} records, the file holds {held}"
-            self._say(what, seq=reader.first_seq + held)
+            self._say(what, seq=reader.last_seq + 1)
             self._lose()
         elif self._more_follow(reader, claimed, held):
             self._say(f"the tail word counts {claimed} records, and whole ones follow")
@@ -260,7 +286,7 @@ class SegmentCheck:
         raw = reader.raw(first, end)
         whole = whole_records(raw, reader.header, first)
         records = np.frombuffer(raw, DTYPE, count=len(whole))[whole]
-        self._broken_headers(reader.first_seq + first, whole, records)
+        self._broken_headers(_seqs(reader, raw, first, whole), whole, records)
         self._times(records)
         for seq, time_ns, what in wrong_fields(records, disk_size=self._disk_size(reader)):
             self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
@@ -280,18 +306,14 @@ class SegmentCheck:
         return grown or (self.timeline.size if self.timeline is not None else None)
 
     def _broken_headers(
-        self, first_seq: int, whole: npt.NDArray[np.bool_], records: npt.NDArray[np.void]
+        self, seqs: list[int], whole: npt.NDArray[np.bool_], records: npt.NDArray[np.void]
     ) -> None:
         for low, high in runs(np.flatnonzero(~whole).tolist()):
-            who = (
-                f"record {first_seq + low}"
-                if low == high
-                else f"records {first_seq + low} to {first_seq + high}"
-            )
+            who = f"record {seqs[low]}" if low == high else f"records {seqs[low]} to {seqs[high]}"
             before = int(np.count_nonzero(whole[:low]))
             time_ns = int(records["time"][before - 1]) if before else None
             self._state = None
-            self._say(f"the header of {who} fails its check", seq=first_seq + low, time_ns=time_ns)
+            self._say(f"the header of {who} fails its check", seq=seqs[low], time_ns=time_ns)
 
     def _times(self, records: npt.NDArray[np.void]) -> None:
         if not len(records):
@@ -358,8 +380,8 @@ class SegmentCheck:
             return
         self._where = data_path(reader.directory, reader.segment)
         missing = "" if self._where.exists() else ": the data file is missing"
-        for low, high in runs((bad["seq"] - np.uint64(reader.first_seq)).tolist()):
-            some = bad[(bad["seq"] >= low + reader.first_seq) & (bad["seq"] <= high + reader.first_seq)]
+        for low, high in runs(np.unique(bad["seq"]).tolist()):
+            some = bad[(bad["seq"] >= low) & (bad["seq"] <= high)]
             seq, last = int(some["seq"][0]), int(some["seq"][-1])
             who = (
                 f"the payload of record {seq} does"
@@ -381,6 +403,16 @@ class SegmentCheck:
                 known=said_all,
             )
         self._where = reader.path
+
+
+def _seqs(reader: SegmentReader, raw: bytes, first: int, whole: npt.NDArray[np.bool_]) -> list[int]:
+    """The seqs of the records in `raw`; of a thinned segment's damaged ones that of the last whole one before."""
+    if not reader.header.thinned:
+        start = reader.first_seq + first
+        return list(range(start, start + len(whole)))
+    said = np.where(whole, np.frombuffer(raw, DTYPE, count=len(whole))["seq"], np.uint64(reader.first_seq))
+    found: list[int] = np.maximum.accumulate(said).tolist()
+    return found
 
 
 def _was_there(log: Path) -> bool:

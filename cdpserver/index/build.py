@@ -60,7 +60,8 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
     records = records[(records["kind"] >= CHANGES[0]) & (records["kind"] <= CHANGES[-1])]
     if not len(records):
         return []
-    seconds = records["time"] // np.uint64(SECOND_NS)
+    seqs, times = _instants_of(run, records)
+    seconds = times // np.uint64(SECOND_NS)
     payload = np.where(
         records["kind"] == Kind.DATA, records["length"].astype(np.uint64) * np.uint64(SECTOR), 0
     )
@@ -68,8 +69,8 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
     return [
         PointRow(
             second=int(seconds[low]),
-            last_seq=int(records["seq"][high - 1]),
-            last_time_ns=int(records["time"][high - 1]),
+            last_seq=int(seqs[high - 1]),
+            last_time_ns=int(times[high - 1]),
             records=high - low,
             payload_bytes=int(payload[low:high].sum()),
             session=state.session,
@@ -78,6 +79,20 @@ def point_rows(run: Run, state: control.State) -> list[PointRow]:
         )
         for low, high in pairwise(edges)
     ]
+
+
+def _instants_of(
+    run: Run, records: npt.NDArray[np.void]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """(seq, time) by which each record counts: its own; in a thinned interval those of the first instant that has it."""
+    instants = run.reader.instants
+    if instants is None:
+        return records["seq"], records["time"]
+    rows = instants.rows
+    place = np.searchsorted(rows["seq"], records["seq"], side="left")
+    if int(place[-1]) >= len(rows):
+        raise CorruptError(f"{run.reader.path} goes on after the last instant that its interval can give")
+    return rows["seq"][place], rows["time"][place]
 
 
 def merge_rows(older: PointRow, newer: PointRow) -> PointRow:
@@ -167,9 +182,11 @@ def catch_up(journal: Journal, interval: int, index: IndexFile, *, batch: int = 
     added = 0
     for segment in held[max(start, 0) :]:
         reader = journal.reader(interval, segment)
-        first = max(0, done + 1 - reader.first_seq)
+        first = reader.count_to(done)
         while first < reader.count and added < batch:
             end = min(reader.count, first + batch - added)
+            if reader.header.thinned:
+                end = reader.count_to(reader.seq_of(end - 1))  # parts of one record stay together
             raw = reader.raw(first, end)
             whole = reader.first_bad(raw, first)
             if whole:
@@ -177,7 +194,7 @@ def catch_up(journal: Journal, interval: int, index: IndexFile, *, batch: int = 
             added += whole
             if whole < end - first:
                 raise CorruptError(
-                    f"{reader.path}: record {reader.first_seq + first + whole} is damaged",
+                    f"{reader.path}: record {reader.seq_of(first + whole)} is damaged",
                     hint="cdp check says what it touches",
                 )
             first = end

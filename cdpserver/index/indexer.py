@@ -133,6 +133,7 @@ class TimelineIndexer:
         journal.newest()
         if not self._interval or self._replaced():
             self._let_go()
+            journal.refresh()  # an interval that was thinned meanwhile has other segments
             self._interval = self._first_open(journal)
         index = self._environment(self._interval)
         added = catch_up(journal, self._interval, index)
@@ -210,7 +211,7 @@ def rebuild(timeline: Path, boot: str) -> int:
     with index_lock(timeline) as mine:
         if not mine:
             raise RefusedError(f"the index of {timeline.name} is being written", hint="try again in a moment")
-        for path in (timeline / "intervals").glob("*/*.mdb*"):
+        for path in (timeline / "intervals").glob("[0-9]*/*.mdb*"):
             path.unlink()
         indexer = TimelineIndexer(timeline, boot)
         total = 0

@@ -4,6 +4,7 @@ A reader never writes and needs no lock: segments only grow until they are seale
 Cost: finding a seq or a time bisects header pages, so it does not depend on how long the journal is.
 """
 
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
+from cdpserver.journal.instants import Instants
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.journal.segment import SegmentReader
 
@@ -54,6 +56,12 @@ def intervals(timeline: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def inodes(timeline: Path) -> dict[int, int]:
+    """The same with the inode of each directory: another one means that the interval was thinned."""
+    with os.scandir(timeline / "intervals") as entries:
+        return {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
+
+
 def segments(timeline: Path, interval: int) -> list[int]:
     """Numbers of an interval's segments, ascending."""
     names = (path.name for path in interval_path(timeline, interval).iterdir())
@@ -67,15 +75,20 @@ class Journal:
         self.timeline = timeline
         self._readers: dict[tuple[int, int], SegmentReader] = {}
         self._intervals: list[int] = []
+        self._inodes: dict[int, int] = {}
         self._segments: dict[int, list[int]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Notice intervals and segments made since the last look. Costs one directory listing, or two."""
+        """Notice intervals and segments made or replaced since the last look. Costs one directory listing, or two."""
         last = self._intervals[-1] if self._intervals else 0
+        before, self._inodes = self._inodes, inodes(self.timeline)
+        replaced = {n for n, inode in self._inodes.items() if before.get(n, inode) != inode}
         # What was the newest interval then may have grown before the next one began.
-        self._segments = {number: held for number, held in self._segments.items() if number < last}
-        self._intervals = intervals(self.timeline)
+        self._segments = {n: held for n, held in self._segments.items() if n < last and n not in replaced}
+        for place in [place for place in self._readers if place[0] in replaced]:
+            self._readers.pop(place).close()
+        self._intervals = sorted(self._inodes)
         while self._intervals:
             newest = self._intervals[-1]
             self._segments[newest] = segments(self.timeline, newest)
@@ -157,7 +170,7 @@ class Journal:
         interval, reader = self.newest()
         count = reader.count
         if count:
-            return Position(interval, reader.segment, reader.first_seq + count - 1, reader.time_of(count - 1))
+            return Position(interval, reader.segment, reader.seq_of(count - 1), reader.time_of(count - 1))
         before = self._before((interval, reader.segment))
         while before is not None:
             older = self.reader(*before)
@@ -169,7 +182,8 @@ class Journal:
     def first(self) -> Position:
         """The oldest record."""
         reader = self.first_reader(self._intervals[0])
-        return Position(self._intervals[0], reader.segment, reader.first_seq, reader.header.first_time_ns)
+        seq = reader.seq_of(0) if reader.header.thinned else reader.first_seq
+        return Position(self._intervals[0], reader.segment, seq, reader.header.first_time_ns)
 
     def _bisect(self, target: int, key: Callable[[SegmentReader], int]) -> tuple[int, int] | None:
         """The last segment whose key is at or below `target`. CorruptError if that may be one that cannot be read."""
@@ -228,10 +242,25 @@ class Journal:
             raise CorruptError(f"{self.timeline.name}: no record at or before seq {seq}")
         interval, segment = place
         reader = self.reader(interval, segment)
-        number = min(seq - reader.first_seq, reader.count - 1)
-        if number < 0:  # a segment without records
+        number = reader.count_to(seq) - 1
+        if number < 0:  # a segment without records, or thinned
             return self.at_seq(reader.first_seq - 1)
-        return Position(interval, segment, reader.first_seq + number, reader.time_of(number))
+        return Position(interval, segment, reader.seq_of(number), reader.time_of(number))
+
+    def thinned_at_seq(self, seq: int) -> Instants | None:
+        """What the interval that `seq` is in can give, if it is a thinned one. CorruptError."""
+        place = self._bisect(seq, lambda reader: reader.first_seq)
+        return self.first_reader(place[0]).instants if place is not None else None
+
+    def thinned_at_time(self, time_ns: int) -> Instants | None:
+        """The same for the interval that a time is in."""
+        place = self._bisect(time_ns, lambda reader: reader.header.first_time_ns)
+        return self.first_reader(place[0]).instants if place is not None else None
+
+    def gives(self, seq: int) -> bool:
+        """Is the content right after `seq` known? In a whole interval it always is."""
+        instants = self.thinned_at_seq(seq)
+        return instants is None or seq in instants or instants.after_seq(seq) is None
 
     def ends_with(self, position: Position) -> bool:
         """Is this the last record before a stretch of history that was dropped?"""
@@ -249,7 +278,7 @@ class Journal:
             reader = self.reader(*place)
             number = bisect_right(range(reader.count), time_ns, key=reader.time_of) - 1
             if number >= 0:
-                return Position(*place, reader.first_seq + number, reader.time_of(number))
+                return Position(*place, reader.seq_of(number), reader.time_of(number))
             # A segment without records, or whose first record came later than its header.
             place = self._before(place)
         return None
@@ -271,9 +300,11 @@ class Journal:
         start = self._bisect(after + 1, lambda reader: reader.first_seq) or (0, 0)
         for interval, segment in self.places(start):
             reader = self.reader(interval, segment)
-            first = max(0, after + 1 - reader.first_seq)
-            end = min(reader.count, upto + 1 - reader.first_seq, first + left)
+            first = reader.count_to(after)
+            end = min(reader.count_to(upto), first + left)
             if end > first:
+                if reader.header.thinned:
+                    end = reader.count_to(reader.seq_of(end - 1))  # parts of one record stay together
                 yield Run(reader, interval, reader.records(first, end))
                 left -= end - first
             if reader.first_seq > upto or left <= 0:
@@ -283,8 +314,7 @@ class Journal:
         """The state after the record `seq`: the carry of its segment and the control records since."""
         position = self.at_seq(seq)
         reader = self.reader(position.interval, position.segment)
-        count = max(0, min(reader.count, seq - reader.first_seq + 1))
-        return fold_controls(reader, reader.header.carry, 0, count)
+        return fold_controls(reader, reader.header.carry, 0, reader.count_to(seq))
 
     def grown_to(self, seq: int | None = None) -> int:
         """Bytes of the disk just after the record `seq`, by default the newest; 0 if it had not grown until then."""

@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import zlib
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ import numpy.typing as npt
 from cdpserver import messages
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
+from cdpserver.journal.instants import Instants
 from cdpserver.journal.record import BODY, CHECK, DTYPE, MAGIC, RECORD_SIZE, VERSION, salt
 from cdpserver.limits import BLOCK, MAX_CONTROL_BYTES, SECTOR, SEGMENT_RECORDS, WINDOW_BYTES
 
 SEGMENT_MAGIC = b"CDPSEG\r\n"
 SEGMENT_VERSION = 1
+THINNED_VERSION = 2
+"""A segment of a thinned interval: seqs have holes, and parts of one record share its seq."""
+
 PAGE = 4096
 FIXED = struct.Struct("<8sIIQQ32s")
 TAIL_WORD = 2
@@ -44,7 +49,7 @@ WINDOW_RECORDS = WINDOW_BYTES // RECORD_SIZE
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header page says of a segment, for good."""
+    """What the header page says of a segment, for good. `every_ns`: how far apart its instants are, if it was thinned; else 0."""
 
     timeline: bytes
     interval: int
@@ -53,6 +58,12 @@ class Header:
     first_time_ns: int
     boot_id: str
     carry: control.State
+    every_ns: int = 0
+
+    @property
+    def thinned(self) -> bool:
+        """Records are missing: `instants` beside it says what can be given."""
+        return self.every_ns > 0
 
     @property
     def salt(self) -> int:
@@ -72,19 +83,21 @@ def data_path(interval: Path, segment: int) -> Path:
 
 def encode_page(header: Header) -> bytes:
     """The 4096-byte header page of an open, empty segment."""
-    values: bytes = msgpack.packb(
-        {
-            "timeline": header.timeline,
-            "interval": header.interval,
-            "segment": header.segment,
-            "first_seq": header.first_seq,
-            "first_time_ns": header.first_time_ns,
-            "boot_id": header.boot_id,
-            "previous": bytes(32),
-            "carry": control.pack(header.carry),
-        }
-    )
-    fixed = FIXED.pack(SEGMENT_MAGIC, SEGMENT_VERSION, len(values), 0, OPEN, bytes(32))
+    fields = {
+        "timeline": header.timeline,
+        "interval": header.interval,
+        "segment": header.segment,
+        "first_seq": header.first_seq,
+        "first_time_ns": header.first_time_ns,
+        "boot_id": header.boot_id,
+        "previous": bytes(32),
+        "carry": control.pack(header.carry),
+    }
+    if header.thinned:
+        fields["every_ns"] = header.every_ns
+    values: bytes = msgpack.packb(fields)
+    version = THINNED_VERSION if header.thinned else SEGMENT_VERSION
+    fixed = FIXED.pack(SEGMENT_MAGIC, version, len(values), 0, OPEN, bytes(32))
     check = CHECK.pack(zlib.crc32(values, zlib.crc32(fixed[:16])))
     return (fixed + values + check).ljust(PAGE, b"\0")
 
@@ -107,7 +120,7 @@ def decode_page(page: bytes, name: str) -> Header:
     magic, version, length, _, _, _ = FIXED.unpack_from(page)
     if magic != SEGMENT_MAGIC:
         raise CorruptError(f"{name} is not a segment")
-    if version != SEGMENT_VERSION:
+    if version not in (SEGMENT_VERSION, THINNED_VERSION):
         raise CorruptError(
             f"{name} is of version {version}", hint="a newer cdpserver wrote it; upgrade this one"
         )
@@ -118,7 +131,8 @@ def decode_page(page: bytes, name: str) -> Header:
     if CHECK.unpack_from(page, end)[0] != zlib.crc32(values, zlib.crc32(page[:16])):
         raise CorruptError(f"{name}: the header page fails its check")
     fields = messages.unpack(values, f"{name}: the header page's map")
-    for field, wanted in PAGE_FIELDS.items():
+    thinned: dict[str, type] = {"every_ns": int} if version == THINNED_VERSION else {}
+    for field, wanted in (PAGE_FIELDS | thinned).items():
         value = fields.get(field)
         if type(value) is not wanted or (isinstance(value, int) and value < 0):
             raise CorruptError(f"{name}: the header page has no {field} that can be read")
@@ -130,7 +144,19 @@ def decode_page(page: bytes, name: str) -> Header:
         first_time_ns=fields["first_time_ns"],
         boot_id=fields["boot_id"],
         carry=control.unpack(fields["carry"]),
+        every_ns=fields["every_ns"] if thinned else 0,
     )
+
+
+def in_order(seqs: npt.NDArray[np.uint64], header: Header, first: int) -> npt.NDArray[np.bool_]:
+    """Which seqs are those of records number `first` and on of a segment: counted up by one; in a thinned one they never fall."""
+    if not header.thinned:
+        numbered = np.arange(len(seqs), dtype=np.uint64) + np.uint64(header.first_seq + first)
+    else:
+        before = np.concatenate((np.array([header.first_seq], dtype=np.uint64), seqs[:-1]))[: len(seqs)]
+        numbered = np.maximum(before, seqs)
+    good: npt.NDArray[np.bool_] = seqs == numbered
+    return good
 
 
 def peek(log: Path) -> bytes:
@@ -272,6 +298,15 @@ class SegmentReader:
             os.close(self._log_fd)
             raise
         self._words = memoryview(self._page).cast("Q")
+        self._instants: Instants | None = None
+
+    @property
+    def instants(self) -> Instants | None:
+        """What a thinned interval can still give; None if this is a whole one. CorruptError."""
+        if self._instants is None and self.header.thinned:
+            header = self.header
+            self._instants = Instants.load(self.directory, timeline=header.timeline, interval=header.interval)
+        return self._instants
 
     @property
     def count(self) -> int:
@@ -302,7 +337,20 @@ class SegmentReader:
     @property
     def last_seq(self) -> int:
         """Seq of the last published record; first_seq - 1 without any."""
-        return self.header.first_seq + self.count - 1
+        count = self.count
+        return self.seq_of(count - 1) if count else self.header.first_seq - 1
+
+    def seq_of(self, number: int) -> int:
+        """Seq of record `number`."""
+        if not self.header.thinned:
+            return self.header.first_seq + number
+        return int.from_bytes(os.pread(self._log_fd, 8, PAGE + number * RECORD_SIZE + 8), "little")
+
+    def count_to(self, seq: int) -> int:
+        """How many published records have a seq at or below `seq`."""
+        if not self.header.thinned:
+            return max(0, min(self.count, seq - self.header.first_seq + 1))
+        return bisect_right(range(self.count), seq, key=self.seq_of)
 
     def raw(self, first: int, end: int) -> bytes:
         """The bytes of records number [first, end)."""
@@ -326,8 +374,8 @@ class SegmentReader:
         """How many records at the start of `raw` are whole and in order; `raw` starts with number `first`."""
         start, crc32 = self.header.salt, zlib.crc32
         array = np.frombuffer(raw, DTYPE, count=len(raw) // RECORD_SIZE)
-        seqs = np.arange(len(array), dtype=np.uint64) + np.uint64(self.header.first_seq + first)
-        good = (array["magic"] == MAGIC) & (array["version"] == VERSION) & (array["seq"] == seqs)
+        good = (array["magic"] == MAGIC) & (array["version"] == VERSION)
+        good &= in_order(array["seq"], self.header, first)
         limit = len(array) if bool(good.all()) else int(np.argmin(good))
         body = BODY.size
         for number, check in enumerate(array["crc"][:limit].tolist()):

@@ -92,20 +92,21 @@ class _Counts:
         start = journal.at_time(start_ns)
         self._firsts: list[int] = []
         self._before: list[int] = []
-        self._counts: list[int] = []
+        self._places: list[tuple[int, int]] = []
+        self._journal = journal
         total = 0
         for interval, segment in journal.places((start.interval, 0) if start is not None else (0, 0)):
             reader = journal.reader(interval, segment)
+            self._places.append((interval, segment))
             self._firsts.append(reader.first_seq)
             self._before.append(total)
-            self._counts.append(reader.count)
             total += reader.count
 
     def _upto(self, seq: int) -> int:
         place = bisect_right(self._firsts, seq) - 1
         if place < 0:
             return 0
-        return self._before[place] + min(self._counts[place], seq - self._firsts[place] + 1)
+        return self._before[place] + self._journal.reader(*self._places[place]).count_to(seq)
 
     def between(self, after: int, upto: int) -> int:
         """Records with `after` < seq <= `upto`."""

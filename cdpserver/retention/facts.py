@@ -16,12 +16,15 @@ from cdpserver.catalog import Catalog, Entry
 from cdpserver.config import Config
 from cdpserver.errors import CdpError
 from cdpserver.forks import forks_of
+from cdpserver.index.store import CLOSED_NAME
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
+from cdpserver.journal.segment import SEALED
 from cdpserver.nodes import base_point_path, nodes
 from cdpserver.retention import policies
 from cdpserver.retention.offtime import Off, lived_since, off_times
 from cdpserver.retention.plan import Facts, Hold, Interval, Node, plan
+from cdpserver.retention.thinning import thinnings
 from cdpserver.state import StateDir
 
 
@@ -81,6 +84,7 @@ def gather(
         held,
         tuple(holds),
         other_bytes=durable.used_bytes(directory / "base.raw"),
+        id=entry.id,
     )
 
 
@@ -112,6 +116,10 @@ def _intervals(journal: Journal, off: Off, *, references: bool) -> Iterator[Inte
             size,
             frozenset(numbers[p] for p in {bisect_right(firsts, seq) - 1 for seq in seqs} if p >= 0)
             - {number},
+            frozenset(seqs),
+            first.header.every_ns,
+            first.instants.held() if first.instants is not None else frozenset(),
+            following > 0 and last.state == SEALED and (path / CLOSED_NAME).exists(),
         )
 
 
@@ -151,7 +159,9 @@ def gather_all(
         try:
             facts = gather(state, catalog, config, entry, now_ns=now_ns, references=False)
             capped = facts.policy.size_cap is not None or config.store_size_cap is not None
-            if capped or any(not decision.keep for decision in plan(facts)):
+            decisions = plan(facts)
+            goes = any(not decision.keep for decision in decisions) or thinnings(facts, decisions)
+            if capped or goes:
                 facts = gather(state, catalog, config, entry, now_ns=now_ns)
             found.append(facts)
         except (CdpError, OSError) as error:

@@ -30,7 +30,9 @@ SLOT_WORDS = {"h": "hour", "d": "day", "w": "week", "m": "month"}
 class Interval:
     """An interval of the journal: the seqs and times of its first and last record, its room on the disk.
 
-    `refers` are older intervals that its *same* records look into.
+    `refers` are older intervals that its *same* records look into, `looks_at` the seqs that they name.
+    `every_ns`: how far apart its instants are, if it was thinned (0: all are there); `held` are those of them that are there for
+    somebody. `settled`: it is closed, sealed and indexed, so that it can be thinned.
     """
 
     number: int
@@ -40,6 +42,10 @@ class Interval:
     last_time_ns: int
     bytes: int
     refers: frozenset[int] = frozenset()
+    looks_at: frozenset[int] = frozenset()
+    every_ns: int = 0
+    held: frozenset[int] = frozenset()
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Hold:
 class Facts:
     """All that the plan of one disk depends on. Intervals and nodes ascend; the last interval is the open one.
 
-    `stood_on`: nodes that files of other timelines stand on, and why.
+    `id` is that of the timeline. `stood_on`: nodes that files of other timelines stand on, and why.
     """
 
     disk: str
@@ -78,6 +84,7 @@ class Facts:
     holds: tuple[Hold, ...] = ()
     stood_on: Mapping[int, str] = field(default_factory=dict)
     other_bytes: int = 0
+    id: str = ""
 
     @property
     def bytes(self) -> int:

@@ -12,6 +12,7 @@ from cdpserver.config_values import ChoiceValue, DurationValue, Kind, NumberValu
 from cdpserver.errors import UsageError
 from cdpserver.names import format_duration, format_size
 from cdpserver.retention.slots import Rule, SlotsValue, format_slots, parse_slots, span_ns
+from cdpserver.retention.steps import Step, StepsValue
 
 SECOND_NS = 1_000_000_000
 HOUR_NS = 3600 * SECOND_NS
@@ -42,11 +43,16 @@ class Policy:
 
     rp_every_ns: int = SECOND_NS
     bp_every_ns: int = 20 * 60 * SECOND_NS
-    keep_rp_ns: int = DAY_NS
+    keep_rp: tuple[Step, ...] = (Step(DAY_NS),)
     keep_bp: tuple[Rule, ...] = parse_slots("48h 7d 4w 12m")
     max_chain: int = CHAIN_LIMIT
     size_cap: int | None = None
     at_cap: str = SHORTEN
+
+    @property
+    def keep_rp_ns(self) -> int:
+        """How long recovery points are kept, however densely."""
+        return self.keep_rp[-1].span_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +91,9 @@ FIELDS = (
     ),
     Field(
         "keep_rp",
-        "keep_rp_ns",
-        DurationValue(least=MIN_BP_EVERY_NS, most=MAX_KEEP_RP_NS),
-        "How long every instant is kept.",
+        "keep_rp",
+        StepsValue(least=MIN_BP_EVERY_NS, most=MAX_KEEP_RP_NS),
+        "How long every instant is kept; or in steps, fewer as they age: 1h 24h/1m keeps one a minute after the first hour.",
     ),
     Field(
         "keep_bp",

@@ -6,8 +6,11 @@ read.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from cdpserver.chain import merge as chain
 from cdpserver.chain.lock import alone
 from cdpserver.clock import Clock
 from cdpserver.config import Config, parse_config
-from cdpserver.errors import CdpError, NotFoundError
+from cdpserver.errors import CdpError, NotFoundError, RefusedError
 from cdpserver.journal.log import interval_path
 from cdpserver.names import show
+from cdpserver.retention import thin
 from cdpserver.retention.facts import gather, gather_all
 from cdpserver.retention.plan import Decision, Facts, cutoffs, drops, fixed_bytes, locked_bytes, plan
+from cdpserver.retention.thinning import Thinning, thinnings
 from cdpserver.state import StateDir
 from cdpserver.timeline import INTERVALS
 
@@ -63,21 +68,35 @@ def describe(decision: Decision) -> dict[str, Any]:
 
 
 def look(
-    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None, sizes: bool = True
 ) -> tuple[Pass, dict[str, int]]:
-    """What a pass would do, and how far each disk's history is shortened. Nothing is changed."""
+    """What a pass would do, and how far each disk's history is shortened. Nothing is changed.
+
+    What thinning gives back takes a look at all headers; without `sizes` it is left at 0.
+    """
     if disk is not None and catalog.get(disk) is None:
         raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
     found, failed = gather_all(state, catalog, config, now_ns=now_ns)
     until = cutoffs(found, config.store_size_cap)
     chosen = [facts for facts in found if disk in (None, facts.disk)]
-    dropped = [d for facts in chosen for d in drops(plan(facts, until[facts.disk]))]
+    dropped: list[Decision] = []
+    for facts in chosen:
+        decisions = plan(facts, until[facts.disk])
+        dropped += drops(decisions)
+        for thinning in thinnings(facts, decisions):
+            size = 0
+            try:
+                if sizes:
+                    size = thin.estimate(state.timeline(facts.id), thinning)
+            except (CdpError, OSError) as error:
+                failed[facts.disk] = str(error)
+            dropped.append(_thinned(thinning, size))
     return Pass(dropped, {k: v for k, v in failed.items() if disk in (None, k)}, chosen), until
 
 
 def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None) -> Pass:
     """Drop what the plan says; durable on return. A disk that fails is said, and the others are done."""
-    planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk)
+    planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk, sizes=False)
     done = Pass(failed=planned.failed)
     goes = {decision.disk for decision in planned.dropped}
     for facts in planned.disks:
@@ -91,6 +110,7 @@ def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, dis
                 done.disks.append(facts)
                 continue
             done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns)
+            _thin(state, catalog, config, entry, until[name], now_ns, done)
             done.disks.append(gather(state, catalog, config, entry, now_ns=now_ns))
         except (CdpError, OSError) as error:
             done.failed[name] = str(error)
@@ -126,6 +146,46 @@ def _prune_one(
     return gone
 
 
+def _thinned(thinning: Thinning, size: int) -> Decision:
+    return Decision(thinning.what, thinning.number, thinning.disk, True, thinning.reason, size)
+
+
+def _thin(
+    state: StateDir, catalog: Catalog, config: Config, entry: Entry, cutoff_ns: int, now_ns: int, done: Pass
+) -> None:
+    """Thin the intervals of a disk that are due; one that cannot be is said, and the others are thinned."""
+    directory = state.timeline(entry.id)
+
+    def due() -> list[Thinning]:
+        facts = gather(state, catalog, config, entry, now_ns=now_ns)
+        return thinnings(facts, plan(facts, cutoff_ns))
+
+    with thin.alone(directory) as mine:
+        if not mine:
+            return
+        for thinning in due():
+            try:
+                size = thin.thin(directory, thinning, partial(_needed, directory, due, thinning))
+                done.dropped.append(_thinned(thinning, size))
+            except (CdpError, OSError) as error:
+                done.failed[entry.name] = str(error)
+
+
+@contextlib.contextmanager
+def _needed(
+    directory: Path, due: Callable[[], list[Thinning]], thinning: Thinning
+) -> Iterator[frozenset[int]]:
+    """The seqs that must stay in an interval; inside, nobody names another point or takes a lease."""
+    with alone(directory), leases.none_taken(directory):
+        found = next((other.exact for other in due() if other.number == thinning.number), None)
+        if found is None:
+            raise RefusedError(
+                f"interval {thinning.number} of {thinning.disk} is not to be thinned any more",
+                hint="nothing is lost: the next pass looks again",
+            )
+        yield found
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Base points that go lie between `base`, or the disk's beginning, and `keep`, which takes what only they held."""
@@ -154,6 +214,9 @@ def finish(directory: Path) -> None:
     """Remove what a killed pass had renamed already. Others' temporary names are left alone."""
     for left in (directory / INTERVALS).glob(f"{durable.REMOVING}*"):
         durable.remove_tree(left.with_name(left.name.removeprefix(durable.REMOVING)))
+    with thin.alone(directory) as mine:
+        if mine:
+            thin.tidy(directory)
 
 
 def run(state_dir: Path, config_text: str, disk: str | None, *, dry_run: bool) -> Pass:

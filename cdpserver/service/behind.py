@@ -34,8 +34,7 @@ def tail_of(journal: Journal, boot_id: str) -> Tail:
     records = 0
     for place in journal.newest_places():
         reader = journal.reader(*place)
-        after = max(0, indexed + 1 - reader.first_seq)
-        records += max(0, reader.count - after)
+        records += reader.count - reader.count_to(indexed)
         if reader.first_seq <= indexed:
             break
     if not records:

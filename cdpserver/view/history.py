@@ -67,6 +67,11 @@ class History:
         position = self.journal.at_seq(seq) if seq >= self.journal.first().seq else None
         if position is None or (position.seq != seq and self.journal.ends_with(position)):
             return None
+        if not self.journal.gives(seq):
+            raise RefusedError(
+                f"{self.timeline.full_name}@seq:{seq} is not kept any more: the history around it was thinned",
+                hint=f"cdp point list {self.timeline.full_name}",
+            )
         return position
 
     def _node(self, seq: int) -> Node:

@@ -4,6 +4,7 @@ Pieces are nested: a piece of a lower level lies wholly inside one of a higher l
 is found by laying the levels over each other from the greatest pieces to the smallest; the higher seq wins.
 """
 
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,18 +28,25 @@ def advance(value: int, blocks: int) -> int:
 class Layer:
     """Lookups in one interval. `begin` before, `end` after each request."""
 
-    __slots__ = ("_data", "_file", "_keep", "_snapshot", "directory", "interval", "tail")
+    __slots__ = ("_data", "_file", "_inode", "_keep", "_snapshot", "directory", "interval", "tail")
 
     def __init__(self, directory: Path, interval: int, boot_id: str) -> None:
         self.directory = directory
         self.interval = interval
         self.tail: Tail | None = None
         self._data: dict[int, str] = {}
+        # Before the index: thinning swaps the directory, and numbers its segments on, so that none is mistaken.
+        self._inode = _inode(directory)
         path = find_index(directory, boot_id)
         self._file: IndexFile | None = open_index(path) if path else None
         # A closed interval's index never changes: its snapshot pins no page, so it may stay.
         self._keep = path is not None and not path.name.startswith("open-")
         self._snapshot: Snapshot | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Is the interval still the one that was opened, not dropped or thinned since?"""
+        return self._inode != 0 and _inode(self.directory) == self._inode
 
     def begin(self) -> None:
         """Look at the index as it is now."""
@@ -115,6 +123,14 @@ class Layer:
         if self._file is not None:
             release(self._file)
             self._file = None
+
+
+def _inode(directory: Path) -> int:
+    """0 if there is none."""
+    try:
+        return os.stat(directory).st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _lay(under: list[Piece], pieces: list[Piece]) -> list[Piece]:

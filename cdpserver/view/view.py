@@ -128,18 +128,26 @@ class View:
         """Where bytes [offset, end) are. With `holes`, holes of the base come out as zeros."""
         try:
             return self._resolve(offset, end, holes=holes)
-        except (CorruptError, FileNotFoundError):
-            if not self._lost_ground():
+        except (CorruptError, FileNotFoundError) as error:
+            if not self._lost_ground(stale=isinstance(error, FileNotFoundError)):
                 raise
             return self._resolve(offset, end, holes=holes)
 
-    def _lost_ground(self) -> bool:
-        """Was history that this view reads from dropped meanwhile? Then it stands on a base point from now on."""
+    def _lost_ground(self, *, stale: bool = False) -> bool:
+        """Was history that this view reads from dropped meanwhile? Then it stands on a base point from now on.
+
+        Or thinned: then it reads the same from other segments. `stale`: something that was looked up a moment ago is gone.
+        """
         self.history.journal.refresh()
         used = {*(layer.interval for layer in self._layers), *self._older}
         others = [*self._refs.values()] + ([self._base_view] if self._base_view is not None else [])
         # Of all, not just of the first one.
-        lost = [not used <= set(self.history.journal.intervals), *(view._lost_ground() for view in others)]
+        lost = [
+            not used <= set(self.history.journal.intervals)
+            or not all(layer.stands for layer in self._layers)
+            or stale,
+            *(view._lost_ground() for view in others),
+        ]
         if lost[0]:
             self._close_layers()
             self._open_layers()
@@ -176,8 +184,14 @@ class View:
 
     def refs(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """For blocks [first, end): runs with the seq that a *same* record should name for what is there now."""
+        try:
+            pieces = self.pieces(first, end)
+        except (CorruptError, FileNotFoundError) as error:
+            if not self._lost_ground(stale=isinstance(error, FileNotFoundError)):
+                raise
+            pieces = self.pieces(first, end)
         runs: list[tuple[int, int, int]] = []
-        for layer, (start, stop, _, value) in self.pieces(first, end):
+        for layer, (start, stop, _, value) in pieces:
             is_same = layer is not None and value >> KIND_BITS == Kind.SAME
             ref = value & REST_MASK if is_same else self.seq
             if runs and runs[-1][2] == ref:
