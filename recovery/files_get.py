@@ -28,7 +28,7 @@ def get(options: Namespace) -> None:
         volume = choose(place)
         top = place.browser.stat(volume, path_of(options))
         name = top.name
-        found = place.browser.walk(volume, b"/" + b"/".join(top.path))
+        found = place.browser.walk(volume, b"/" + b"/".join(top.path), full=True)
         with _bar(top.size if top.type == "file" else None) as progress:
             if options.tar is not None:
                 with _out(options.tar) as out:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -301,7 +302,7 @@ class Lies:
 def told(
     path: tuple[bytes, ...], type: str = "file", target: bytes | None = None, size: int = 1, **more: int
 ) -> File:
-    known = {
+    known: dict[str, Any] = {
         "mtime_ns": 1,
         "atime_ns": 1,
         "mode": 0o6777,

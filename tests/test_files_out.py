@@ -45,7 +45,7 @@ def browser(ext4: Path) -> Iterator[Browser]:
 
 def test_a_tree_is_fetched_and_goes_on(browser: Browser, tree: Path, tmp_path: Path) -> None:
     def fetch() -> Any:
-        return Fetch(browser, tmp_path / "out", point="p").run(browser.walk("", b"/"), b"")
+        return Fetch(browser, tmp_path / "out", point="p").run(browser.walk("", b"/", full=True), b"")
 
     taken = fetch()
     assert not taken.problems and taken.files > 400

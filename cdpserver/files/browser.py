@@ -54,6 +54,9 @@ class File:
     target: bytes | None
     why: str
     number: int
+    runs: tuple[tuple[int, int, int], ...] | None = None
+    attributes: dict[str, bytes] | None = None
+    """These two only where a walk was asked for them."""
 
     @property
     def name(self) -> bytes:
@@ -143,9 +146,9 @@ class Browser:
         """What is in a directory, or the file itself; as it comes, in no order."""
         return map(_file, self._all("entries", volume=volume, path=path))
 
-    def walk(self, volume: str, path: bytes) -> Iterator[File]:
-        """Everything from a path down, it included; a directory before what is in it."""
-        return map(_file, self._all("walk", volume=volume, path=path))
+    def walk(self, volume: str, path: bytes, *, full: bool = False) -> Iterator[File]:
+        """Everything from a path down, it included; a directory before what is in it. `full` is for who reads all files."""
+        return map(_file, self._all("walk", volume=volume, path=path, full=full))
 
     def find(
         self,
@@ -171,6 +174,8 @@ class Browser:
 
     def extents(self, file: File) -> Iterator[tuple[int, int, int]]:
         """(start, end, place on the disk, HOLE, or less for what comes through the worker) of a file's content, in order."""
+        if file.runs is not None:
+            return iter(file.runs)
         return ((start, end, place) for start, end, place in self._all("runs", file=file.number))
 
     def content(self, file: File, offset: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
@@ -208,6 +213,8 @@ class Browser:
 
     def xattrs(self, file: File) -> dict[str, bytes]:
         """Its extended attributes."""
+        if file.attributes is not None:
+            return file.attributes
         return dict(self._ask("xattrs", file=file.number)["xattrs"])
 
     def image_size(self, head: bytes) -> tuple[int, int] | None:
@@ -306,4 +313,7 @@ def _file(fields: dict[str, Any]) -> File:
         "gid": 0,
     }
     known = none | {"links": 1, "id": 0} | fields
+    runs = known.get("runs")
+    if runs is not None:
+        known["runs"] = tuple((start, end, place) for start, end, place in runs)
     return File(**known | {"path": tuple(known["path"])})
