@@ -20,6 +20,7 @@ from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
+from cdpserver.journal.log import FIRST_INTERVAL, Journal
 from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
 from cdpserver.points import Cut, cuts, find_cut
@@ -192,13 +193,34 @@ def note_what_is_missing(state: StateDir, directory: Path) -> tuple[list[int], l
         return [], []
     history = History(state.path, timeline.load(directory))
     try:
-        held = {cut.number: cut for cut in all_cuts(history)}
+        held = {cut.number: note(history, cut) for cut in all_cuts(history)} | below_intervals(
+            history.journal
+        )
         for number in numbers:
             if number in held:
-                write_note(directory, note(history, held[number]))
+                write_note(directory, held[number])
     finally:
         history.close()
     return [n for n in numbers if n in held], [n for n in numbers if n not in held]
+
+
+def below_intervals(journal: Journal) -> dict[int, Node]:
+    """What stands in the place of dropped intervals, as the first segment after them says, which carries on from it."""
+    found = {}
+    for interval in journal.intervals:
+        if interval > FIRST_INTERVAL and interval - 1 not in journal.intervals:
+            first = journal.first_reader(interval)
+            state, number = first.header.carry, first.header.carry.cuts - 1
+            found[number] = Node(
+                number,
+                first.first_seq - 1,
+                first.header.first_time_ns,
+                interval - 1,
+                state.grade,
+                state.session,
+                state.evidence,
+            )
+    return found
 
 
 # --- publishing

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import timeline
+from cdpserver.basepoint import below_intervals
 from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point
 from cdpserver.check.damage import Damage, Effects, Finding
 from cdpserver.check.isolated import check_indexes
@@ -20,11 +21,13 @@ from cdpserver.check.segments import SegmentCheck, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments
 from cdpserver.journal.segment import SegmentReader
-from cdpserver.nodes import nodes, published
+from cdpserver.nodes import base_point_path, nodes, published, read_header
 from cdpserver.timeline import Timeline
 from cdpserver.view.history import History
 
 __all__ = ["Damage", "Report", "check_timeline"]
+
+Cuts: TypeAlias = dict[int, tuple[int, int]]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being verified, how much of it is done, and how much there is."""
@@ -86,10 +89,11 @@ def check_timeline(
             directory, held, boot_id, effects, lambda done: progress("journal", min(done, total), total)
         )
         check.run()
-        for finding in _the_rest(state_dir, directory, held, check, boot_id, progress):
+        known = _cuts(directory, check, history)
+        for finding in _the_rest(state_dir, directory, held, check, known, boot_id, progress):
             effects.add(finding)
         if full and history is not None:
-            for finding in _contents(history, check, progress):
+            for finding in _contents(history, known, progress):
                 effects.add(finding)
     totals = check.totals
     return Report(totals.records, totals.segments, totals.bytes, tuple(effects.damage()), effects.untold)
@@ -100,6 +104,7 @@ def _the_rest(
     directory: Path,
     held: Timeline | None,
     check: SegmentCheck,
+    known: Cuts,
     boot_id: str,
     progress: Progress,
 ) -> Iterator[Finding]:
@@ -119,13 +124,15 @@ def _the_rest(
         return
     if begun:
         yield from check_base(state_dir, held, boot_id=boot_id, first_boot_id=_first_boot_id(directory))
-    known = _cuts(directory, check)
     for done, number in enumerate(files, start=1):
+        if not base_point_path(directory, number).exists():
+            continue  # merged away meanwhile: what was lost is missed by what stands on it
         yield from check_base_point(state_dir, held, number, known, check.sizes.get(number))
         if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
-            yield Finding(what, path, 0, 0, 0, 0, named=(f"bp:{number}",), hint="remove the file")
+            named = (f"bp:{number}",)
+            yield Finding(what, path, 0, 0, 0, 0, named=named, hint=_without_a_name(directory, number))
         progress("base points", done, len(files))
 
 
@@ -140,13 +147,26 @@ def _first_boot_id(directory: Path) -> str:
     return ""
 
 
-def _cuts(directory: Path, check: SegmentCheck) -> dict[int, tuple[int, int]]:
+def _without_a_name(directory: Path, number: int) -> str:
+    """What to do with a file that nobody can name: another may hold only what differs from it."""
+    for later in published(directory):
+        with contextlib.suppress(CorruptError, FileNotFoundError):
+            if read_header(base_point_path(directory, later))[0] == base_point_path(directory, number).name:
+                return f"leave the file where it is: bp:{later} stands on it"
+    return "remove the file"
+
+
+def _cuts(directory: Path, check: SegmentCheck, history: History | None) -> Cuts:
     """(seq, time) of base points by number: as noted, and as the journal says where it still does."""
-    return {node.number: (node.seq, node.time_ns) for node in nodes(directory)} | check.cuts
+    found = nodes(directory)
+    if history is not None:
+        with contextlib.suppress(CorruptError):  # a segment that cannot be read: said already
+            history.journal.refresh()
+            found += below_intervals(history.journal).values()
+    return {node.number: (node.seq, node.time_ns) for node in found} | check.cuts
 
 
-def _contents(history: History, check: SegmentCheck, progress: Progress) -> Iterator[Finding]:
-    known = _cuts(history.directory, check)
+def _contents(history: History, known: Cuts, progress: Progress) -> Iterator[Finding]:
     files = [number for number in published(history.directory) if number in known]
     for done, number in enumerate(files, start=1):
         yield from compare_base_point(history, number, known[number])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cdpserver import basepoint, qemu, timeline
 from cdpserver.check.damage import Finding
-from cdpserver.errors import BrokenError, CorruptError, NotFoundError
+from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.firstcopy import base_lost
 from cdpserver.nodes import NUMBERED, base_point_path, published, read_header, without_note
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
@@ -159,6 +159,8 @@ def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> I
         # A socket's path is short, and this one must not meet that of another check.
         with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
             basepoint.compare(uri, _Whole(view))
+    except RefusedError:
+        return  # its note is lost, and with it the name of its instant: said already
     except (CorruptError, BrokenError) as error:
         # Not to be read at all: something below it is damaged.
         what = error.message.replace("the new base point", f"base point {number}")
