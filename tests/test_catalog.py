@@ -154,20 +154,26 @@ def test_a_reader_in_another_process_sees_each_change(state: StateDir, catalog: 
 
 def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None:
     assert json.loads(state.catalog_copy.read_text()) == {
-        "format": 2,
+        "format": 3,
         "next_id": 1,
         "disks": {},
         "locks": {},
         "policies": {},
+        "vms": {},
+        "groups": {},
+        "recoveries": {},
     }
     make_disk(state, catalog, "vda")
     catalog.put_row("locks", LOCK)
     assert json.loads(state.catalog_copy.read_text()) == {
-        "format": 2,
+        "format": 3,
         "next_id": 2,
         "disks": {"vda": {"id": "t1", "state": "live", "created_ns": 42}},
         "locks": {"k1": {"schema": 1, "fields": dict(LOCK.fields)}},
         "policies": {},
+        "vms": {},
+        "groups": {},
+        "recoveries": {},
     }
 
 
@@ -177,7 +183,7 @@ def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None
         (None, "was missing"),
         (b"", "is of no use"),
         (b"{}", "is of no use"),
-        (b'{"format": 3, "next_id": 99, "disks": {}}', "of a newer cdpserver"),
+        (b'{"format": 4, "next_id": 99, "disks": {}}', "of a newer cdpserver"),
         (b'{"format": 1, "next_id": 99, "disks": {}}', None),
         (b'{"format": 2, "next_id": 99, "disks": {}, "locks": {}, "policies": {}}', None),
     ],

@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cdpserver import durable
-from cdpserver.catalog.rows import TABLES, Rows, empty_rows, read_row
+from cdpserver.catalog.rows import FORMAT, TABLES, TABLES_BY_FORMAT, Rows, empty_rows, read_row
 from cdpserver.durable import corrupt_json, take_int, take_keys, take_str
 from cdpserver.errors import RefusedError, UsageError
 from cdpserver.names import check_disk_name, show
 from cdpserver.state import check_timeline_id
-
-FORMAT = 2
-"""That of the copy. Version 1 has no locks and policies; it is read because a catalog may be lost just before an
-upgrade."""
 
 EntryState: TypeAlias = Literal["live", "removing"]
 
@@ -68,12 +64,15 @@ def read_entry(name: str, value: Any, path: Path) -> Entry:
 
 
 def read_copy(path: Path) -> Content:
-    """The plain copy. FileNotFoundError if there is none; CorruptError."""
+    """The plain copy, also of an older format: a catalog may be lost just before an upgrade.
+
+    FileNotFoundError if there is none; CorruptError.
+    """
     value = durable.read_json(path)
     version = take_int(value, "format", path, least=1)
     if version > FORMAT:
         raise corrupt_json(path, f"its format is {version}, of a newer cdpserver")
-    tables = TABLES if version > 1 else ()
+    tables = TABLES_BY_FORMAT[version]
     take_keys(value, {"format", "next_id", "disks", *tables}, path)
     entries = {name: read_entry(name, disk, path) for name, disk in _objects(value, "disks", path)}
     rows = empty_rows()

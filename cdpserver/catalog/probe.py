@@ -1,5 +1,5 @@
-"""`python -m cdpserver.catalog.probe DIRECTORY VERSION`: exit status 0 if that LMDB catalog, of that format version or
-a later one, can be read from end to end.
+"""`python -m cdpserver.catalog.probe DIRECTORY FORMAT`: exit status 0 if that LMDB catalog, of that format or a later
+one, can be read from end to end.
 
 A process of its own, because LMDB trusts its pages: on damaged ones it may crash the process that reads them.
 """
@@ -12,10 +12,10 @@ from cdpserver.catalog.store import Store
 from cdpserver.errors import CdpError
 
 
-def main(directory: str, version: int) -> int:
+def main(directory: str, format: int) -> int:
     """Read everything; the exit status."""
     try:
-        with contextlib.closing(Store(Path(directory), writable=False, with_rows=version > 1)) as store:
+        with contextlib.closing(Store(Path(directory), writable=False, format=format)) as store:
             store.content()
     except CdpError as error:
         sys.stderr.write(f"{error}\n")

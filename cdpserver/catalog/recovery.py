@@ -8,14 +8,14 @@ from pathlib import Path
 
 from cdpserver import durable, timeline
 from cdpserver.catalog.content import Content, Entry, check_free, read_copy
-from cdpserver.catalog.rows import TABLES, empty_rows
+from cdpserver.catalog.rows import FORMAT, TABLES, empty_rows
 from cdpserver.catalog.store import DATA, build
 from cdpserver.errors import CdpError, CorruptError, RefusedError
 from cdpserver.limits import NAME_LENGTH
-from cdpserver.state import VERSION, StateDir
+from cdpserver.state import StateDir
 
 LOST = (
-    "Names come from the timelines' own files. Locks and policies are lost if there were any: "
+    "Names come from the timelines' own files. Locks and policies are lost if there were any, and which VMs are protected: "
     "set them again before anything is pruned."
 )
 
@@ -54,13 +54,13 @@ def recover(state: StateDir) -> list[str]:
     return said
 
 
-def is_readable(path: Path, version: int = VERSION) -> bool:
-    """Whether a process of its own can read the whole catalog in directory `path`, of format `version` or later."""
+def is_readable(path: Path, format: int = FORMAT) -> bool:
+    """Whether a process of its own can read the whole catalog in directory `path`, of this format or later."""
     if not (path / DATA).exists():
         return False
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "cdpserver.catalog.probe", str(path), str(version)]
+    command = [sys.executable, "-m", "cdpserver.catalog.probe", str(path), str(format)]
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
 
 

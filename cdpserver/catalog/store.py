@@ -1,7 +1,7 @@
 """The LMDB environment of the catalog: opened only if whole, built whole, read and changed.
 
 Tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-endian;
-`locks` and `policies` (since format version 2), id -> msgpack of schema, fields.
+one for each of `rows.TABLES`, id -> msgpack of schema, fields.
 
 Durability: a change is synced when its transaction ends; a new environment appears by rename.
 Threads: a write transaction begins and ends in one `with` block, so in one thread.
@@ -18,7 +18,17 @@ import msgpack
 
 from cdpserver import durable
 from cdpserver.catalog.content import Content, Entry, entry_value, read_entry
-from cdpserver.catalog.rows import MAX_ROWS, TABLES, Row, Table, check_row, empty_rows, read_row
+from cdpserver.catalog.rows import (
+    FORMAT,
+    MAX_ROWS,
+    TABLES,
+    TABLES_BY_FORMAT,
+    Row,
+    Table,
+    check_row,
+    empty_rows,
+    read_row,
+)
 from cdpserver.errors import BrokenError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.names import show
 
@@ -28,8 +38,8 @@ CATALOG_MAP_BYTES = 64 << 20
 CATALOG_READERS = 256
 """LMDB reader slots: one or two per process that looks up names."""
 
-CATALOG_TABLES = 8
-"""Named databases: four, and room for more."""
+CATALOG_TABLES = 16
+"""Named databases: seven, and room for more."""
 
 DATA = "data.mdb"
 DISKS = b"disks"
@@ -86,7 +96,7 @@ def build(path: Path, content: Content) -> None:
 
 
 def add_row_tables(path: Path) -> None:
-    """Give an environment of format version 1 the tables that it lacks; durable on return, and no harm if done."""
+    """Give an environment of an older format the tables that it lacks; durable on return, and no harm if done."""
     with _lmdb_errors(path):
         env = lmdb.open(str(path), map_size=CATALOG_MAP_BYTES, max_dbs=CATALOG_TABLES, create=False)
         with contextlib.closing(env), env.begin(write=True) as txn:
@@ -97,10 +107,10 @@ def add_row_tables(path: Path) -> None:
 class Store:
     """The open environment in directory `path`. A process opens it once, and not across a fork."""
 
-    def __init__(self, path: Path, *, writable: bool, with_rows: bool = True) -> None:
+    def __init__(self, path: Path, *, writable: bool, format: int = FORMAT) -> None:
         """Open it; CorruptError if it is missing or visibly damaged, BrokenError if it may not be opened.
 
-        Without `with_rows` it may be of format version 1, which has neither locks nor policies.
+        With an older `format` it may lack the tables that came later.
         """
         self.path = path
         with _lmdb_errors(path):
@@ -118,8 +128,10 @@ class Store:
                 _check_pages(self._env, path / DATA)
                 self._disks = self._env.open_db(DISKS, create=False)
                 self._counters = self._env.open_db(COUNTERS, create=False)
-                tables = TABLES if with_rows else ()
-                self._rows = {table: self._env.open_db(table.encode(), create=False) for table in tables}
+                self._rows = {
+                    table: self._env.open_db(table.encode(), create=False)
+                    for table in TABLES_BY_FORMAT[format]
+                }
                 if writable:
                     self._env.reader_check()
             except BaseException:

@@ -9,11 +9,21 @@ from cdpserver.state import StateDir
 
 
 def add_locks_and_policies(state: StateDir) -> None:
-    """1 -> 2: empty tables for locks and policies, in the catalog and in its copy. May be repeated.
+    """1 -> 2: empty tables for locks and policies."""
+    _add_tables(state, format=1)
+
+
+def add_protection(state: StateDir) -> None:
+    """5 -> 6: empty tables for protected VMs, groups and recoveries."""
+    _add_tables(state, format=2)
+
+
+def _add_tables(state: StateDir, *, format: int) -> None:
+    """Give a catalog of `format` every table of this program, and its copy too. May be repeated.
 
     A catalog that is missing or damaged is left alone: recovering it makes it with every table.
     """
-    if not is_readable(state.catalog, version=1):
+    if not is_readable(state.catalog, format):
         return
     add_row_tables(state.catalog)
     with contextlib.closing(Store(state.catalog, writable=True)) as store:
