@@ -1,6 +1,7 @@
 """What every test may rely on: nbdkit's PATH, Hypothesis without deadlines, short socket paths, a world of timelines."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # nbdkit takes its packages from the first python3 on PATH, which must be the one that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no bug: the time limit of a test is pytest's.
 settings.register_profile("gate", deadline=None)

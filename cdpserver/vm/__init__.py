@@ -1,0 +1,1 @@
+"""Running VMs: talking to QEMU, and what is desired of them."""

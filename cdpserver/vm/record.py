@@ -1,0 +1,119 @@
+"""Which VMs are to be protected, and how: rows of the catalog's table `vms`.
+
+Desired state: the row stands from `cdp protect` until `cdp protect --remove`, whatever becomes of QEMU, the host or us.
+A row goes by a digest of the VM's name, since names are longer than rows' ids.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from cdpserver.catalog import Catalog, Row
+from cdpserver.errors import CorruptError
+
+SCHEMA = 1
+
+Method: TypeAlias = Literal["blockdev-mirror", "drive-mirror"]
+
+
+@dataclass(frozen=True, slots=True)
+class QmpSocket:
+    """The monitor's own Unix socket."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtDomain:
+    """A domain of a libvirt connection, which owns the monitor."""
+
+    uri: str
+    domain: str
+
+
+Connection: TypeAlias = QmpSocket | LibvirtDomain
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedDisk:
+    """`name` is the disk's full name here (VM/DISK); `device` QEMU's node name, or its qdev id or drive name."""
+
+    name: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedVm:
+    """One VM; `wait` chooses a guest that waits over a gap, `guest_agent` is its agent's Unix socket."""
+
+    name: str
+    connection: Connection
+    disks: tuple[ProtectedDisk, ...]
+    created_ns: int
+    method: Method = "blockdev-mirror"
+    wait: bool = False
+    guest_agent: str | None = None
+
+
+def row_id(vm: str) -> str:
+    """The id of the row of a VM."""
+    return hashlib.sha256(vm.encode()).hexdigest()[:24]
+
+
+def row(vm: ProtectedVm) -> Row:
+    """The row that says it."""
+    match vm.connection:
+        case QmpSocket(path):
+            connection = {"qmp": path}
+        case LibvirtDomain(uri, domain):
+            connection = {"libvirt": uri, "domain": domain}
+    fields: dict[str, Any] = {
+        "vm": vm.name,
+        "connection": connection,
+        "disks": [{"name": disk.name, "device": disk.device} for disk in vm.disks],
+        "created_ns": vm.created_ns,
+        "method": vm.method,
+        "wait": vm.wait,
+        "guest_agent": vm.guest_agent,
+    }
+    return Row(row_id(vm.name), SCHEMA, fields)
+
+
+def read(found: Row) -> ProtectedVm:
+    """What a row says; CorruptError."""
+    fields = found.fields
+    try:
+        if found.schema != SCHEMA:
+            raise ValueError(f"its schema is {found.schema}")
+        return ProtectedVm(
+            name=str(fields["vm"]),
+            connection=_read_connection(fields["connection"]),
+            disks=tuple(ProtectedDisk(str(disk["name"]), str(disk["device"])) for disk in fields["disks"]),
+            created_ns=int(fields["created_ns"]),
+            method="drive-mirror" if fields["method"] == "drive-mirror" else "blockdev-mirror",
+            wait=bool(fields["wait"]),
+            guest_agent=None if fields["guest_agent"] is None else str(fields["guest_agent"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(
+            f"the catalog's row {found.id} of a protected VM cannot be read: {error}",
+            hint="cdp protect VM again writes it anew",
+        ) from None
+
+
+def _read_connection(value: Mapping[str, Any]) -> Connection:
+    if "qmp" in value:
+        return QmpSocket(str(value["qmp"]))
+    return LibvirtDomain(str(value["libvirt"]), str(value["domain"]))
+
+
+def find(catalog: Catalog, vm: str) -> ProtectedVm | None:
+    """The protected VM of this name."""
+    found = catalog.row("vms", row_id(vm))
+    return None if found is None else read(found)
+
+
+def all_of(catalog: Catalog) -> list[ProtectedVm]:
+    """Every protected VM, by name; CorruptError."""
+    return sorted(map(read, catalog.rows("vms").values()), key=lambda vm: vm.name)
