@@ -114,6 +114,11 @@ def _instant(near: Position, instant: Instant) -> Position:
     return Position(near.interval, near.segment, instant.seq, instant.time_ns)
 
 
+def _slot_s(every_ns: int) -> int:
+    """Whole seconds that share a recovery point: the index has one row a second."""
+    return max(1, -(-every_ns // SECOND_NS))
+
+
 def _point(row: PointRow) -> Point:
     grade = Grade(row.grade)
     size = row.payload_bytes
@@ -202,13 +207,19 @@ class Timeline:
         until_ns: int | None = None,
         kind: str | None = None,
         limit: int | None = None,
+        every_ns: int = SECOND_NS,
     ) -> list[Point]:
-        """Points in [since, until], oldest first; with `limit` the newest of them."""
+        """Points in [since, until], oldest first; with `limit` the newest of them.
+
+        Recovery points come one for each whole `every_ns` that is over, as many seconds as that is rounded up.
+        """
         if self.journal.empty:
             return []
         self.journal.newest()
         until = now_ns if until_ns is None else until_ns
-        span = (since_ns // SECOND_NS, min(until // SECOND_NS + 1, now_ns // SECOND_NS))
+        slot_s = _slot_s(every_ns)
+        first, last = since_ns // SECOND_NS // slot_s, until // SECOND_NS // slot_s
+        span = (first * slot_s, min(last + 1, now_ns // SECOND_NS // slot_s) * slot_s)
         rows: dict[int, PointRow] = {}
         named: list[Point] = []
         base_points = [p for p in self._base_points() if since_ns <= p.time_ns <= until]
@@ -218,14 +229,16 @@ class Timeline:
             first_seq = self.journal.first_reader(interval).first_seq
             if started <= until // SECOND_NS:
                 found, controls = self._interval(interval, *span)
-                # One second may lie in several intervals: it is one point all the same.
-                rows |= {r.second: merge_rows(r, rows[r.second]) if r.second in rows else r for r in found}
+                # Seconds, the newest first: those of one slot are one point, also from several intervals.
+                for row in reversed(found):
+                    slot = row.second // slot_s
+                    rows[slot] = merge_rows(row, rows[slot]) if slot in rows else row
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
             points = named + [_point(r) for r in rows.values() if since_ns <= r.last_time_ns <= until]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
             enough = started < span[0] or (limit is not None and len(wanted) + len(held) >= limit)
-            if enough and started < min(rows, default=started + 1):
+            if enough and started // slot_s < min(rows, default=started // slot_s + 1):
                 break
         if kind in (None, "bp"):
             wanted += base_points
@@ -248,28 +261,29 @@ class Timeline:
             for n in nodes(self.history.directory)
         ]
 
-    def count(self, *, now_ns: int) -> int:
-        """Recovery points held."""
+    def count(self, *, now_ns: int, every_ns: int = SECOND_NS) -> int:
+        """Recovery points held, as `points` lists them."""
         if self.journal.empty:
             return 0
         self.journal.newest()
-        total, before = 0, -1
+        total, before, slot_s = 0, -1, _slot_s(every_ns)
         for interval in self.journal.intervals:
-            held, first, last = self._count(interval, now_ns // SECOND_NS)
+            held, first, last = self._count(interval, now_ns // SECOND_NS // slot_s, slot_s)
             if held:
                 total += held - (first == before)
                 before = last
         return total
 
-    def _count(self, interval: int, end_second: int) -> tuple[int, int, int]:
-        """(rows, first second, last second) of one interval; a whole closed one costs the same whatever it holds."""
+    def _count(self, interval: int, end_slot: int, slot_s: int) -> tuple[int, int, int]:
+        """(slots, the first, the last) of one interval; a whole closed one costs no look at its rows."""
         for snapshot in self._snapshots(interval):
             whole = snapshot is not None and snapshot.indexed >= self._last_seq(interval)
             if whole and interval != self.journal.intervals[-1]:
                 assert snapshot is not None
-                return snapshot.point_count()
-        rows = self._interval(interval, 0, end_second)[0]
-        return (len(rows), rows[0].second, rows[-1].second) if rows else (0, 0, 0)
+                return snapshot.point_count() if slot_s == 1 else snapshot.slot_count(slot_s, end_slot)
+        rows = self._interval(interval, 0, end_slot * slot_s)[0]
+        slots = {row.second // slot_s for row in rows}
+        return (len(slots), min(slots), max(slots)) if slots else (0, 0, 0)
 
     # -- WHEN ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,12 @@
-"""Points as the index and the header log tell them: names that look like something else."""
+"""Points as the index and the header log tell them: names that look like something else, and how dense they are listed."""
+
+import time
+from pathlib import Path
 
 import pytest
 
 from tests.core import INDEXER, SECOND_NS, World, scratch
+from tests.test_service import Server, pattern, write
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -23,3 +27,60 @@ def test_a_bookmark_of_any_length_is_listed_and_found(name: str, indexed: bool) 
             position = points.bookmark(name)
             assert position is not None and position.seq == disk.marks[name]
         world.close()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_recovery_points_are_listed_no_denser_than_asked(indexed: bool) -> None:
+    """One a slot, its newest second, with what happened in all of it; over a cut and in windows as well."""
+    with scratch() as path:
+        world = World(path)
+        disk = world.add(1 << 20)
+        disk.write(0, b"x" * 4096)
+        disk.synced()
+        start_ns = world.now_ns // (60 * SECOND_NS) * 60 * SECOND_NS + 60 * SECOND_NS
+        for second in range(25):
+            world.now_ns = start_ns + second * SECOND_NS + 7
+            disk.write(0, second.to_bytes(2, "big") * 2048)
+            if second == 12:
+                disk.cut()
+        if indexed:
+            INDEXER.call("drain", disk.directory, world.boot)
+        every_ns = 10 * SECOND_NS
+        now_ns = start_ns + 25 * SECOND_NS
+        with disk.points() as points:
+
+            def listed(**more: int) -> list[tuple[int, int]]:
+                found = points.points(now_ns=now_ns, kind="rp", every_ns=every_ns, **more)
+                return [((point.time_ns - start_ns) // SECOND_NS, point.records) for point in found]
+
+            # The slot that begins at 20 s is not over.
+            assert listed() == [(9, 10), (19, 10)]
+            assert listed(limit=1) == listed(since_ns=start_ns + 10 * SECOND_NS) == [(19, 10)]
+            assert listed(until_ns=start_ns + 12 * SECOND_NS) == [(9, 10)]
+            assert listed(since_ns=start_ns + 9 * SECOND_NS, until_ns=start_ns + 9 * SECOND_NS + 7) == [
+                (9, 10)
+            ]
+            assert points.count(now_ns=now_ns, every_ns=every_ns) == 2
+            # Not a whole number of seconds: never denser than that.
+            assert len(points.points(now_ns=now_ns, kind="rp", every_ns=every_ns - 1)) == 2
+            assert points.count(now_ns=now_ns) == len(points.points(now_ns=now_ns, kind="rp")) == 25
+        world.close()
+
+
+def test_the_policy_says_how_dense_recovery_points_are_listed(short_path: Path) -> None:
+    """Over the API, whole and in pages, and as a disk's figure."""
+    with Server(short_path / "s") as server:
+        uri = server.add()
+        server.post("/v1/disks/d:synced", write_blocking=True)
+        for number in range(4):
+            write(uri, pattern(number))
+            time.sleep(0.8)
+
+        def counts() -> list[int]:
+            paged = server.get("/v1/disks/d:points?kind=rp&page_size=100")["items"]
+            listed = server.get("/v1/disks/d:points?kind=rp")
+            return [len(paged), len(listed), server.get("/v1/disks/d")["points"]]
+
+        assert min(counts()) >= 3
+        server.request("PATCH", "/v1/policies/d", {"rp_every": "1h", "bp_every": "1h"})
+        assert max(counts()) <= 1, "one an hour, once that is over"

@@ -179,6 +179,12 @@ class Snapshot:
         rows = int(self.txn.stat(self.file.points)["entries"])
         return rows, first, int.from_bytes(cursor.key(), "big")
 
+    def slot_count(self, slot_s: int, end_slot: int) -> tuple[int, int, int]:
+        """(slots of so many seconds before `end_slot` that have rows, the first, the last); zeros without any."""
+        keys = self.txn.cursor(db=self.file.points).iternext(keys=True, values=False)
+        slots = {slot for key in keys if (slot := int.from_bytes(key, "big") // slot_s) < end_slot}
+        return (len(slots), min(slots), max(slots)) if slots else (0, 0, 0)
+
     def controls(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """(seq, time, message) of every control record, ascending."""
         cursor = self.txn.cursor(db=self.file.control)

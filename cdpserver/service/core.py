@@ -6,23 +6,23 @@ import json
 import socket
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
 from cdpserver import messages, progress, timeline
-from cdpserver.catalog import Catalog, Entry
+from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
-from cdpserver.errors import BrokenError, NotFoundError, RemovedError
+from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RemovedError
 from cdpserver.events import EventLog
 from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
 from cdpserver.points import Timeline as Points
 from cdpserver.retention import policies
-from cdpserver.retention.policy import Policy
+from cdpserver.retention.policy import Policy, combine
 from cdpserver.service import processes
 from cdpserver.service.control import Targets
 from cdpserver.state import StateDir
@@ -102,6 +102,14 @@ class Core:
     def policy(self, entry: Entry) -> Policy:
         """The policy of a disk as it is now. For threads."""
         return policies.effective(self.catalog, self.config, entry).policy
+
+    def rp_every_ns(self, entry: Entry, rows: Mapping[str, Row] | None = None) -> int:
+        """How far apart a disk's recovery points are listed; `rows` saves reading the policies again. For threads."""
+        try:
+            found = self.catalog.rows("policies") if rows is None else rows
+            return combine(policies.layers(found, self.config, entry)).policy.rp_every_ns
+        except CorruptError:
+            return self.config.policy_rp_every_ns  # what cannot be read keeps nobody from seeing points
 
     def resolve(self, entry: Entry, when: When) -> tuple[Position, int]:
         """(place of an instant, size of the disk then). For threads."""

@@ -147,7 +147,8 @@ class Disks:
         status = await self._status()
 
         def collect() -> list[dict[str, Any]]:
-            return [facts.describe(self._core, entry, status) for entry in entries.values()]
+            rows = self._core.catalog.rows("policies")
+            return [facts.describe(self._core, entry, status, rows) for entry in entries.values()]
 
         return await self._core.thread(collect)
 

@@ -1,10 +1,11 @@
 """What the service says of a disk: from the target while it has the disk open, else from its files."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from cdpserver import durable, timeline
-from cdpserver.catalog import Entry
+from cdpserver.catalog import Entry, Row
 from cdpserver.errors import CdpError
 from cdpserver.journal import recovery
 from cdpserver.journal.control import Grade
@@ -21,8 +22,13 @@ UNSEALED = 2
 """Segments at the end of a journal whose logs may be allocated further than they are filled."""
 
 
-def describe(core: Core, entry: Entry, open_disks: dict[str, Any]) -> dict[str, Any]:
-    """One disk or fork as the API shows it; `open_disks` is what the target says of those. For threads."""
+def describe(
+    core: Core, entry: Entry, open_disks: dict[str, Any], policies: Mapping[str, Row] | None = None
+) -> dict[str, Any]:
+    """One disk or fork as the API shows it; `open_disks` is what the target says of those. For threads.
+
+    `policies` are the rows of that table, for who asks of many disks.
+    """
     try:
         found = timeline.load(core.state.timeline(entry.id))
     except CdpError as error:
@@ -38,7 +44,8 @@ def describe(core: Core, entry: Entry, open_disks: dict[str, Any]) -> dict[str, 
             facts |= open_disks.get(found.full_name) or closed_status(history)
             facts["size"] = history.size
             facts["journal_bytes"] = journal_bytes(history.journal)
-            facts["points"] = Points(history).count(now_ns=core.clock.now_ns())
+            every_ns = core.rp_every_ns(entry, policies)
+            facts["points"] = Points(history).count(now_ns=core.clock.now_ns(), every_ns=every_ns)
         finally:
             history.close()
     except CdpError as error:

@@ -73,13 +73,16 @@ class Instants:
         found: list[Point] = []
         # A second has one recovery point: a window of as many seconds as points are wanted is never far too large.
         width_ns = count * SECOND_NS
+        every_ns = self._core.rp_every_ns(entry)
         with self._core.points(entry) as points:
             if points.journal.empty:
                 return []
             start_ns = max(start_ns, points.journal.first().time_ns)
             while len(found) < count and start_ns <= end_ns:
                 stop_ns = min(start_ns + width_ns, end_ns)
-                window = points.points(now_ns=now_ns, since_ns=start_ns, until_ns=stop_ns, kind=kind)
+                window = points.points(
+                    now_ns=now_ns, since_ns=start_ns, until_ns=stop_ns, kind=kind, every_ns=every_ns
+                )
                 found += [point for point in window if after is None or _key(point) > after[1:]]
                 start_ns, width_ns = stop_ns + 1, 2 * width_ns
         return self._shown(entry, found[:count], now_ns)
@@ -94,8 +97,11 @@ class Instants:
         now_ns = self._core.clock.now_ns()
         since_ns = self._time(entry, since, now_ns) if since is not None else 0
         until_ns = self._time(entry, until, now_ns) if until is not None else None
+        every_ns = self._core.rp_every_ns(entry)
         with self._core.points(entry) as points:
-            found = points.points(now_ns=now_ns, since_ns=since_ns, until_ns=until_ns, kind=kind, limit=limit)
+            found = points.points(
+                now_ns=now_ns, since_ns=since_ns, until_ns=until_ns, kind=kind, limit=limit, every_ns=every_ns
+            )
         return self._shown(entry, found, now_ns)
 
     def _time(self, entry: Entry, text: str, now_ns: int) -> int:
