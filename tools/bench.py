@@ -16,7 +16,7 @@ from rich.console import Console
 from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
-from tools.measure import costs, idle, machine, many, opening, reads, result, workers, writes
+from tools.measure import chains, costs, idle, machine, many, opening, reads, result, workers, writes
 from tools.measure.context import QUICK, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
@@ -25,6 +25,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "write-4k": writes.random_4k,
     "write-1m": writes.sequential_1m,
     "read-4k": reads.random_4k,
+    "read-chain": chains.read_4k,
     "open": opening.first_byte,
     "zero": costs.zero,
     "remirror": costs.remirror,

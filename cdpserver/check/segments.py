@@ -372,7 +372,7 @@ class SegmentCheck:
         before = reader.header.carry.size or (self.timeline.size if self.timeline is not None else 0)
         if size <= before:
             self._say(f"record {seq} lets the disk shrink from {before} to {size} bytes", seq=seq, extents=())
-        if seq != reader.first_seq:
+        if seq != reader.seq_of(0):
             self._say(f"record {seq} lets the disk grow in the middle of a segment", seq=seq, extents=())
 
     def _damaged_payloads(self, reader: SegmentReader, bad: npt.NDArray[np.void]) -> None:

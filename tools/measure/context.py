@@ -19,6 +19,8 @@ class Sizes:
     sequential: int = 768 * MIB
     read_disk: int = 256 * MIB
     read_seconds: float = 2.0
+    chain_disk: int = 64 * MIB
+    chains: tuple[int, ...] = (1, 32, 72, 128)
     records: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     openings: int = 5
     zero_disk: int = TIB
@@ -38,6 +40,8 @@ QUICK = Sizes(
     sequential=64 * MIB,
     read_disk=16 * MIB,
     read_seconds=0.5,
+    chain_disk=4 * MIB,
+    chains=(1, 5),
     records=(500, 5_000),
     openings=2,
     zero_disk=16 * GIB,

@@ -39,11 +39,12 @@ class Ours:
         self.client = server.client
 
     @contextlib.contextmanager
-    def disk(self, size: int) -> Iterator[str]:
-        """A disk whose history is open; its name. Removed at the end."""
+    def disk(self, size: int, *, declared: bool = True) -> Iterator[str]:
+        """A disk whose history is open, or (not `declared`) before its first copy; its name. Removed at the end."""
         name = f"bench{next(_numbers)}"
         self.client.add_disk(name, size=size, vm=None, base=None)
-        self.declare(name)
+        if declared:
+            self.declare(name)
         try:
             yield name
         finally:
