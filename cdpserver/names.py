@@ -114,10 +114,11 @@ class DiskExport:
 
 @dataclass(frozen=True, slots=True)
 class PointExport:
-    """`NAME@WHEN`: the disk as it was."""
+    """`NAME@WHEN`: the disk as it was; with `/p3` or `/lv/VG/LV` after it, a partition or logical volume of it."""
 
     name: str
     when: When
+    volume: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +364,8 @@ def parse_export(text: str) -> Export:
     disk, _, when = text.partition("@")
     if when.startswith("delta:"):
         return DeltaExport(check_disk_name(disk), _parse_number(when[6:], whole=text))
-    return PointExport(*parse_point(text))
+    point, volume = split_volume(text)
+    return PointExport(*parse_point(point), volume)
 
 
 def format_export(export: Export) -> str:
@@ -371,7 +373,7 @@ def format_export(export: Export) -> str:
     match export:
         case DiskExport(name):
             return name
-        case PointExport(name, when):
-            return f"{name}@{format_when(when)}"
+        case PointExport(name, when, volume):
+            return f"{name}@{format_when(when)}" + ("" if volume is None else f"/{volume}")
         case DeltaExport(name, number):
             return f"{name}@delta:{number}"

@@ -1,6 +1,7 @@
 """nbdkit plugin: the time machine. Any instant of any timeline, read-only, by export name.
 
     DISK@WHEN      a view; WHEN as an operator writes it, resolved once per connection
+    DISK@WHEN/p3   a partition of it; DISK@WHEN/lv/VG/LV a logical volume
     DISK@delta:N   what changed for base point N: unchanged ranges are holes, so `qemu-img convert -B` skips them
 
 A view never reports a hole without zero: QEMU's mirror would copy zeros over data. Only the delta does, under its own name.
@@ -9,6 +10,8 @@ A view never reports a hole without zero: QEMU's mirror would copy zeros over da
 import builtins
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.errors import CdpError, NotFoundError
+from cdpserver.files.browser import Browser
 from cdpserver.held import hold, open_history
 from cdpserver.leases import Lease
 from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
@@ -26,6 +30,7 @@ from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
 from cdpserver.view.view import View
+from cdpserver.view.volume import Part, VolumeView
 from nbdplugin import serving, thread_state
 
 API_VERSION = 2
@@ -33,18 +38,22 @@ API_VERSION = 2
 MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
 
+KEPT_MAPS = 64
+"""Maps of volumes kept: a client with several connections has its point parsed once."""
+
 _state_dir = ""
 _alone = False
 _state: StateDir | None = None
 _catalog: Catalog | None = None
 _log: events.EventLog | None = None
+_maps: OrderedDict[tuple[str, int, str], Sequence[Part]] = OrderedDict()
 
 
 @dataclass
 class Export:
     """One connection's view, the histories that it holds, and whether another connection would see the same instant."""
 
-    view: View | Delta
+    view: View | VolumeView | Delta
     histories: builtins.list[History]
     name: str
     absolute: bool
@@ -130,13 +139,32 @@ def _open(text: str) -> Export:
         position, lease = hold(history, export.when, now_ns)
         absolute = isinstance(export.when, Seq)
         try:
-            view = View(history, position.seq)
+            view = _view(history, position.seq, export.volume)
         except BaseException:
             lease.close()
             raise
         return Export(view, [history], text, absolute=absolute, lock=threading.Lock(), lease=lease)
     except BaseException:
         history.close()
+        raise
+
+
+def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
+    view = View(history, seq)
+    if volume is None:
+        return view
+    try:
+        # Tables are a guest's, and this process serves everybody: another one parses them.
+        key = (history.timeline.id, seq, volume)
+        parts = _maps.get(key)
+        if parts is None:
+            with Browser(view) as browser:
+                parts = _maps[key] = browser.parts(volume)
+            while len(_maps) > KEPT_MAPS:
+                _maps.popitem(last=False)
+        return VolumeView(view, parts)
+    except BaseException:
+        view.close()
         raise
 
 

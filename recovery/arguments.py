@@ -12,6 +12,12 @@ def point(text: str) -> str:
     return text
 
 
+def place(text: str) -> str:
+    """`DISK@WHEN`, `DISK@WHEN/p2` or `DISK@WHEN/lv/VG/LV`"""
+    names.parse_point(names.split_volume(text)[0])
+    return text
+
+
 def when(text: str) -> str:
     """`WHEN`"""
     names.parse_when(text)
@@ -37,6 +43,17 @@ def take_point(*commands: ArgumentParser, help: str | None = None) -> None:
     """Each of them is about one point."""
     for command in commands:
         command.add_argument("point", metavar="DISK@WHEN", type=point, help=help)
+
+
+def take_place(*commands: ArgumentParser) -> None:
+    """Each of them is about a point, or about one volume in it."""
+    for command in commands:
+        command.add_argument(
+            "point",
+            metavar="DISK@WHEN",
+            type=place,
+            help="and where there are several: /p2 or /lv/VG/LV after it",
+        )
 
 
 def take_yes(*commands: ArgumentParser) -> None:

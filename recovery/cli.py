@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
-from recovery.arguments import count, take_disk, take_point, take_yes, when
+from recovery.arguments import count, take_disk, take_place, take_point, take_yes, when
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files
 from recovery.output import printable
@@ -155,10 +155,10 @@ def _add_points(commands: Commands) -> None:
     uri = commands.leaf(
         "uri",
         lazy("remote", "uri"),
-        "Print the NBD URI of a point: always of that same instant, however often it is opened.",
+        "Print the NBD URI of a point, or of a volume in it: always of the same instant, however often opened.",
         "nbdinfo $(cdp uri web/vda@-90s)",
     )
-    take_point(uri)
+    take_place(uri)
 
 
 def _add_fork(commands: Commands) -> None:

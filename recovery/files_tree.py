@@ -4,16 +4,11 @@ import argparse
 
 from cdpserver import names
 from cdpserver.errors import UsageError
+from recovery.arguments import take_place
 from recovery.tree import Commands, lazy
 
 PREVIEW_BYTES = 4096
 MAX_PREVIEW = 64 << 10
-
-
-def _place(text: str) -> str:
-    point, _ = names.split_volume(text)
-    names.parse_point(point)
-    return text
 
 
 def _newer(text: str) -> str:
@@ -90,12 +85,7 @@ def add_files(commands: Commands) -> None:
 
 
 def _add_place(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
-    command.add_argument(
-        "point",
-        metavar="DISK@WHEN",
-        type=_place,
-        help="and where there are several: /p2 or /lv/VG/LV after it",
-    )
+    take_place(command)
     command.add_argument(
         "path",
         metavar="FILE",

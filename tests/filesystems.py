@@ -205,3 +205,33 @@ def disk_with(*parts: bytes, label: str = "gpt") -> bytes:
     for place, part in zip(places, parts, strict=True):
         held[place : place + len(part)] = part
     return bytes(held)
+
+
+def disk_with_lvm(image: Path, root: bytes) -> bytes:
+    """A disk of 400 MiB that is a physical volume, as root: `root` of 96 MiB in two pieces that are not neighbours, and `other`.
+
+    Devices are only ever made of the test's own file.
+    """
+    with open(image, "wb") as file:
+        file.truncate(400 << 20)
+    device = run("losetup", "-f", "--show", image).decode().strip()
+    options = (
+        "--driverloaded",
+        "n",
+        "--config",
+        f'devices {{ filter=["a|^{device}$|","r|.*|"] scan_lvs=0 use_devicesfile=0 }}',
+    )
+    create = ("lvcreate", *options, "-an", "-Zn", "-Wn")
+    try:
+        run("pvcreate", *options, "-q", device)
+        run("vgcreate", *options, "-q", "cdpfiles", device)
+        run(*create, "-L", "32M", "-n", "root", "cdpfiles")
+        run(*create, "-L", "16M", "-n", "other", "cdpfiles")
+        run("lvextend", *options, "-L", "+64M", "cdpfiles/root")
+        run("sync")
+    finally:
+        run("losetup", "-d", device)
+    held = bytearray(image.read_bytes())
+    held[(1 << 20) : (33 << 20)] = root[: 32 << 20].ljust(32 << 20, b"\0")
+    held[(49 << 20) : (113 << 20)] = root[32 << 20 :].ljust(64 << 20, b"\0")
+    return bytes(held)

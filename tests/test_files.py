@@ -254,6 +254,7 @@ def test_partitions(label: str, ext4: Path, plain: Path, tmp_path: Path) -> None
         assert [(volume.name, volume.holds) for volume in browser.volumes()] == [
             ("p1", ""), ("p2", "fat"), ("p3", "ext"),
         ]  # fmt: skip
+        assert [volume.size for volume in browser.volumes()] == [1 << 20, len(fat), ext4.stat().st_size]
         with pytest.raises(UsageError, match="p2, p3"):
             browser.choose(None)
         assert len(make.content_of(browser, "p3", b"/large")) == 2_000_000
@@ -265,31 +266,9 @@ def test_partitions(label: str, ext4: Path, plain: Path, tmp_path: Path) -> None
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="lvm wants a block device: a loop device needs root")
 def test_logical_volumes(ext4: Path, tmp_path: Path) -> None:
-    """In two pieces that are not neighbours, and in stripes; devices are only ever made of the test's own file."""
-    image = tmp_path / "disk"
-    with open(image, "wb") as file:
-        file.truncate(400 << 20)
-    device = make.run("losetup", "-f", "--show", image).decode().strip()
-    options = (
-        "--driverloaded",
-        "n",
-        "--config",
-        f'devices {{ filter=["a|^{device}$|","r|.*|"] scan_lvs=0 use_devicesfile=0 }}',
-    )
-    create = ("lvcreate", *options, "-an", "-Zn", "-Wn")
-    try:
-        make.run("pvcreate", *options, "-q", device)
-        make.run("vgcreate", *options, "-q", "cdpfiles", device)
-        make.run(*create, "-L", "32M", "-n", "root", "cdpfiles")
-        make.run(*create, "-L", "16M", "-n", "other", "cdpfiles")
-        make.run("lvextend", *options, "-L", "+64M", "cdpfiles/root")
-        make.run("sync")
-    finally:
-        make.run("losetup", "-d", device)
-    held = bytearray(image.read_bytes())
-    held[(1 << 20) : (33 << 20)] = ext4.read_bytes()[: 32 << 20]
-    held[(49 << 20) : (81 << 20)] = ext4.read_bytes()[32 << 20 :]
-    with Browser(ImageDisk(bytes(held))) as browser:
+    """In two pieces that are not neighbours."""
+    held = make.disk_with_lvm(tmp_path / "disk", ext4.read_bytes())
+    with Browser(ImageDisk(held)) as browser:
         assert [(v.name, v.holds) for v in browser.volumes()] == [
             ("", "lvm"), ("lv/cdpfiles/other", ""), ("lv/cdpfiles/root", "ext"),
         ]  # fmt: skip

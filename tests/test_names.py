@@ -285,6 +285,8 @@ def test_exports() -> None:
     assert names.parse_export("web/vda") == DiskExport("web/vda")
     assert names.parse_export("vda@bp:3") == PointExport("vda", BasePoint(3))
     assert names.parse_export("vda@delta:3") == DeltaExport("vda", 3)
+    assert names.parse_export("vda@bp:3/p2") == PointExport("vda", BasePoint(3), "p2")
+    assert names.parse_export("web/vda@latest/lv/vg0/a+b") == PointExport("web/vda", Latest(), "lv/vg0/a+b")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,9 @@ def test_exports() -> None:
         "a@delta:-1",
         "a@delta:1@2",
         "a@b@c",
+        "a@latest/p0",
+        "a@latest/lv/vg",
+        "a@delta:1/p1",
         "a/b/c",
         "x" * 300,
         "x" * 5000,
@@ -312,7 +317,7 @@ def test_what_is_no_export_is_refused(text: str) -> None:
 @given(
     st.one_of(
         st.builds(DiskExport, disk_names),
-        st.builds(PointExport, disk_names, whens),
+        st.builds(PointExport, disk_names, whens, st.sampled_from((None, "p3", "lv/vg0/root"))),
         st.builds(DeltaExport, disk_names, numbers),
     )
 )

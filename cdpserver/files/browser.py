@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from cdpserver import messages
-from cdpserver.errors import BrokenError, CorruptError, UsageError
+from cdpserver.errors import BrokenError, CorruptError, RefusedError, UsageError
 from cdpserver.files.formats.base import FILE_SYSTEMS, HOLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 ANSWER_S = 60.0
 """How long the worker may take for one answer; a batch of a list takes a tenth of a second."""
+
+MAX_PARTS = 1 << 18
+"""Of a volume: 16 GiB in stripes of 64 KiB. A linear one has a handful."""
 
 CHUNK = 1 << 20
 """Content comes in pieces of this size."""
@@ -141,6 +144,22 @@ class Browser:
     def open(self, volume: str) -> list[str]:
         """Open the file system of a volume; remarks for the operator."""
         return [str(remark) for remark in self._ask("open", volume=volume)["remarks"]]
+
+    def parts(self, volume: str) -> list[tuple[int, int, int]]:
+        """Where a volume lies: (start, end, place on the disk), in order, without gaps. RefusedError for too many parts."""
+        found: list[tuple[int, int, int]] = []
+        at = 0
+        for start, end, place in self._all("map", volume=volume):
+            if start != at or end <= start or not 0 <= place <= place + end - start <= self._disk.size:
+                raise CorruptError("the map of the volume is wrong")
+            if len(found) == MAX_PARTS:
+                raise RefusedError(
+                    f"{volume} lies in more than {MAX_PARTS} parts",
+                    hint="its files can be read: cdp file ls",
+                )
+            found.append((start, end, place))
+            at = end
+        return found
 
     def entries(self, volume: str, path: bytes) -> Iterator[File]:
         """What is in a directory, or the file itself; as it comes, in no order."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dissect.volume.disk.disk import Disk
+from dissect.volume.disk.schemes import GPT
 from dissect.volume.exceptions import Error as VolumeError
 from dissect.volume.lvm.physical import LVM2Device, parse_metadata
 
@@ -101,10 +102,12 @@ def _partitions(disk: Reader) -> Iterator[Volume]:
             continue
         kinds = sorted(table.partitions[:MAX_PARTITIONS], key=_number)
         for partition in kinds:
-            if partition.type in _EXTENDED or partition.size <= 0 or partition.offset >= disk.size:
+            # dissect leaves out the last sector of a GPT's partition, whose table names it inclusively.
+            size = partition.size + (sector if isinstance(partition.disk, GPT) else 0)
+            if partition.type in _EXTENDED or size <= 0 or partition.offset >= disk.size:
                 continue
-            reader = Part(disk, partition.offset, partition.size)
-            note = "" if reader.size == partition.size else "it goes on behind the end of the disk"
+            reader = Part(disk, partition.offset, size)
+            note = "" if reader.size == size else "it goes on behind the end of the disk"
             yield Volume(f"p{partition.number}", reader, recognise(reader), note)
         return
 

@@ -25,14 +25,14 @@ from typing import Any
 import imagesize
 
 from cdpserver import messages
-from cdpserver.errors import CdpError, CorruptError, NotFoundError
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.files import sandbox
 from cdpserver.files.fetch import DAMAGED
 from cdpserver.files.formats.base import HOLE, OPAQUE
 from cdpserver.files.journal import journal_replayed
 from cdpserver.files.source import Cached, Reader
 from cdpserver.files.tree import Found, Tree, matcher, open_tree, preload, reason
-from cdpserver.files.volumes import Volume, find_volumes
+from cdpserver.files.volumes import FORK, Volume, find_volumes
 
 BATCH_ITEMS = 512
 BATCH_SECONDS = 0.1
@@ -86,6 +86,7 @@ class Worker:
         self._ops: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "volumes": self._list_volumes,
             "open": self._open,
+            "map": self._map,
             "entries": self._entries,
             "walk": self._walk,
             "find": self._find,
@@ -122,17 +123,28 @@ class Worker:
         ]
         return {"volumes": rows}
 
+    def _volume(self, name: str) -> Volume:
+        volume = next((volume for volume in self._found() if volume.name == name), None)
+        if volume is None:
+            names = ", ".join(volume.name for volume in self._found() if volume.name)
+            raise NotFoundError(
+                f"the disk has no {name}" if name else "the disk is not one file system",
+                hint=f"there are {names}" if names else "it has no partitions: name the disk alone",
+            )
+        return volume
+
+    def _map(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Where a volume lies, whatever it holds."""
+        volume = self._volume(request["volume"])
+        if not volume.reader.size or "volume groups" in volume.note:
+            raise RefusedError(f"{volume.name} {volume.note or 'is empty'}", hint=FORK)
+        return self._begin(volume.reader.places(0, volume.reader.size))
+
     def _tree(self, request: dict[str, Any]) -> Tree:
         name = request["volume"]
         tree = self._trees.get(name)
         if tree is None:
-            volume = next((volume for volume in self._found() if volume.name == name), None)
-            if volume is None:
-                names = ", ".join(volume.name for volume in self._found() if volume.name)
-                raise NotFoundError(
-                    f"the disk has no {name}" if name else "the disk is not one file system",
-                    hint=f"there are {names}" if names else "it has no partitions: name the disk alone",
-                )
+            volume = self._volume(name)
             reader, remarks = journal_replayed(volume.reader, volume.holds)
             tree = self._trees[name] = open_tree(volume, reader, remarks)
         return tree

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cdpserver import messages, progress, timeline
+from cdpserver import messages, names, progress, timeline
 from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
@@ -139,9 +139,9 @@ class Core:
             return {"uri": unix}
         return {"uri": tcp_uri(entry.name, self.config.listen), "uri_unix": unix}
 
-    def point_uris(self, name: str, seq: int) -> dict[str, str]:
-        """Where a point is read; absolute, so that a second connection sees the same instant."""
-        export = f"{name}@seq:{seq}"
+    def point_uris(self, name: str, seq: int, volume: str | None = None) -> dict[str, str]:
+        """Where a point, or a volume of it, is read; absolute, so that a second connection sees the same instant."""
+        export = names.format_export(names.PointExport(name, names.Seq(seq), volume))
         unix = unix_uri(export, str(self.state.export_socket))
         if self.config.listen_export is None:
             return {"uri": unix}

@@ -138,8 +138,12 @@ class Instants:
         return next(point.as_dict() for point in found if point.name == bookmark)
 
     async def uri(self, point: str) -> dict[str, Any]:
-        """Where `DISK@WHEN` is read: an absolute URI. The instant is durable on return, unless the disk's writer is broken."""
-        disk, when = names.parse_point(point)
+        """Where `DISK@WHEN`, or a volume of it, is read: an absolute URI.
+
+        The instant is durable on return, unless the disk's writer is broken.
+        """
+        whole, volume = names.split_volume(point)
+        disk, when = names.parse_point(whole)
         entry = self._core.entry(disk)
         position, _ = await self._core.thread(self._core.resolve, entry, when)
         try:
@@ -147,5 +151,5 @@ class Instants:
         except CdpError as error:
             # Reading what is there must work above all when writing doesn't.
             self._core.log.emit("point.not-durable", level="warning", point=point, reason=str(error))
-        uris = self._core.point_uris(disk, position.seq)
+        uris = self._core.point_uris(disk, position.seq, volume)
         return {**uris, "timeline": entry.id, "seq": position.seq, "time_ns": position.time_ns}

@@ -131,7 +131,7 @@ def build(
 
     @app.get("/v1/uri", tags=["points"], response_model=models.PointUri)
     async def point_uri(point: str) -> Response:
-        """Where DISK@WHEN is read: an absolute NBD URI, durable on return."""
+        """Where DISK@WHEN, or DISK@WHEN/p2 or DISK@WHEN/lv/VG/LV, is read: an absolute NBD URI, durable on return."""
         return await answers.one(await instants.uri(point))
 
     return app
