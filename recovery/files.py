@@ -291,6 +291,11 @@ def _text(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
+def shown_path(path: tuple[bytes, ...]) -> str:
+    """A path for a terminal; `.` for where one looked."""
+    return _text(b"/".join(path)) or "."
+
+
 def _is_utf8(name: bytes) -> bool:
     try:
         name.decode()

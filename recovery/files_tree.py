@@ -4,11 +4,16 @@ import argparse
 
 from cdpserver import names
 from cdpserver.errors import UsageError
-from recovery.arguments import take_place
+from recovery.arguments import place, take_disk, take_place, when
 from recovery.tree import Commands, lazy
 
 PREVIEW_BYTES = 4096
 MAX_PREVIEW = 64 << 10
+
+
+def _volume(text: str) -> str:
+    names.split_volume(f"d@latest/{text}")
+    return text
 
 
 def _newer(text: str) -> str:
@@ -78,6 +83,28 @@ def add_files(commands: Commands) -> None:
     )
     into.add_argument("--tar", metavar="IMAGE", help="a tar file instead; - is the standard output")
     get.add_argument("--force", action="store_true", help="replace files of the same name")
+    history = file.leaf(
+        "history",
+        lazy("files_time", "history"),
+        "List the versions of a file: from which point to which, and what changed.",
+        "cdp file history web/vda /etc/fstab --since -2d",
+    )
+    take_disk(history)
+    _add_path(history, needs_path=True)
+    history.add_argument(
+        "--volume", type=_volume, metavar="VOLUME", help="where there are several: p2 or lv/VG/LV"
+    )
+    history.add_argument("--since", metavar="WHEN", type=when, help="default: as long as there are points")
+    history.add_argument("--until", metavar="WHEN", type=when, help="default: now")
+    diff = file.leaf(
+        "diff",
+        lazy("files_time", "diff"),
+        "List the files added, removed and changed from one point to another.",
+        "cdp file diff web/vda@-1d web/vda@latest /etc",
+    )
+    take_place(diff)
+    diff.add_argument("other", metavar="DISK@WHEN", type=place, help="the point that it is compared with")
+    _add_path(diff, needs_path=False)
     for command in (ls, cat, stat, preview, find, get):
         _add_place(command, needs_path=command not in (ls, find))
     for command in (ls, preview, find):
@@ -86,6 +113,10 @@ def add_files(commands: Commands) -> None:
 
 def _add_place(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
     take_place(command)
+    _add_path(command, needs_path=needs_path)
+
+
+def _add_path(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
     command.add_argument(
         "path",
         metavar="FILE",

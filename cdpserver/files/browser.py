@@ -120,6 +120,11 @@ class Browser:
             self._process.stderr.close()
         self._process.wait()
 
+    def turn(self, disk: Disk) -> None:
+        """From here on it is about another instant; what was told before is no longer valid."""
+        self._disk = disk
+        self._ask("turn", size=disk.size)
+
     # -- what there is
 
     def volumes(self) -> list[Volume]:

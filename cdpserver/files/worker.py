@@ -77,6 +77,7 @@ class Worker:
     """Answers; what is open stays open."""
 
     def __init__(self, disk: Reader) -> None:
+        self._remote = disk
         self._disk = Cached(disk)
         self._volumes: list[Volume] | None = None
         self._trees: dict[str, Tree] = {}
@@ -96,6 +97,7 @@ class Worker:
             "read": self._read,
             "xattrs": self._xattrs,
             "image": self._image,
+            "turn": self._turn,
         }
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +111,14 @@ class Worker:
             return messages.error_fields(error)
         except Exception as error:  # noqa: BLE001 - the process's rim
             return messages.error_fields(CorruptError(f"it cannot be read: {reason(error)}", hint=DAMAGED))
+
+    def _turn(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Another instant, of which nothing is known yet."""
+        self._remote.size = request["size"]
+        self._disk, self._volumes = Cached(self._remote), None
+        for known in (self._trees, self._cursors, self._files):
+            known.clear()
+        return {}
 
     # -- volumes
 
