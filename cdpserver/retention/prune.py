@@ -30,6 +30,10 @@ from cdpserver.retention.thinning import Thinning, thinnings
 from cdpserver.state import StateDir
 from cdpserver.timeline import INTERVALS
 
+MAX_ROUNDS = 32
+"""Times that a pass makes its plan. At a cap one is not enough: the base points that stay take over what only merged ones held.
+Each drops something more, and what none has dropped the next pass does."""
+
 
 @dataclass
 class Pass:
@@ -68,15 +72,13 @@ def describe(decision: Decision) -> dict[str, Any]:
 
 
 def look(
-    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None, sizes: bool = True
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None
 ) -> tuple[Pass, dict[str, int]]:
     """What a pass would do, and how far each disk's history is shortened. Nothing is changed.
 
-    What thinning gives back takes a look at all headers; without `sizes` it is left at 0.
+    At a cap a pass can drop more than this, once it is seen how much what stays had to take over.
     """
-    if disk is not None and catalog.get(disk) is None:
-        raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
-    found, failed = gather_all(state, catalog, config, now_ns=now_ns)
+    found, failed = _gather(state, catalog, config, now_ns=now_ns, disk=disk)
     until = cutoffs(found, config.store_size_cap)
     chosen = [facts for facts in found if disk in (None, facts.disk)]
     dropped: list[Decision] = []
@@ -86,35 +88,60 @@ def look(
         for thinning in thinnings(facts, decisions):
             size = 0
             try:
-                if sizes:
-                    size = thin.estimate(state.timeline(facts.id), thinning)
+                size = thin.estimate(state.timeline(facts.id), thinning)
             except (CdpError, OSError) as error:
                 failed[facts.disk] = str(error)
             dropped.append(_thinned(thinning, size))
-    return Pass(dropped, {k: v for k, v in failed.items() if disk in (None, k)}, chosen), until
+    return Pass(dropped, failed, chosen), until
+
+
+def _gather(
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None
+) -> tuple[list[Facts], dict[str, str]]:
+    """The facts of every disk, since the store's cap is all disks' business; why there are none of some that were asked for."""
+    if disk is not None and catalog.get(disk) is None:
+        raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
+    found, failed = gather_all(state, catalog, config, now_ns=now_ns)
+    return found, {name: why for name, why in failed.items() if disk in (None, name)}
 
 
 def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None) -> Pass:
-    """Drop what the plan says; durable on return. A disk that fails is said, and the others are done."""
-    planned, until = look(state, catalog, config, now_ns=now_ns, disk=disk, sizes=False)
-    done = Pass(failed=planned.failed)
-    goes = {decision.disk for decision in planned.dropped}
-    for facts in planned.disks:
-        name = facts.disk
-        entry = catalog.get(name)
-        if entry is None or entry.state != "live":
-            continue
-        try:
-            if name not in goes:
-                _tidy(state.timeline(entry.id), now_ns)
-                done.disks.append(facts)
+    """Drop what the plan says, until it says nothing more; durable on return.
+
+    A disk that fails is said, with what was dropped of it before, and the others are done.
+    """
+    gathered, failed = _gather(state, catalog, config, now_ns=now_ns, disk=disk)
+    found = {facts.disk: facts for facts in gathered}
+    done = Pass(failed=failed)
+    left = {name for name in found if disk in (None, name)}
+    for again in range(MAX_ROUNDS):
+        until, changed = cutoffs(list(found.values()), config.store_size_cap), False
+        for name in sorted(left):
+            entry, before = catalog.get(name), len(done.dropped)
+            if entry is None or entry.state != "live":
+                left.remove(name)
                 continue
-            done.dropped += _prune_one(state, catalog, config, entry, until[name], now_ns)
-            _thin(state, catalog, config, entry, until[name], now_ns, done)
-            done.disks.append(gather(state, catalog, config, entry, now_ns=now_ns))
-        except (CdpError, OSError) as error:
-            done.failed[name] = str(error)
+            try:
+                if _goes(found[name], until[name]):
+                    _prune_one(state, catalog, config, entry, until[name], now_ns, done)
+                    _thin(state, catalog, config, entry, until[name], now_ns, done)
+                    found[name] = gather(state, catalog, config, entry, now_ns=now_ns)
+                elif not again:
+                    _tidy(state.timeline(entry.id), now_ns)
+            except (CdpError, OSError) as error:
+                done.failed[name] = str(error)
+            changed = changed or len(done.dropped) > before
+            if name in done.failed:
+                left.remove(name)
+        if not changed:
+            break
+    done.disks = [facts for name, facts in found.items() if disk in (None, name) and name not in done.failed]
     return done
+
+
+def _goes(facts: Facts, cutoff_ns: int) -> bool:
+    decisions = plan(facts, cutoff_ns)
+    return bool(drops(decisions) or thinnings(facts, decisions))
 
 
 def _tidy(directory: Path, now_ns: int) -> None:
@@ -131,7 +158,8 @@ def _prune_one(
     entry: Entry,
     cutoff_ns: int,
     now_ns: int,
-) -> list[Decision]:
+    done: Pass,
+) -> None:
     directory = state.timeline(entry.id)
     finish(directory)
     with alone(directory), leases.none_taken(directory):
@@ -141,9 +169,10 @@ def _prune_one(
         for decision in gone:
             if decision.is_interval:
                 durable.remove_tree(interval_path(directory, decision.number))
+                done.dropped.append(decision)
     for run in merges(decisions):
         chain.merge(state, catalog, entry.id, "pull", run.keep, base=run.base)
-    return gone
+        done.dropped += [decision for decision in gone if run.takes(decision)]
 
 
 def _thinned(thinning: Thinning, size: int) -> Decision:
@@ -192,6 +221,11 @@ class Run:
 
     keep: int
     base: int | None
+
+    def takes(self, decision: Decision) -> bool:
+        """Does this base point go in this merge?"""
+        below = -1 if self.base is None else self.base
+        return not decision.is_interval and below < decision.number < self.keep
 
 
 def merges(decisions: list[Decision]) -> list[Run]:
