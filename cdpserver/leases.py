@@ -32,6 +32,7 @@ class Lease:
         with _directory(timeline, fcntl.LOCK_SH) as leases:
             fd = os.open(leases / str(seq), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
+                _belongs_to(timeline, fd)
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 os.ftruncate(fd, 0)
             except BaseException:
@@ -46,6 +47,13 @@ class Lease:
             self._fd = -1
 
 
+def _belongs_to(timeline: Path, fd: int) -> None:
+    """What root makes for a reader of its own goes to the service's user, whose passes must be able to stamp and remove it."""
+    if os.geteuid() == 0:
+        owner = os.stat(timeline)
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
 @contextlib.contextmanager
 def _directory(timeline: Path, how: int) -> Iterator[Path]:
     path = timeline / DIRECTORY
@@ -53,6 +61,7 @@ def _directory(timeline: Path, how: int) -> Iterator[Path]:
         path.mkdir(mode=0o755)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _belongs_to(timeline, fd)
         fcntl.flock(fd, how)
         yield path
     finally:

@@ -27,6 +27,7 @@ from cdpserver.retention.facts import gather
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
+from tests.dying import dies_at
 from tests.islands import publish
 from tests.model import BLOCK
 from tests.test_policy import cdp
@@ -221,6 +222,32 @@ def test_a_lease_ends_with_its_process(tmp_path: Path) -> None:
     assert leases.held(tmp_path, now_ns=now_ns + GRACE_NS) == [] != os.listdir(tmp_path / leases.DIRECTORY)
     assert leases.held(tmp_path, now_ns=now_ns + GRACE_NS, tidy=True) == []
     assert os.listdir(tmp_path / leases.DIRECTORY) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a lease of another user's needs root")
+def test_leases_that_root_takes_end_for_the_service() -> None:
+    """An export that is started by hand must not keep history for ever, nor stop the passes."""
+    user = 65534
+    with scratch() as timeline:
+        os.chown(timeline, user, user)
+        lease = Lease.take(timeline, 5)
+
+        def looks() -> None:
+            os.setgid(user)
+            os.setuid(user)
+            assert leases.held(timeline, now_ns=10**18, tidy=True) == [5]
+
+        assert not dies_at(1, looks, lambda _: None)
+        lease.close()
+
+        def ends() -> None:
+            os.setgid(user)
+            os.setuid(user)
+            assert leases.held(timeline, now_ns=10**18, tidy=True) == [5]
+            assert leases.held(timeline, now_ns=10**18 + GRACE_NS, tidy=True) == []
+
+        assert not dies_at(1, ends, lambda _: None)
+        assert os.listdir(timeline / leases.DIRECTORY) == []
 
 
 def test_a_pass_killed_at_any_step_is_finished_by_the_next(
