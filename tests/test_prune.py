@@ -375,6 +375,7 @@ def test_a_disk_at_its_cap_refuses_writes_when_its_policy_says_so(short_path: Pa
             # Said again to a worker that does not know.
             os.kill(server.pids()["target-0"], signal.SIGKILL)
             cdp(server, "prune")
+            assert len(server.events("retention.cap-near")) == 1, "said once, not by each pass"
         with connected(uri) as client, pytest.raises(nbd.Error):
             client.pwrite(pattern(2), 0)
         cdp(server, "policy", "set", "d", "--size-cap", "1G")

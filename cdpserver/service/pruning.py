@@ -11,6 +11,7 @@ from cdpserver.names import format_bytes
 from cdpserver.retention.policy import REFUSE
 from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
 from cdpserver.service.core import Core
+from cdpserver.service.warned import Rising
 
 LOOK_S = 60.0
 """How often the service looks whether a pass is due."""
@@ -28,7 +29,7 @@ class Pruning:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._one = trio.Lock()
-        self._said: dict[str, int] = {}
+        self._fullness = Rising(LEVELS, fall=5)
         self._failed: dict[str, str] = {}
         self._full: dict[str, str] = {}
         self._locks_near = False
@@ -117,8 +118,7 @@ class Pruning:
 
     def _warn(self, disk: str, used: int, cap: int, at_cap: str) -> None:
         percent = used * 100 // cap
-        level = next((level for level in LEVELS if percent >= level), 0)
-        if level > self._said.get(disk, 0):
+        if self._fullness.news(disk, percent):
             then = "writes are refused then" if at_cap == REFUSE else "the oldest history goes then"
             self._core.log.emit(
                 "retention.cap-near",
@@ -127,7 +127,6 @@ class Pruning:
                 percent=percent,
                 reason=f"{format_bytes(used)} of {format_bytes(cap)}: {then}",
             )
-        self._said[disk] = level
 
     async def keep_pruning(self) -> None:
         """A pass whenever something has changed, and now and then; for ever."""

@@ -9,6 +9,7 @@ from cdpserver.nodes import published
 from cdpserver.retention.policy import CHAIN_WARNING
 from cdpserver.service.core import Core
 from cdpserver.service.merges import Merges
+from cdpserver.service.warned import Rising
 
 
 class Room:
@@ -17,6 +18,7 @@ class Room:
     def __init__(self, core: Core, merges: Merges) -> None:
         self._core = core
         self._merges = merges
+        self._long = Rising([CHAIN_WARNING], fall=CHAIN_WARNING // 8)
 
     async def check(self, entry: Entry) -> None:
         """Before somebody's own base point is cut. RefusedError at the limit."""
@@ -44,7 +46,7 @@ class Room:
             if owner is None:
                 raise RefusedError(f"timeline {pull.timeline} has no name", hint="restart cdpserver")
             await self._merges.pull(owner, pull.number, pull.base)
-        if length + 1 == CHAIN_WARNING:
+        if self._long.news(entry.id, length + 1):
             fields: dict[str, Any] = {"disk": entry.name, "length": length + 1, "limit": limit}
             core.log.emit("chain.long", level="warning", number=number, **fields)
 
