@@ -17,7 +17,7 @@ from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
 from recovery.arguments import count, take_disk, take_place, take_point, take_yes, when
 from recovery.export_tree import add_export
-from recovery.files_tree import add_files
+from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     chain_tree.add(commands)
     add_export(commands)
     add_files(commands)
+    add_mount(commands)
     _add_fork(commands)
     add_retention(commands)
     add_capacity(commands)

@@ -4,7 +4,7 @@ import argparse
 
 from cdpserver import names
 from cdpserver.errors import UsageError
-from recovery.arguments import place, take_disk, take_place, when
+from recovery.arguments import place, take_disk, take_place, take_point, when
 from recovery.tree import Commands, lazy
 
 PREVIEW_BYTES = 4096
@@ -114,6 +114,23 @@ def add_files(commands: Commands) -> None:
 def _add_place(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
     take_place(command)
     _add_path(command, needs_path=needs_path)
+
+
+def add_mount(commands: Commands) -> None:
+    """`cdp mount` and `cdp umount`."""
+    mount = commands.leaf(
+        "mount",
+        lazy("mount", "mount"),
+        "Show a point as a directory, read-only: the disk as a file, and the file systems in it.",
+        "cdp mount web/vda@-5m there",
+    )
+    take_point(mount)
+    mount.add_argument("--foreground", action="store_true", help="stay until it is unmounted")
+    umount = commands.leaf(
+        "umount", lazy("mount", "umount"), "Take such a directory away.", "cdp umount there"
+    )
+    for command in (mount, umount):
+        command.add_argument("directory", metavar="DIR", help="an empty directory")
 
 
 def _add_path(command: argparse.ArgumentParser, *, needs_path: bool) -> None:
