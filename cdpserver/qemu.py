@@ -146,10 +146,11 @@ def info(path: Path, format: str | None = None) -> ImageInfo:
     return found
 
 
-def create_overlay(path: Path, *, backing: Path, format: str, size: int) -> None:
-    """An empty QCOW2 file on `backing`, which is named relative to it."""
+def create_overlay(path: Path, *, backing: Path, format: str, size: int, subclusters: bool = True) -> None:
+    """An empty QCOW2 file on `backing`, which is named relative to it; without `subclusters` as QEMU makes it."""
     relative = os.path.relpath(backing, path.parent)
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", OPTIONS, "-b", relative, "-F", format]
+    options = ["-o", OPTIONS] if subclusters else []
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, "-b", relative, "-F", format]
     _run([*command, path.name, str(size)], doing=f"creating {path.name}", cwd=path.parent)
 
 

@@ -14,6 +14,9 @@ from recovery.remote import ask, client, on_a_terminal
 LEAST_WIDTH = 200
 """Columns of a tree in a pipe: no line of it is folded."""
 
+_LINE = {"bp", "base", "snapshot", "active"}
+"""Kinds that follow on each other in one line of history."""
+
 
 def snapshot_tree(options: Namespace) -> None:
     """The tree, from the service, or from the files when there is none."""
@@ -28,10 +31,10 @@ def snapshot_tree(options: Namespace) -> None:
     if options.json:
         answer_json(value)
     else:
-        _print(value)
+        print_tree(value)
 
 
-def _print(value: dict[str, Any]) -> None:
+def print_tree(value: dict[str, Any]) -> None:
     """A disk's base points in one column, and what stands on each of them a step to the right."""
     from rich.console import Console
     from rich.tree import Tree
@@ -41,10 +44,10 @@ def _print(value: dict[str, Any]) -> None:
         while todo:
             child = todo.pop(0)
             made = into.add(_label(child))
-            if child["kind"] == "bp":
+            if child["kind"] in _LINE:
                 # Those on the same line of history follow below; only what leaves it goes to the right.
-                todo += [above for above in child["children"] if above["kind"] == "bp"]
-                grow(made, {"children": [other for other in child["children"] if other["kind"] != "bp"]})
+                todo += [above for above in child["children"] if above["kind"] in _LINE]
+                grow(made, {"children": [other for other in child["children"] if other["kind"] not in _LINE]})
             else:
                 grow(made, child)
 
@@ -55,7 +58,9 @@ def _print(value: dict[str, Any]) -> None:
 
 
 def _label(branch: dict[str, Any]) -> str:
-    words = [f"{branch['kind']} {branch['name']}" if branch["kind"] in ("disk", "fork") else branch["name"]]
+    words = [
+        f"{branch['kind']} {branch['name']}" if branch["kind"] not in ("bp", "point") else branch["name"]
+    ]
     words.append(show_time(branch["time_ns"]))
     if branch["kind"] != "point":
         words.append(format_bytes(branch["size_bytes"]))

@@ -1,5 +1,6 @@
 """The commands about base points and their chains, as argparse knows them. Loaded by every command, so it is small."""
 
+from recovery import live_tree
 from recovery.arguments import take_disk, take_point, take_yes, when
 from recovery.tree import Commands, lazy
 
@@ -49,3 +50,4 @@ def add(commands: Commands) -> None:
     take_yes(delete, pull, commit)
     for command in (pull, commit):
         command.add_argument("--base", metavar="WHEN", type=when, help="an older base point, as bp:N")
+    live_tree.add(snapshot)

@@ -70,9 +70,9 @@ class Commands:
         )
         self._top = self.root.add_subparsers(metavar="COMMAND", title="commands")
 
-    def group(self, name: str, summary: str) -> "Group":
+    def group(self, name: str, summary: str, *, among: "Subparsers | None" = None) -> "Group":
         """A noun."""
-        parser = self._top.add_parser(
+        parser = (among or self._top).add_parser(
             name,
             help=summary,
             description=summary,
@@ -109,6 +109,11 @@ class Group:
         self._commands = commands
         self._parser = parser
         self._verbs = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
+
+    def group(self, name: str, summary: str, example: str) -> "Group":
+        """A noun below this one."""
+        self._parser.epilog = f"{self._parser.epilog}\n  {example}"
+        return self._commands.group(name, summary, among=self._verbs)
 
     def leaf(self, verb: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         """A verb of it."""

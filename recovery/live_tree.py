@@ -1,0 +1,78 @@
+"""The commands about a running VM's own snapshots, as argparse knows them. Loaded by every command, so it is small."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from recovery.arguments import take_yes
+from recovery.tree import Group, lazy
+
+_AT = "--qmp /run/web.qmp --disk vd0"
+
+
+def add(snapshot: Group) -> None:
+    """`cdp snapshot live`"""
+    live = snapshot.group(
+        "live",
+        "a running VM's own snapshots, through QEMU's monitor",
+        f"cdp snapshot live tree web {_AT}",
+    )
+    tree = live.leaf(
+        "tree",
+        lazy("live", "live_tree"),
+        "Show the chain of a disk's images as QEMU has it open, and what stands beside it.",
+        f"cdp snapshot live tree web {_AT}",
+    )
+    create = live.leaf(
+        "create",
+        lazy("live", "live_create"),
+        "Put an overlay onto each disk, at one instant: what was active is then a snapshot.",
+        f"cdp snapshot live create web {_AT} --disk vd1 --name before-upgrade",
+    )
+    commit = live.leaf(
+        "commit",
+        lazy("live", "live_commit"),
+        "Write an image into the base's file, else into the next below; it and what lies between go.",
+        f"cdp snapshot live commit web root.monday.qcow2 {_AT}",
+    )
+    pull = live.leaf(
+        "pull",
+        lazy("live", "live_pull"),
+        "Take into an image what lies between it and the base, which go; without a base, all below it.",
+        f"cdp snapshot live pull web root.friday.qcow2 {_AT} --base root.qcow2",
+    )
+    delete = live.leaf(
+        "delete",
+        lazy("live", "live_delete"),
+        "Delete a snapshot; the image above it takes what only this one held.",
+        f"cdp snapshot live delete web root.monday.qcow2 {_AT}",
+    )
+    _take_vm(tree, create, commit, pull, delete)
+    for command in (commit, pull, delete):
+        command.add_argument("node", metavar="IMAGE", help="its file's name or path, or its node's name")
+    for command in (tree, commit, pull, delete):
+        command.add_argument("--disk", required=True, metavar="DEVICE", help=_DISK)
+    create.add_argument(
+        "--disk", required=True, metavar="DEVICE", action="append", help=f"{_DISK}; repeatable"
+    )
+    create.add_argument("--name", help="a part of the new files' names (else the time)")
+    create.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where the new files go (else beside the active image)"
+    )
+    for command in (commit, pull):
+        command.add_argument("--base", metavar="IMAGE", help="an older image, which stays")
+    take_yes(commit, pull, delete)
+
+
+_DISK = "the device's id, its drive, an export's id, or a node of QEMU's"
+
+
+def _take_vm(*commands: ArgumentParser) -> None:
+    for command in commands:
+        command.add_argument("vm", metavar="VM", help="what the answer calls it")
+        command.add_argument(
+            "--qmp",
+            type=Path,
+            required=True,
+            metavar="SOCKET",
+            help="the monitor's Unix socket, held by nobody else",
+        )
