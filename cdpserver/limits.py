@@ -57,3 +57,12 @@ SEQ_JUMP = 1 << 32
 NAME_LENGTH = 64
 EXPORT_NAME_LENGTH = 4096
 """NBD's own limit for an export name."""
+
+REPLAY_LOG_BYTES = 1 << 30
+"""Changes in a file system's journal that are replayed for browsing: as large as mke2fs and mkfs.xfs make one for most disks."""
+
+REPLAY_CHANGED_BYTES = 128 << 20
+"""What replay holds in memory: a worker that reads files has little, and such a log is a matter for the kernel."""
+
+REPLAY_BLOCKS = 1 << 20
+"""Blocks written or revoked that a journal names, of which each takes some 200 bytes to remember."""

@@ -29,7 +29,7 @@ from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.files import sandbox
 from cdpserver.files.fetch import DAMAGED
 from cdpserver.files.formats.base import HOLE, OPAQUE
-from cdpserver.files.journal import journal_replayed
+from cdpserver.files.replay import journal_replayed
 from cdpserver.files.source import Cached, Reader
 from cdpserver.files.tree import Found, Tree, matcher, open_tree, preload, reason
 from cdpserver.files.volumes import FORK, Volume, find_volumes
@@ -155,8 +155,8 @@ class Worker:
         tree = self._trees.get(name)
         if tree is None:
             volume = self._volume(name)
-            reader, remarks = journal_replayed(volume.reader, volume.holds)
-            tree = self._trees[name] = open_tree(volume, reader, remarks)
+            replayed = journal_replayed(volume.reader)
+            tree = self._trees[name] = open_tree(volume, replayed.reader, list(replayed.remarks))
         return tree
 
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
