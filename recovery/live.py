@@ -30,8 +30,7 @@ def live_create(options: Namespace) -> None:
     """Overlays at one instant."""
     from cdpserver.vm.chain import command, snapshots
 
-    name = options.name or format_time(time.time_ns()).replace(":", "").replace("-", "")
-    names.check_name(name)
+    name = _name(options)
     directory = options.directory.absolute() if options.directory else None
     made = command.over(
         options.qmp,
@@ -44,6 +43,31 @@ def live_create(options: Namespace) -> None:
             answer(f"{one['snapshot']} of {one['disk']} is a snapshot; the VM writes to {one['active']}")
         if one["warning"]:
             say(f"warning: {one['warning']}")
+
+
+def _name(options: Namespace) -> str:
+    given = options.name or format_time(time.time_ns()).replace(":", "").replace("-", "")
+    return names.check_name(given)
+
+
+def live_revert(options: Namespace) -> None:
+    """Back to an older image."""
+    from cdpserver.vm.chain import command
+    from cdpserver.vm.chain.revert import revert
+
+    if not options.yes and on_a_terminal():
+        ask(f"Reset {options.vm}, with {options.disk} as it was in {options.node}?")
+    name = _name(options)
+    said = command.over(
+        options.qmp, lambda monitor: revert(monitor, options.vm, options.disk, options.node, name=name)
+    )
+    if options.json:
+        answer_json(said)
+        return
+    answer(
+        f"{said['disk']} of {said['vm']} is as in {said['snapshot']} and writes to {said['active']}; "
+        f"{said['left']} is kept. The VM is reset and stopped: start it"
+    )
 
 
 def live_commit(options: Namespace) -> None:

@@ -46,21 +46,28 @@ def add(snapshot: Group) -> None:
         "Delete a snapshot; the image above it takes what only this one held.",
         f"cdp snapshot live delete web root.monday.qcow2 {_AT}",
     )
-    _take_vm(tree, create, commit, pull, delete)
-    for command in (commit, pull, delete):
+    revert = live.leaf(
+        "revert",
+        lazy("live", "live_revert"),
+        "Give a stopped VM's disk a new overlay on an older image, and reset the VM. What it left stays as a file.",
+        f"cdp snapshot live revert web root.monday.qcow2 {_AT}",
+    )
+    _take_vm(tree, create, commit, pull, delete, revert)
+    for command in (commit, pull, delete, revert):
         command.add_argument("node", metavar="IMAGE", help="its file's name or path, or its node's name")
-    for command in (tree, commit, pull, delete):
+    for command in (tree, commit, pull, delete, revert):
         command.add_argument("--disk", required=True, metavar="DEVICE", help=_DISK)
     create.add_argument(
         "--disk", required=True, metavar="DEVICE", action="append", help=f"{_DISK}; repeatable"
     )
-    create.add_argument("--name", help="a part of the new files' names (else the time)")
+    for command in (create, revert):
+        command.add_argument("--name", help="a part of the new file's name (else the time)")
     create.add_argument(
         "--directory", type=Path, metavar="DIR", help="where the new files go (else beside the active image)"
     )
     for command in (commit, pull):
         command.add_argument("--base", metavar="IMAGE", help="an older image, which stays")
-    take_yes(commit, pull, delete)
+    take_yes(commit, pull, delete, revert)
 
 
 _DISK = "the device's id, its drive, an export's id, or a node of QEMU's"

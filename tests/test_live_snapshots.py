@@ -399,3 +399,49 @@ def test_the_limit_is_reached_in_a_running_qemu(
     assert cdp("tree", *at) == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 9 and "active root.n6.qcow2" in shown[-1]
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_stopped_vm_goes_back_and_forth(
+    short_path: Path, images: dict[str, Path], capsys: pytest.CaptureFixture[str], running: bool
+) -> None:
+    monitor, log = short_path / "m", short_path / "log"
+    machine = start(
+        [
+            *("qemu-system-x86_64", "-accel", "tcg", "-m", "64", "-nodefaults", "-no-user-config"),
+            *("-display", "none", "-qmp", f"unix:{monitor},server=on,wait=off", *([] if running else ["-S"])),
+            *("-blockdev", f"driver=qcow2,node-name=d0,file.driver=file,file.filename={images['vda']}"),
+            *("-device", "virtio-blk-pci,drive=d0,id=vd0"),
+        ],
+        log,
+    )
+    listens(machine, monitor, log)
+    at = ["--qmp", str(monitor), "--disk", "vd0"]
+
+    def write(part: str) -> None:
+        with Qmp(monitor) as qmp:
+            device = qmp.call("query-block")[0]["qdev"]
+            qmp.call("human-monitor-command", command_line=f'qemu-io -d {device} "write -P {part}"')
+
+    write("1 0 64k")
+    assert cdp("create", "web", *at, "--name", "a") == 0
+    write("2 0 64k")
+    if running:
+        assert cdp("revert", "web", "root.qcow2", *at, "--name", "b") == 3
+        assert "web is running, and its memory belongs" in capsys.readouterr().err
+        stop(machine)
+        return
+    assert cdp("revert", "web", "root.a.qcow2", *at, "--name", "b") == 3
+    for node, name in (("root.qcow2", "b"), ("root.a.qcow2", "c")):
+        assert cdp("revert", "web", node, *at, "--name", name) == 0
+        write(f"{ord(name)} 64k 64k")
+    capsys.readouterr()
+    assert cdp("tree", "web", *at, "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert [name for _, name in line(value)[1:]] == ["root.qcow2", "root.a.qcow2", "root.c.qcow2"]
+    assert [child["name"] for child in value["children"][0]["children"]] == ["root.b.qcow2", "root.a.qcow2"]
+    stop(machine)
+    directory = images["vda"].parent
+    holds(directory / "root.qcow2", "1 0 64k", "0 64k 64k")
+    holds(directory / "root.b.qcow2", "1 0 64k", "98 64k 64k")
+    holds(directory / "root.c.qcow2", "2 0 64k", "99 64k 64k")

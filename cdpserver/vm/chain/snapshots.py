@@ -67,7 +67,7 @@ async def create(
     made: list[tuple[LiveChain, Path, str]] = []
     try:
         for chain in chains:
-            path = await trio.to_thread.run_sync(_make_overlay, chain, name, directory)
+            path = await trio.to_thread.run_sync(_overlay, chain, name, directory)
             made.append((chain, path, f"cdp-{secrets.token_hex(6)}"))
         await _put_on(monitor, made)
     except CdpError:
@@ -88,9 +88,15 @@ async def create(
     ]
 
 
-def _make_overlay(chain: LiveChain, name: str, directory: Path | None) -> Path:
-    """An empty file on the active image, durable, and for QEMU to open as it can open that image."""
-    below = plan.check_overlay(chain)
+def _overlay(chain: LiveChain, name: str, directory: Path | None) -> Path:
+    below, active = plan.check_overlay(chain), chain.active
+    return make_overlay(chain, name, directory, below=below, format=active.driver, size=active.size)
+
+
+def make_overlay(
+    chain: LiveChain, name: str, directory: Path | None, *, below: Path, format: str, size: int
+) -> Path:
+    """An empty file on an image, durable, and for QEMU to open as it can open that image. UsageError, BrokenError."""
     last = chain.layers[-1].path or below
     path = (directory or below.parent) / f"{last.stem}.{name}.qcow2"
     if path.exists():
@@ -99,9 +105,7 @@ def _make_overlay(chain: LiveChain, name: str, directory: Path | None) -> Path:
         raise UsageError(f"there is no directory {path.parent}", hint="give one with --directory")
     temporary = path.with_name(f"{durable.TEMPORARY}{path.name}")
     try:
-        qemu.create_overlay(
-            temporary, backing=below, format=chain.active.driver, size=chain.active.size, subclusters=False
-        )
+        qemu.create_overlay(temporary, backing=below, format=format, size=size, subclusters=False)
         owner = below.stat()
         if os.geteuid() == 0:
             os.chown(temporary, owner.st_uid, owner.st_gid)
