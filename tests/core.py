@@ -358,14 +358,12 @@ class Line:
     @contextlib.contextmanager
     def view(self, seq: int) -> Iterator[View]:
         """The disk at `seq`, as an export opens it."""
-        history = History(self.world.state.path, self.timeline, self.world.boot)
-        view = View(history, seq)
-        try:
+        with (
+            contextlib.closing(History(self.world.state.path, self.timeline, self.world.boot)) as history,
+            contextlib.closing(View(history, seq)) as view,
+        ):
             self.world.paths[path_of(view)] += 1
             yield view
-        finally:
-            view.close()
-            history.close()
 
     @contextlib.contextmanager
     def points(self) -> Iterator[Points]:

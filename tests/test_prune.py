@@ -79,13 +79,13 @@ class Kept:
 
     @contextlib.contextmanager
     def view(self, seq: int) -> Iterator[View]:
-        history = History(self.world.state.path, self.line.timeline, self.world.boot)
-        view = View(history, seq)
-        try:
+        with (
+            contextlib.closing(
+                History(self.world.state.path, self.line.timeline, self.world.boot)
+            ) as history,
+            contextlib.closing(View(history, seq)) as view,
+        ):
             yield view
-        finally:
-            view.close()
-            history.close()
 
     def read(self, seq: int) -> bytes:
         with self.view(seq) as view:

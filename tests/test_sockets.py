@@ -114,6 +114,18 @@ def held(short_path: Path) -> HolderProcess:
     return process
 
 
+def test_the_holder_works_in_a_process_with_a_thousand_files(short_path: Path) -> None:
+    """Its listening socket has the number that it had in the service."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+        log = EventLog(short_path / "events.jsonl")
+        process = HolderProcess(short_path / "holder.sock", linger_s=0.3, log=log)
+        assert process.take() == {}
+        process.put("a", socket.create_server(("127.0.0.1", 0)))
+        assert list(another(process).take()) == ["a"]
+
+
 def another(process: HolderProcess, *, linger_s: float = 0.3) -> HolderProcess:
     return HolderProcess(process._path, linger_s=linger_s, log=process._log)
 

@@ -41,7 +41,7 @@ class Holder:
                 timeout = alone_since + self._linger_s - time.monotonic()
                 if timeout <= 0:
                     return
-            readable, _, _ = select.select([self._listener, *self._services], [], [], timeout)
+            readable = _readable([self._listener, *self._services], timeout)
             # In the order in which they came: what an earlier service said last comes before what the next one asks.
             for service in self._services[:]:
                 if service in readable and not self._hear(service):
@@ -92,6 +92,15 @@ class Holder:
         fd = self._held.pop(name, -1)
         if fd >= 0:
             os.close(fd)
+
+
+def _readable(sockets: list[socket.socket], timeout: float | None) -> set[socket.socket]:
+    """Those with something to read. By poll: select refuses descriptors from 1024 on, and ours are as in the service."""
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
+    return {each for each in sockets if each.fileno() in ready}
 
 
 def _receive(service: socket.socket) -> tuple[bytes, list[int]]:
