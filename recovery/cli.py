@@ -19,6 +19,7 @@ from recovery.arguments import count, take_disk, take_place, take_point, take_ye
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
+from recovery.recover_tree import add_recover
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
 
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_files(commands)
     add_mount(commands)
     _add_fork(commands)
+    add_recover(commands)
     add_retention(commands)
     add_capacity(commands)
     _add_events(commands)

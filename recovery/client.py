@@ -250,6 +250,24 @@ class Client:
         """Remove a fork with what was written to it."""
         return self._long("DELETE", f"forks/{quote(name)}")
 
+    # -- recoveries ----------------------------------------------------------------------------------------------
+
+    def start_recovery(self, body: Object) -> Object:
+        """Make writable disks of a point, and move them home while their VM runs."""
+        return self._object("POST", "recoveries", body=body)
+
+    def recoveries(self) -> list[Object]:
+        """Every recovery, oldest first."""
+        return self._list("GET", "recoveries")
+
+    def recovery(self, which: str) -> Object:
+        """One recovery."""
+        return self._object("GET", f"recoveries/{quote(which, safe='')}")
+
+    def change_recovery(self, which: str, verb: str, body: Object | None = None) -> Object:
+        """abort, retry, commit or undo."""
+        return self._object("POST", f"recoveries/{quote(which, safe='')}:{verb}", body=body)
+
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
     def _object(self, method: str, path: str, **rest: Any) -> Object:

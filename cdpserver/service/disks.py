@@ -28,6 +28,7 @@ from cdpserver.service.listeners import point_link
 from cdpserver.service.pruning import Pruning
 from cdpserver.target.placement import worker_of
 from cdpserver.timeline import Base, EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.vm.recovery import record
 
 STATUS_S = 5.0
 """A list is shown without the target's figures rather than not at all."""
@@ -203,6 +204,7 @@ class Disks:
             if entry is None:
                 raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
             await self._core.thread(self._check_no_forks, entry)
+            await self._core.thread(self._check_no_recovery, entry)
             await self._let_go(entry)
             # From here on a removal is not to be cancelled: it would be ended only by the next start.
             with trio.CancelScope(shield=True):
@@ -224,6 +226,14 @@ class Disks:
             raise RefusedError(
                 f"{entry.name} is what {len(forks)} fork(s) stand on: {', '.join(sorted(forks)[:10])}",
                 hint="remove the forks first: cdp fork remove NAME",
+            )
+
+    def _check_no_recovery(self, entry: Entry) -> None:
+        needed = record.holding(self._core.catalog, entry.name)
+        if needed is not None:
+            raise RefusedError(
+                f"{entry.name} is what {needed.id} stands on",
+                hint=f"commit or abort it first: cdp recover show {needed.id}",
             )
 
     def _check_no_locks(self, entry: Entry) -> None:

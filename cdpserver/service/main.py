@@ -35,11 +35,11 @@ from cdpserver.service.children import READY_S, Children
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
-from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.listeners import Listeners
 from cdpserver.service.options import options
 from cdpserver.service.prepare import bring_up_to_date, prepare
+from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
 from cdpserver.state import StateDir, default_state_dir
 
@@ -65,8 +65,9 @@ class Stop:
 
 async def serve(core: Core, children: Children, listeners: Listeners, kept_by: keeper.Keeper) -> bool:
     """Everything that runs, until a signal says stop. True when a new program is to go on."""
-    all_disks, instants, base_points = Disks(core), Instants(core), BasePoints(core)
+    all_disks, base_points = Disks(core), BasePoints(core)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
+    recoveries = Recoveries(core, all_disks)
     roles = Roles.of(core.config)
     # Who may do what is asked of each connection.
     core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
@@ -82,11 +83,12 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await core.thread(all_disks.finish_what_was_left)
             if not stop.asked.is_set():
                 await nursery.start(jobs.keep_running)
+                await nursery.start(recoveries.keep_running)
                 nursery.start_soon(base_points.keep_cutting)
                 nursery.start_soon(all_disks.pruning.keep_pruning)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
-                app = api.build(core, children, all_disks, instants, base_points, jobs, roles, stop.asked)
+                app = api.build(core, children, all_disks, base_points, jobs, recoveries, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)
                     core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())

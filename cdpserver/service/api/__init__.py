@@ -21,6 +21,7 @@ from cdpserver.service.api import locks as lock_routes
 from cdpserver.service.api import models, seeing
 from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import pruning as pruning_routes
+from cdpserver.service.api import recoveries as recovery_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
@@ -33,6 +34,7 @@ from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
+from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Role, Roles
 
 __all__ = ["build", "serve"]
@@ -79,9 +81,9 @@ def build(
     core: Core,
     children: Children,
     disks: Disks,
-    instants: Instants,
     base_points: BasePoints,
     jobs: Jobs,
+    recoveries: Recoveries,
     roles: Roles,
     stopping: trio.Event,
 ) -> FastAPI:
@@ -100,7 +102,7 @@ def build(
         responses=ERRORS,
         dependencies=[Depends(_role_check(roles))],
     )
-    answers = Answers(core)
+    answers, instants = Answers(core), Instants(core)
     long = Long(answers, jobs)
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
@@ -112,6 +114,7 @@ def build(
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
+    app.include_router(recovery_routes.routes(answers, recoveries))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -1,0 +1,93 @@
+"""The routes of recoveries."""
+
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.responses import Response
+
+from cdpserver.service.api import paging
+from cdpserver.service.api.answers import Answers
+from cdpserver.service.api.models import Answer, Body, Count, Page, Text
+from cdpserver.service.api.paging import PageSize, PageToken
+from cdpserver.service.recoveries import Recoveries, Request
+
+RECOVERY = "/v1/recoveries/{recovery}"
+
+
+class StartRecovery(Body):
+    """POST /v1/recoveries"""
+
+    point: Text = Field(description="DISK@WHEN, or VM@WHEN for all disks of a VM.", examples=["web@-90s"])
+    to: Text = Field(description="The absolute path of a directory on primary storage.")
+    qmp: Text = Field(description="The absolute path of QEMU's monitor: -qmp unix:PATH,server=on,wait=off")
+    name: Text | None = Field(None, description="The recovered VM's name: its forks are NAME/DISK.")
+    format: Literal["qcow2", "raw"] = "qcow2"
+    force: bool = Field(False, description="Also a point that is unordered.")
+
+
+class Undo(Body):
+    """POST /v1/recoveries/RECOVERY:undo"""
+
+    discard: bool = Field(False, description="Let go of what the VM wrote since the pivot; it must not run.")
+
+
+class Recovery(Answer):
+    """A VM that runs from a point while its disks move home."""
+
+    id: str
+    name: str
+    state: Literal["running", "copying", "pivoting", "done", "failed", "aborted"]
+    phase: str
+    uri: str | None = Field(description="Of the first disk: what the VM is started on.")
+    rto_ms: Count = Field(description="From the request until the disks could be opened.")
+    copied_bytes: Count
+    total_bytes: Count
+    reason: str = Field(description="Why it failed.")
+    events: list[dict[str, Any]] = Field(description="The newest, oldest of them first.")
+    disks: list[dict[str, Any]]
+
+
+def routes(answers: Answers, recoveries: Recoveries) -> APIRouter:
+    """Starting, watching, ending. The verbs come first: an id or name is one word."""
+    routes = APIRouter(tags=["recoveries"])
+
+    @routes.post(f"{RECOVERY}:abort", response_model=Recovery)
+    async def abort_recovery(recovery: str) -> Response:
+        """End the migration: the VM goes on where it is. Refused once it has pivoted."""
+        return await answers.one(await recoveries.abort(recovery))
+
+    @routes.post(f"{RECOVERY}:retry", response_model=Recovery)
+    async def retry_recovery(recovery: str) -> Response:
+        """Begin one that failed or was aborted again, on the same forks."""
+        return await answers.one(await recoveries.retry(recovery))
+
+    @routes.post(f"{RECOVERY}:commit", response_model=Recovery)
+    async def commit_recovery(recovery: str) -> Response:
+        """Say that the VM stays at home."""
+        return await answers.one(await recoveries.commit(recovery))
+
+    @routes.post(f"{RECOVERY}:undo", response_model=Recovery)
+    async def undo_recovery(recovery: str, body: Undo | None = None) -> Response:
+        """Move the VM back onto its forks, with what it wrote since."""
+        return await answers.one(await recoveries.undo(recovery, discard=body is not None and body.discard))
+
+    @routes.post("/v1/recoveries", response_model=Recovery)
+    async def start_recovery(body: StartRecovery) -> Response:
+        """Make writable disks of a point at once, and move them home while the VM runs. They can be opened on return."""
+        return await answers.one(await recoveries.start(Request(**body.model_dump())))
+
+    @routes.get("/v1/recoveries", response_model=list[Recovery] | Page[Recovery])
+    async def list_recoveries(page_size: PageSize = None, page_token: PageToken = None) -> Response:
+        """Every recovery, by id when in pages."""
+        found = await recoveries.list_recoveries()
+        if paging.is_paged(page_size, page_token):
+            found.sort(key=lambda one: str(one["id"]))
+        return await paging.answer_list(answers, "recoveries", found, "id", (page_size, page_token))
+
+    @routes.get(RECOVERY, response_model=Recovery)
+    async def show_recovery(recovery: str) -> Response:
+        """One recovery, by its id or name."""
+        return await answers.one(await recoveries.show(recovery))
+
+    return routes

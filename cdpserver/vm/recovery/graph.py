@@ -1,0 +1,90 @@
+"""The graph of QEMU's block nodes: on which node the guest's disk stands.
+
+    guest's device ──► [mirror's filter] ──► raw ──► nbd          device and raw need not be there
+       backend             driver           driver    driver
+
+A job has edges to nodes of its own, and a mirror a backend above its target: only without a job is a node below a backend in use.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from cdpserver.vm.qmp import Monitor
+
+DRIVER, BACKEND = "block-driver", "block-backend"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Names and NBD exports of nodes, what kind each is, and who stands above whom (by QEMU's numbers)."""
+
+    names: dict[str, int]
+    kinds: dict[int, str]
+    parents: dict[int, tuple[int, ...]]
+    exports: dict[str, str]
+    """Node name to the name of the export that it is connected to."""
+
+    def on_export(self, export: str) -> list[str]:
+        """The NBD nodes connected to an export of this name."""
+        return [node for node, name in self.exports.items() if name == export]
+
+    def top(self, node: str) -> str:
+        """The highest driver's node over this one: what a job is told to work on."""
+        by_number = {number: name for name, number in self.names.items()}
+        number = self.names[node]
+        while above := [p for p in self.parents.get(number, ()) if self.kinds.get(p) == DRIVER]:
+            number = above[0]
+        return by_number[number]
+
+    def is_used(self, node: str) -> bool:
+        """Does a device or an export stand on this node?"""
+        if node not in self.names:
+            return False
+        top = self.names[self.top(node)]
+        return any(self.kinds.get(parent) == BACKEND for parent in self.parents.get(top, ()))
+
+    def way_up(self, node: str) -> Iterator[str]:
+        """The nodes from the highest over this one down to itself."""
+        by_number = {number: name for name, number in self.names.items()}
+        number, way = self.names[node], [node]
+        while above := [p for p in self.parents.get(number, ()) if self.kinds.get(p) == DRIVER]:
+            number = above[0]
+            way.append(by_number[number])
+        yield from reversed(way)
+
+
+async def read_graph(monitor: Monitor) -> Graph:
+    """The graph as it is now."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    shape = await monitor.execute("x-debug-query-block-graph")
+    return make_graph(nodes, shape)
+
+
+def make_graph(nodes: list[dict[str, Any]], shape: dict[str, Any]) -> Graph:
+    """From what the two queries return."""
+    parents: dict[int, tuple[int, ...]] = {}
+    for edge in shape["edges"]:
+        parents[edge["child"]] = (*parents.get(edge["child"], ()), edge["parent"])
+    return Graph(
+        names={one["name"]: one["id"] for one in shape["nodes"] if one["type"] == DRIVER},
+        kinds={one["id"]: one["type"] for one in shape["nodes"]},
+        parents=parents,
+        exports={
+            one["node-name"]: export_of(one["file"]) for one in nodes if one["drv"] == "nbd" and "file" in one
+        },
+    )
+
+
+def export_of(filename: str) -> str:
+    """The export's name in QEMU's name of an NBD node: a URI, or `json:` where a URI cannot say everything."""
+    if not filename.startswith("json:"):
+        return unquote(urlsplit(filename).path.removeprefix("/"))
+    try:
+        options = json.loads(filename.removeprefix("json:"))
+    except ValueError:
+        return ""
+    options = options.get("file", options) if isinstance(options, dict) else {}
+    return str(options.get("export", ""))

@@ -1,0 +1,112 @@
+"""`cdp recover`: starting and watching recoveries of running VMs. The service does the work; this command may be killed."""
+
+import os
+import time
+from argparse import Namespace
+from typing import Any
+
+from cdpserver.errors import BrokenError
+from recovery.bar import moving
+from recovery.client import Client
+from recovery.output import Column, answer_fields, answer_json, answer_table, say
+from recovery.remote import client
+
+COLUMNS = (
+    Column("id"),
+    Column("what"),
+    Column("state"),
+    Column("phase"),
+    Column("copied_bytes", "copied", right=True),
+    Column("total_bytes", "of", right=True),
+    Column("created"),
+    Column("reason"),
+)
+
+UNDER_WAY = ("running", "copying", "pivoting")
+
+LOOK_S = 0.5
+"""Between two looks at a recovery that is followed."""
+
+
+def start(options: Namespace) -> None:
+    """Begin; the URI in the answer is what the VM is started on."""
+    body: dict[str, Any] = {
+        "point": options.point,
+        # The service has another working directory.
+        "to": os.path.abspath(options.to),
+        "qmp": os.path.abspath(options.qmp),
+        "format": options.format,
+        "force": options.force,
+    }
+    if options.name is not None:
+        body["name"] = options.name
+    _answer(options, client(options).start_recovery(body))
+
+
+def list_all(options: Namespace) -> None:
+    """Every recovery."""
+    rows = client(options).recoveries()
+    if options.json:
+        answer_json(rows)
+    else:
+        answer_table(COLUMNS, rows, nothing="no recoveries; begin one: cdp recover start VM@WHEN --to DIR")
+
+
+def show(options: Namespace) -> None:
+    """One recovery; with --follow once it has ended. BrokenError when one that was followed has failed."""
+    service = client(options)
+    found = service.recovery(options.recovery)
+    if options.follow:
+        found = _follow(service, found)
+    _answer(options, found)
+    if options.follow and found["state"] == "failed":
+        raise BrokenError(
+            f"{found['id']} has failed: {found['reason']}", hint=f"then: cdp recover retry {found['id']}"
+        )
+
+
+def _follow(service: Client, found: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with moving(f"{found['what']} moves home") as bar:
+            while found["state"] in UNDER_WAY:
+                time.sleep(LOOK_S)
+                found = service.recovery(found["id"])
+                bar(found["copied_bytes"], found["total_bytes"])
+    except KeyboardInterrupt:
+        say(f"{found['id']} goes on; to end it: cdp recover abort {found['id']}")
+        raise
+    return found
+
+
+def abort(options: Namespace) -> None:
+    """End the migration."""
+    _answer(options, client(options).change_recovery(options.recovery, "abort"))
+
+
+def retry(options: Namespace) -> None:
+    """Begin again."""
+    _answer(options, client(options).change_recovery(options.recovery, "retry"))
+
+
+def commit(options: Namespace) -> None:
+    """The VM stays at home."""
+    _answer(options, client(options).change_recovery(options.recovery, "commit"))
+
+
+def undo(options: Namespace) -> None:
+    """The VM goes back onto its forks."""
+    body = {"discard": options.discard}
+    _answer(options, client(options).change_recovery(options.recovery, "undo", body))
+
+
+def _answer(options: Namespace, found: dict[str, Any]) -> None:
+    if options.json:
+        answer_json(found)
+        return
+    hidden = ("events", "disks", "uri")
+    fields = {key: value for key, value in found.items() if key not in hidden and value != ""}
+    for disk in found["disks"]:
+        fields[disk["fork"]] = f"{disk['uri']} -> {disk['target']}, runs {disk['at']}"
+    answer_fields(fields)
+    for event in found["events"]:
+        say(f"{event['time']}  {event['event']}")

@@ -1,0 +1,61 @@
+"""`cdp recover` as argparse knows it. Loaded by every command, so it is small."""
+
+from recovery.arguments import point
+from recovery.tree import Commands, lazy
+
+
+def add_recover(commands: Commands) -> None:
+    """`cdp recover`"""
+    recover = commands.group("recover", "run a VM from a point at once, and move its disks home meanwhile")
+    start = recover.leaf(
+        "start",
+        lazy("recover", "start"),
+        "Make writable disks of a point at once; when the VM runs on them, move them to a directory, unseen by the guest.",
+        "cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp",
+    )
+    start.add_argument("point", metavar="DISK|VM@WHEN", type=point)
+    start.add_argument(
+        "--to", required=True, metavar="DIR", help="the directory on primary storage that the disks move to"
+    )
+    start.add_argument(
+        "--qmp", required=True, metavar="PATH", help="the VM's monitor: -qmp unix:PATH,server=on,wait=off"
+    )
+    start.add_argument("--name", metavar="NAME", help="the recovered VM's name: its forks are NAME/DISK")
+    start.add_argument("--format", choices=("qcow2", "raw"), default="qcow2", help="at home; default: qcow2")
+    start.add_argument("--force", action="store_true", help="also from a point that is unordered")
+    recover.leaf("list", lazy("recover", "list_all"), "List recoveries.", "cdp recover list")
+    show = recover.leaf(
+        "show", lazy("recover", "show"), "Show a recovery.", "cdp recover show recovery-1f00aa2b --follow"
+    )
+    show.add_argument("--follow", action="store_true", help="until it is done, with a bar on a terminal")
+    abort = recover.leaf(
+        "abort",
+        lazy("recover", "abort"),
+        "End the migration: the VM goes on where it is.",
+        "cdp recover abort recovery-1f00aa2b",
+    )
+    retry = recover.leaf(
+        "retry",
+        lazy("recover", "retry"),
+        "Begin a recovery that failed or was aborted again, with all that the VM has written.",
+        "cdp recover retry recovery-1f00aa2b",
+    )
+    commit = recover.leaf(
+        "commit",
+        lazy("recover", "commit"),
+        "Say that the VM stays at home; there is no undo from here on. The forks stay until they are removed.",
+        "cdp recover commit recovery-1f00aa2b",
+    )
+    undo = recover.leaf(
+        "undo",
+        lazy("recover", "undo"),
+        "Move the VM back onto its forks, with all that it has written since.",
+        "cdp recover undo recovery-1f00aa2b",
+    )
+    undo.add_argument(
+        "--discard",
+        action="store_true",
+        help="of a VM that does not run: let go of what it wrote since the pivot",
+    )
+    for command in (show, abort, retry, commit, undo):
+        command.add_argument("recovery", metavar="ID", help="a recovery's id, or its VM's name")
