@@ -2,10 +2,11 @@
 
 import struct
 
-from cdpserver.errors import CorruptError, RefusedError
+from cdpserver.errors import CorruptError
 from cdpserver.files.replay import btrfs, ntfs, xfs
 from cdpserver.files.replay.ext import EXT_MAGIC, MAGIC_AT
 from cdpserver.files.replay.ext4 import replay_ext
+from cdpserver.files.replay.overlay import NotReplayedError
 from cdpserver.files.replay.remarks import Replayed, not_replayed
 from cdpserver.files.source import Reader
 
@@ -27,7 +28,7 @@ def journal_replayed(reader: Reader) -> Replayed:
             continue
         try:
             return replay(reader)
-        except (CorruptError, RefusedError) as error:
+        except (CorruptError, NotReplayedError) as error:
             return not_replayed(reader, error.message)
         except struct.error:
             return not_replayed(reader, "it ends in the middle of a structure")

@@ -8,8 +8,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Self
 
-from cdpserver.errors import CorruptError, RefusedError
-from cdpserver.files.replay.overlay import MASK32, crc32c, exactly
+from cdpserver.errors import CorruptError
+from cdpserver.files.replay.overlay import MASK32, NotReplayedError, crc32c, exactly
 from cdpserver.files.source import Reader
 
 SUPERBLOCK_AT = 1024
@@ -116,10 +116,10 @@ class JournalFile:
 
 
 def open_journal(reader: Reader, superblock: Superblock) -> JournalFile:
-    """The internal journal; RefusedError if it is on another device, CorruptError if it cannot be found."""
+    """The internal journal; NotReplayedError if it is on another device, CorruptError if it cannot be found."""
     inode, device = _field(superblock.raw, 224), _field(superblock.raw, 228)
     if not inode:
-        raise RefusedError(f"the journal is on another device ({device >> 8 & 0xFFF}:{device & 0xFF})")
+        raise NotReplayedError(f"the journal is on another device ({device >> 8 & 0xFFF}:{device & 0xFF})")
     raw = _read_inode(reader, superblock, inode)
     size_bytes = _field(raw, 4) | _field(raw, 108) << 32
     if _field(raw, 32) & INODE_EXTENTS:

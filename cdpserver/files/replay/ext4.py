@@ -22,7 +22,7 @@ from cdpserver.files.source import Reader
 
 
 def replay_ext(reader: Reader) -> Replayed:
-    """CorruptError or RefusedError where the kernel would not recover it either, or this module doesn't know how."""
+    """CorruptError or NotReplayedError where the kernel would not recover it either, or this module doesn't know how."""
     superblock = Superblock.parse(exactly(reader, SUPERBLOCK_AT, SUPERBLOCK_BYTES))
     if not superblock.has_journal and not superblock.clean:
         return Replayed(

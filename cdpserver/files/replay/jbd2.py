@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from cdpserver import limits
-from cdpserver.errors import CorruptError, RefusedError
+from cdpserver.errors import CorruptError
 from cdpserver.files.replay.ext import JournalFile
-from cdpserver.files.replay.overlay import MASK32, crc32c
+from cdpserver.files.replay.overlay import MASK32, NotReplayedError, crc32c
 
 MAGIC = 0xC03B3998
 MAGIC_BYTES = MAGIC.to_bytes(4, "big")
@@ -78,13 +78,13 @@ class JournalSuper:
 
     @classmethod
     def parse(cls, raw: bytes, journal: JournalFile) -> Self:
-        """CorruptError for what cannot be, RefusedError for features of later versions."""
+        """CorruptError for what cannot be, NotReplayedError for features of later versions."""
         magic, kind, _, block_size, blocks, first, sequence, start = struct.unpack_from(">8I", raw)
         if magic != MAGIC or kind not in (SUPER_V1, SUPER_V2):
             raise CorruptError("the journal has no superblock")
         compat, incompat = struct.unpack_from(">II", raw, 36) if kind == SUPER_V2 else (0, 0)
         if incompat & ~KNOWN:
-            raise RefusedError(f"the journal has features of a later version ({incompat & ~KNOWN:#x})")
+            raise NotReplayedError(f"the journal has features of a later version ({incompat & ~KNOWN:#x})")
         checked = incompat & (CSUM_V2 | CSUM_V3)
         if checked and (raw[80] != 4 or crc32c(MASK32, _zeroed(raw, 252)) != _word(raw, 252)):
             raise CorruptError("the checksum of the journal's superblock is wrong")
@@ -169,12 +169,14 @@ class Scan:
         if self._read_blocks > self.head.end:
             raise CorruptError("the journal's log has no end")
         if self._read_blocks * self.head.block_size > limits.REPLAY_LOG_BYTES:
-            raise RefusedError(f"the journal holds more than {limits.REPLAY_LOG_BYTES >> 20} MiB of changes")
+            raise NotReplayedError(
+                f"the journal holds more than {limits.REPLAY_LOG_BYTES >> 20} MiB of changes"
+            )
 
     def _remember(self, blocks: int) -> None:
         self._named += blocks
         if self._named > limits.REPLAY_BLOCKS:
-            raise RefusedError(f"the journal names more than {limits.REPLAY_BLOCKS} blocks")
+            raise NotReplayedError(f"the journal names more than {limits.REPLAY_BLOCKS} blocks")
 
     def _descriptor(self, block: bytes, at: int) -> int:
         self._suspect |= not block_is_sound(block, self.head)

@@ -16,6 +16,12 @@ from cdpserver.files.source import Reader
 MASK32 = 0xFFFFFFFF
 
 
+class NotReplayedError(RefusedError):
+    """A journal that only a kernel replays; the file system is read as it stands."""
+
+    usual_hint = "a kernel replays it: mount a fork of the point (cdp fork add)"
+
+
 class Replaced(Reader):
     """`base`, but each block of `unit` bytes whose number is a key of `blocks` reads as that one does."""
 
@@ -62,7 +68,7 @@ class Replaced(Reader):
 class Pages:
     """Pages of `base` that are changed byte by byte: read when first touched, kept until they replace the base's.
 
-    `limit` is in bytes; RefusedError past it.
+    `limit` is in bytes; NotReplayedError past it.
     """
 
     SIZE = 4096
@@ -94,7 +100,7 @@ class Pages:
         page = self.pages.get(number)
         if page is None:
             if (len(self.pages) + 1) * self.SIZE > self.limit:
-                raise RefusedError(f"its changes take more than {self.limit >> 20} MiB")
+                raise NotReplayedError(f"its changes take more than {self.limit >> 20} MiB")
             start = number * self.SIZE
             page = bytearray(exactly(self.base, start, min(self.SIZE, self.base.size - start)))
             self.pages[number] = page
