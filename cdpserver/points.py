@@ -174,6 +174,10 @@ class Timeline:
                 controls.append(message)
         return rows, controls
 
+    def controls(self, interval: int) -> list[tuple[int, int, dict[str, Any]]]:
+        """(seq, time, message) of every control record of an interval, ascending."""
+        return self._interval(interval, 0, 0)[1]
+
     def _tail(
         self, interval: int, done: int, state: State
     ) -> Iterator[tuple[PointRow | None, tuple[int, int, dict[str, Any]] | None]]:

@@ -141,7 +141,8 @@ def _add_points(commands: Commands) -> None:
         "List points, oldest first.",
         "cdp point list web/vda --since -10m --kind rp --limit 20",
     )
-    take_disk(listing)
+    take_disk(listing, optional=True)
+    listing.add_argument("--vm", metavar="VM", type=names.check_name, help="where all its disks are good")
     listing.add_argument("--since", metavar="WHEN", type=when)
     listing.add_argument("--until", metavar="WHEN", type=when)
     listing.add_argument("--kind", choices=("rp", "bp", "bookmark"))

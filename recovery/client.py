@@ -112,6 +112,11 @@ class Client:
         query = {"since": since, "until": until, "kind": kind, "limit": limit}
         return self._list("GET", _disk(name, "points"), query=query)
 
+    def vm_points(self, vm: str, *, since: str | None, until: str | None, limit: int | None) -> list[Object]:
+        """Instants at which every disk of a VM is good, oldest first."""
+        query = {"since": since, "until": until, "limit": limit}
+        return self._list("GET", f"vms/{quote(vm)}:points", query=query)
+
     def mark(self, name: str, bookmark: str) -> Object:
         """A bookmark at the newest record."""
         return self._object("POST", _disk(name, "mark"), body={"name": bookmark})

@@ -140,13 +140,21 @@ def disk_synced(options: Namespace) -> None:
 
 
 def point_list(options: Namespace) -> None:
-    """Points, oldest first."""
-    rows = client(options).points(
-        options.disk, since=options.since, until=options.until, kind=options.kind, limit=options.limit
-    )
+    """Points, oldest first: of a disk, or those that the disks of a VM have in common."""
+    if (options.disk is None) == (options.vm is None):
+        raise UsageError("name a disk, or a VM with --vm", hint="cdp point list --help")
+    span = {"since": options.since, "until": options.until, "limit": options.limit}
+    if options.disk is not None:
+        rows = client(options).points(options.disk, kind=options.kind, **span)
+    elif options.kind in (None, "rp"):
+        rows = client(options).vm_points(options.vm, **span)
+    else:
+        raise UsageError(
+            f"a VM has no {options.kind} of its own", hint="list those of its disks: cdp disk list"
+        )
     if not options.json:
         rows = [row | {"age": row.get("time_ns")} for row in rows]
-    _answer_list(options, POINT_COLUMNS, rows, f"{options.disk} has no such points")
+    _answer_list(options, POINT_COLUMNS, rows, f"{options.disk or options.vm} has no such points")
 
 
 def point_mark(options: Namespace) -> None:

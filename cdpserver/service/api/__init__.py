@@ -22,6 +22,7 @@ from cdpserver.service.api import models, seeing
 from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import pruning as pruning_routes
 from cdpserver.service.api import recoveries as recovery_routes
+from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
@@ -36,6 +37,7 @@ from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
 from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Role, Roles
+from cdpserver.service.vms import Vms
 
 __all__ = ["build", "serve"]
 
@@ -111,6 +113,7 @@ def build(
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
     app.include_router(seeing.routes(core, answers, Overview(core, children)))
+    app.include_router(vm_routes.routes(answers, Vms(core)))
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))

@@ -250,6 +250,18 @@ class Point(Answer):
     locked: bool
 
 
+class VmPoint(Answer):
+    """An instant at which every disk of a VM is good."""
+
+    kind: str
+    time: str
+    time_ns: Count
+    records: Count
+    bytes: Count
+    grade: str = Field(description="That of the worst disk.")
+    disks: dict[str, str] = Field(description="The grade of each disk there.")
+
+
 class PointUri(Answer):
     """Where a point is read."""
 

@@ -1,0 +1,95 @@
+"""Stretches: when an instant of a timeline can be opened, and with which grade.
+
+history:    |--- interval 1 ---|--- interval 2 ---|   (3 was dropped)   |--- interval 4 ---
+stretches:  [unordered)[crash       )   gap   [unordered)[crash)        [crash ...
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from cdpserver.journal import control
+from cdpserver.journal.control import Grade
+from cdpserver.nodes import nodes
+from cdpserver.points import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Every instant in [start_ns, end_ns) can be opened, and has this grade."""
+
+    start_ns: int
+    end_ns: int
+    grade: Grade
+
+
+def stretches(timeline: Timeline, *, now_ns: int) -> list[Stretch]:
+    """The stretches of a timeline up to now, in order; they do not overlap."""
+    journal = timeline.journal
+    if journal.empty:
+        return []
+    journal.newest()
+    found: list[Stretch] = []
+    gaps: list[tuple[int, int]] = []
+    for interval, following in zip_longest(journal.intervals, journal.intervals[1:]):
+        found += _of_interval(timeline, interval, following, now_ns, gaps)
+    for start_ns, end_ns in gaps:
+        found = [part for stretch in found for part in _without(stretch, start_ns, end_ns)]
+    for node in nodes(timeline.history.directory):
+        # Its file is there, whether the journal around it is or not.
+        if grade_at(found, node.time_ns) is None:
+            found.append(Stretch(node.time_ns, node.time_ns + 1, node.grade))
+            found.sort(key=lambda stretch: stretch.start_ns)
+    return found
+
+
+def grade_at(found: list[Stretch], time_ns: int) -> Grade | None:
+    """The grade of an instant; None if it cannot be opened."""
+    number = bisect_right(found, time_ns, key=lambda stretch: stretch.start_ns) - 1
+    return found[number].grade if number >= 0 and time_ns < found[number].end_ns else None
+
+
+def _of_interval(
+    timeline: Timeline, interval: int, following: int | None, now_ns: int, gaps: list[tuple[int, int]]
+) -> Iterator[Stretch]:
+    journal = timeline.journal
+    first = journal.first_reader(interval)
+    # Before its first record it shows the end of the interval before, if that is there.
+    begins_late = interval - 1 not in journal.intervals and first.count
+    at = first.time_of(0) if begins_late else first.header.first_time_ns
+    if following is None:
+        end_ns = now_ns + 1
+    elif following == interval + 1:
+        end_ns = journal.first_reader(following).header.first_time_ns
+    else:
+        last = journal.reader(interval, journal.segments(interval)[-1])
+        end_ns = journal.at_seq(last.last_seq).time_ns + 1
+    state = first.header.carry
+    graded: list[Stretch] = []
+    for seq, time_ns, message in timeline.controls(interval):
+        before, state = state, control.fold(state, message, seq=seq, time_ns=time_ns)
+        if message["type"] == "gap":
+            gaps.append((journal.at_seq(seq - 1).time_ns + 1, time_ns))
+        if before.grade != state.grade:
+            graded.append(Stretch(at, time_ns, before.grade))
+            at = time_ns
+    graded = [part for part in [*graded, Stretch(at, end_ns, state.grade)] if part.start_ns < part.end_ns]
+    if first.instants is None:
+        yield from graded
+        return
+    for row in first.instants.rows:
+        grade = grade_at(graded, int(row["time"]))
+        if grade is not None:
+            yield Stretch(int(row["time"]), min(int(row["until"]), end_ns), grade)
+
+
+def _without(stretch: Stretch, start_ns: int, end_ns: int) -> Iterator[Stretch]:
+    """What a gap leaves of a stretch."""
+    if stretch.end_ns <= start_ns or end_ns <= stretch.start_ns:
+        yield stretch
+        return
+    if stretch.start_ns < start_ns:
+        yield replace(stretch, end_ns=start_ns)
+    if end_ns < stretch.end_ns:
+        yield replace(stretch, start_ns=end_ns)

@@ -1,0 +1,76 @@
+"""Points that several disks have in common: instants at which every one of them is good. Pure.
+
+All disks have one clock, so one time is one instant. At time T a disk shows its newest record up to T, and a write that was begun
+after another was acknowledged has a later time: so no T shows the second without the first, on whichever disks they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cdpserver.journal.control import Grade
+from cdpserver.names import format_time
+from cdpserver.points import Point
+from cdpserver.stretches import Stretch, grade_at
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One of the disks: its recovery points, one a second, and when it is good for what."""
+
+    disk: str
+    points: Sequence[Point]
+    stretches: list[Stretch]
+
+
+@dataclass(frozen=True, slots=True)
+class CommonPoint:
+    """An instant at which every disk is good. `records` and `bytes` are of all disks, in the slot up to it."""
+
+    time_ns: int
+    records: int
+    bytes: int
+    grades: dict[str, Grade]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The point as the CLI and the API show it; its grade is that of the worst disk."""
+        return {
+            "kind": "rp",
+            "time": format_time(self.time_ns),
+            "time_ns": self.time_ns,
+            "records": self.records,
+            "bytes": self.bytes,
+            "grade": min(self.grades.values()).label,
+            "disks": {disk: grade.label for disk, grade in self.grades.items()},
+        }
+
+
+def common_points(members: Sequence[Member], *, slot_ns: int, now_ns: int) -> list[CommonPoint]:
+    """One point for each slot that is over: the newest of its instants, among the disks' points, at which all are good."""
+    slots: dict[int, list[Point]] = {}
+    for member in members:
+        for point in member.points:
+            slots.setdefault(point.time_ns // slot_ns, []).append(point)
+    found = []
+    for slot, points in sorted(slots.items()):
+        if (slot + 1) * slot_ns > now_ns:
+            break
+        for time_ns in sorted({point.time_ns for point in points}, reverse=True):
+            grades = _grades(members, time_ns)
+            if grades is not None:
+                held = [point for point in points if point.time_ns <= time_ns]
+                records, size = sum(p.records for p in held), sum(p.bytes for p in held)
+                found.append(CommonPoint(time_ns, records, size, grades))
+                break
+    return found
+
+
+def _grades(members: Sequence[Member], time_ns: int) -> dict[str, Grade] | None:
+    """What each disk is worth at a time; None unless all are good."""
+    grades: dict[str, Grade] = {}
+    for member in members:
+        grade = grade_at(member.stretches, time_ns)
+        if grade is None or grade == Grade.UNORDERED:
+            return None
+        grades[member.disk] = grade
+    return grades
