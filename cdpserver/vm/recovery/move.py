@@ -154,6 +154,7 @@ class Move:
 
     async def clear(self, *, keep_home: bool = False) -> None:
         """Cancel the copy and take away its nodes; the VM stays where it is."""
+        await self._end_of(f"{self._job}-make")  # the one who began it may have been cancelled
         if (found := await self._status()) is not None:
             if found["status"] not in ("concluded", "null"):
                 await self._monitor.execute("job-cancel", {"id": self._job})
