@@ -19,6 +19,7 @@ from recovery.arguments import count, take_disk, take_place, take_point, take_ye
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
+from recovery.protect_tree import add_protect
 from recovery.recover_tree import add_recover
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every command of `cdp`."""
     commands = Commands()
     _add_seeing(commands)
+    add_protect(commands)
     _add_disk(commands)
     _add_points(commands)
     chain_tree.add(commands)

@@ -168,6 +168,21 @@ class Client:
         """Take a lock back, by its id or by DISK@WHEN."""
         return self._object("DELETE", f"locks/{quote(which)}")
 
+    # -- running VMs ---------------------------------------------------------------------------------------------
+
+    def protect_vm(self, vm: str, *, qmp: str, disks: list[str], wait: bool, drive_mirror: bool) -> Object:
+        """Protect a VM by its monitor's socket; `disks` as QEMU names them, or none for all."""
+        body = {"qmp": qmp, "disks": disks, "wait": wait, "drive_mirror": drive_mirror}
+        return self._object("PUT", f"vms/{quote(vm)}", body=body)
+
+    def vm(self, name: str) -> Object:
+        """One protected VM."""
+        return self._object("GET", f"vms/{quote(name)}")
+
+    def unprotect_vm(self, name: str) -> Object:
+        """End the protection of a VM."""
+        return self._object("DELETE", f"vms/{quote(name)}")
+
     # -- pruning -------------------------------------------------------------------------------------------------
 
     def prune(self, disk: str | None, *, dry_run: bool) -> list[Object]:

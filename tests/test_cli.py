@@ -596,7 +596,7 @@ def test_help_has_an_example_of_every_command() -> None:
     commands = every_command()
     assert [" ".join(words) for words in commands] == [
         *("status", "metrics"),
-        *("disk add", "disk resize", "disk list", "disk show", "disk remove", "disk synced"),
+        *("protect", "disk add", "disk resize", "disk list", "disk show", "disk remove", "disk synced"),
         *("point list", "point mark", "point lock", "point unlock", "point locks"),
         *("uri", "bp cut", "bp list", "bp rebuild"),
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),

@@ -90,11 +90,16 @@ class BasePoints:
         said: dict[str, Any] = await self._core.targets.call(
             entry.id, "synced", disk=name, session=session, write_blocking=write_blocking
         )
+        await self.begin(name)
+        return said
+
+    async def begin(self, name: str) -> None:
+        """Base point 0 of a disk that has a history; published on return."""
+        entry = self._core.entry(name)
         if not await self._core.thread(self._list, entry):
             if not await self._core.thread(self._pending, entry):
                 await self._cut(entry)
             await self._publish(entry, upto=0)
-        return said
 
     async def _cut(self, entry: Entry) -> int:
         number, seq, _ = await self._core.targets.call(entry.id, "cut", disk=entry.name)

@@ -116,15 +116,16 @@ async def _converse(stream: trio.SocketStream, message: bytes) -> dict[str, Any]
     """Send and receive one message; None when the other side is gone."""
     try:
         await stream.send_all(message)
-        prefix = await _exactly(stream, messages.LENGTH.size)
-        return messages.unpack(await _exactly(stream, messages.check_length(prefix)))
+        prefix = await exactly(stream, messages.LENGTH.size)
+        return messages.unpack(await exactly(stream, messages.check_length(prefix)))
     except (trio.BrokenResourceError, EOFError):
         return None
     except ValueError as error:
         raise CorruptError(f"the target answered nonsense: {error}") from None
 
 
-async def _exactly(stream: trio.SocketStream, length: int) -> bytes:
+async def exactly(stream: trio.SocketStream, length: int) -> bytes:
+    """So many bytes; EOFError when the other side is gone first."""
     parts = bytearray()
     while len(parts) < length:
         part = await stream.receive_some(length - len(parts))

@@ -39,6 +39,7 @@ from cdpserver.service.jobs import Jobs
 from cdpserver.service.listeners import Listeners
 from cdpserver.service.options import options
 from cdpserver.service.prepare import bring_up_to_date, prepare
+from cdpserver.service.protection import Protection
 from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
 from cdpserver.state import StateDir, default_state_dir
@@ -66,6 +67,7 @@ class Stop:
 async def serve(core: Core, children: Children, listeners: Listeners, kept_by: keeper.Keeper) -> bool:
     """Everything that runs, until a signal says stop. True when a new program is to go on."""
     all_disks, base_points = Disks(core), BasePoints(core)
+    protection = Protection(core, children, all_disks, base_points)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
     recoveries = Recoveries(core, all_disks)
     roles = Roles.of(core.config)
@@ -88,7 +90,8 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 nursery.start_soon(all_disks.pruning.keep_pruning)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
-                app = api.build(core, children, all_disks, base_points, jobs, recoveries, roles, stop.asked)
+                await nursery.start(protection.run)
+                app = api.build(core, children, all_disks, protection, jobs, recoveries, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)
                     core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())

@@ -15,14 +15,17 @@ import cdpserver
 from cdpserver import timeline
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError
+from cdpserver.journal.control import Grade
 from cdpserver.limits import TAIL_RECORDS
 from cdpserver.names import format_bytes
 from cdpserver.service import behind, facts
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
+from cdpserver.service.protection import Protection
 from cdpserver.target.placement import worker_name
 from cdpserver.view.history import History
+from cdpserver.vm.controller import DiskState
 
 TARGET_S = 2.0
 """How long the target may take to answer: it takes milliseconds, and Prometheus gives up after ten seconds."""
@@ -57,8 +60,9 @@ class _Look:
 class Overview:
     """Looks at the service. One look at a time; who asks meanwhile waits for its own."""
 
-    def __init__(self, core: Core, children: Children) -> None:
+    def __init__(self, core: Core, children: Children, protection: Protection) -> None:
         self._core = core
+        self._protection = protection
         self._children = children
         self._started_ns = core.clock.now_ns()
         self._events = EventCounts(core.state.events)
@@ -104,6 +108,7 @@ class Overview:
 
     def _disk(self, entry: Entry, look: _Look) -> dict[str, Any]:
         """One disk. What is damaged or vanishes meanwhile is said, and the others are shown."""
+        mirror = self._protection.disk(entry.name)
         shown: dict[str, Any] = {
             "name": entry.name,
             "id": entry.id,
@@ -111,14 +116,18 @@ class Overview:
             "size": None,
             "clients": 0,
             "broken": "",
+            "grade": None,
             "lag_ns": 0,
+            "rpo_ns": None,
+            "resync": mirror.resync if mirror is not None else None,
             **NO_RECORDS,
             "counts": None,
         }
         if entry.state == "removing":
             return shown
         try:
-            return shown | self._live(entry, look)
+            shown |= self._live(entry, look)
+            return shown | {"rpo_ns": _rpo_ns(shown, mirror)}
         except (CdpError, OSError) as error:
             return shown | {"state": "damaged", "error": getattr(error, "message", str(error))}
 
@@ -133,6 +142,7 @@ class Overview:
                 "state": facts.state_of(found, status),
                 # What only the target can say is not known while it says nothing.
                 "clients": status.get("clients", 0) if look.asked(entry) else None,
+                "grade": status.get("grade", Grade.UNORDERED.label),
                 "broken": status.get("broken", ""),
                 "counts": status.get("counts"),
             }
@@ -163,6 +173,14 @@ class Overview:
             self._cut_times = {old: at for old, at in self._cut_times.items() if old[0] != entry.id}
             self._cut_times[key] = behind.cut_ns(history.journal, number)
         return {"number": number, "time_ns": self._cut_times[key]}
+
+
+def _rpo_ns(shown: dict[str, Any], mirror: DiskState | None) -> int | None:
+    """What a loss of source and host would cost now; None while the target does not say what is durable."""
+    if shown["durable_lag_ns"] is None:
+        return None
+    behind_ns = mirror.behind_ns(time.monotonic_ns()) if mirror is not None else 0
+    return int(max(shown["lag_ns"], shown["durable_lag_ns"], behind_ns))
 
 
 def _store(path: os.PathLike[str]) -> dict[str, Any]:

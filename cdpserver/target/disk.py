@@ -246,6 +246,12 @@ class TargetDisk:
         )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
+    def lost(self, session: int, reason: str) -> None:
+        """Writes of the guest did not arrive, says who watches its mirror: a session that counts as in sync ends with this."""
+        journal = self.journal
+        if journal is not None and journal.state.session == session and journal.state.synced:
+            self.begin_session(reason)
+
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.
 

@@ -193,6 +193,7 @@ class Registry:
             "ping": lambda _: os.getpid(),
             "status": self._status,
             "synced": lambda r: self.disk(r["disk"]).synced(r["session"], write_blocking=r["write_blocking"]),
+            "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"]),
             "mark": lambda r: self.disk(r["disk"]).writer("bookmark").mark(r["name"]),
             "cut": lambda r: self.disk(r["disk"]).writer("base point").cut(),
             "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),

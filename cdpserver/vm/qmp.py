@@ -58,6 +58,9 @@ class Event:
 class Monitor(Protocol):
     """A way to QEMU's monitor: its socket, or libvirt's passthrough."""
 
+    version: tuple[int, int, int]
+    """QEMU's."""
+
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """What QEMU returns. QmpRefusedError for its refusal, QmpClosedError if it is gone or hung."""
         ...

@@ -20,13 +20,13 @@ from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import locks as lock_routes
 from cdpserver.service.api import models, seeing
 from cdpserver.service.api import policies as policy_routes
+from cdpserver.service.api import protection as protection_routes
 from cdpserver.service.api import pruning as pruning_routes
 from cdpserver.service.api import recoveries as recovery_routes
 from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
-from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
@@ -35,6 +35,7 @@ from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
+from cdpserver.service.protection import Protection
 from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Role, Roles
 from cdpserver.service.vms import Vms
@@ -59,6 +60,8 @@ ADMINS_ONLY = {
     "clear_policy",
     "remove_lock",
     "prune",
+    "protect_vm",
+    "unprotect_vm",
 }
 """What loses history, or lets a disk use the store."""
 
@@ -83,7 +86,7 @@ def build(
     core: Core,
     children: Children,
     disks: Disks,
-    base_points: BasePoints,
+    protection: Protection,
     jobs: Jobs,
     recoveries: Recoveries,
     roles: Roles,
@@ -104,6 +107,7 @@ def build(
         responses=ERRORS,
         dependencies=[Depends(_role_check(roles))],
     )
+    base_points = protection.base_points
     answers, instants = Answers(core), Instants(core)
     long = Long(answers, jobs)
     add_error_handlers(app)
@@ -112,8 +116,9 @@ def build(
     app.include_router(chain_routes.routes(answers, long, base_points.merges))
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks))
-    app.include_router(seeing.routes(core, answers, Overview(core, children)))
+    app.include_router(seeing.routes(core, answers, Overview(core, children, protection)))
     app.include_router(vm_routes.routes(answers, Vms(core)))
+    app.include_router(protection_routes.routes(answers, protection))
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))

@@ -88,6 +88,19 @@ class Merge(Body):
     base: Text | None = Field(None, description="For pull and commit: how far down.", examples=["bp:3"])
 
 
+class ProtectVm(Body):
+    """PUT /v1/vms/VM"""
+
+    qmp: Text = Field(description="The absolute path of a QMP monitor's Unix socket on the server.")
+    disks: list[Text] = Field(
+        [], description="Drive names, device ids or node names; all that the guest has."
+    )
+    wait: bool = Field(
+        False, description="The guest waits for a target that is gone, rather than leave a gap."
+    )
+    drive_mirror: bool = False
+
+
 class AddFork(Body):
     """POST /v1/forks"""
 
@@ -164,6 +177,44 @@ class LastBasePoint(Answer):
     time_ns: Count | None
 
 
+class Resync(Answer):
+    """A copy under way."""
+
+    method: str
+    done_bytes: Count
+    total_bytes: Count
+
+
+class VmDisk(Answer):
+    """A disk of a protected VM."""
+
+    name: str
+    device: str
+    node: str = Field(description="QEMU's node; empty until it was found.")
+    state: str = Field(description="waiting, starting, copying, resyncing, synced or degraded.")
+    reason: str
+    uri: str
+    resync: Resync | None
+
+
+class Vm(Answer):
+    """A protected VM."""
+
+    vm: str
+    qmp: str | None
+    method: str
+    wait: bool
+    disks: list[VmDisk]
+
+
+class UnprotectedVm(Answer):
+    """A VM that is protected no more."""
+
+    vm: str
+    removed: bool
+    left: str = Field(description="Why its mirrors could not be ended in QEMU; empty if they were.")
+
+
 class SeenDisk(Answer):
     """A disk or a fork at a glance."""
 
@@ -172,7 +223,12 @@ class SeenDisk(Answer):
     state: str
     size: Count | None
     clients: Count | None = Field(description="Unknown while the target does not answer.")
+    grade: str | None = Field(description="Of the newest instant; none of a disk that cannot be read.")
     broken: str
+    rpo_ns: Count | None = Field(
+        description="What would be lost now: the age of the newest write that is whole, in order and durable."
+    )
+    resync: Resync | None = Field(description="The copy under way, of a disk that the service protects.")
     lag_ns: Count = Field(description="Age of the newest instant whose content is complete; 0 in sync.")
     durable_lag_ns: Count | None = Field(
         description="Age of the oldest acknowledged write that is not durable. Unknown while the target does not answer."

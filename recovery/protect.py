@@ -1,0 +1,72 @@
+"""`cdp protect`: a running VM is protected, or no more."""
+
+import os
+import time
+from argparse import Namespace
+from typing import Any
+
+from cdpserver.errors import UsageError
+from recovery.bar import moving
+from recovery.client import Client
+from recovery.output import Column, answer, answer_json, answer_table, say
+from recovery.remote import client
+
+COLUMNS = (Column("name"), Column("node"), Column("state"), Column("uri"), Column("reason"))
+
+LOOK_S = 0.3
+
+
+def protect(options: Namespace) -> None:
+    """Protect the VM, or end that; with `--wait-synced` return when its disks are in sync."""
+    service = client(options)
+    if options.remove:
+        _remove(service, options)
+        return
+    if options.qmp is None:
+        raise UsageError("no monitor is named", hint="add --qmp with the path of QEMU's QMP socket")
+    shown = service.protect_vm(
+        options.vm,
+        # The service has another working directory.
+        qmp=os.path.abspath(options.qmp),
+        disks=options.disk,
+        wait=options.wait,
+        drive_mirror=options.drive_mirror,
+    )
+    if options.wait_synced:
+        shown = _wait_synced(service, options.vm, shown)
+    if options.json:
+        answer_json(shown)
+    else:
+        answer_table(COLUMNS, shown["disks"], nothing="the guest has no disks")
+
+
+def _wait_synced(service: Client, vm: str, shown: dict[str, Any]) -> dict[str, Any]:
+    told = ""
+    try:
+        with moving(f"protecting {vm}") as move:
+            while any(disk["state"] != "synced" for disk in shown["disks"]):
+                copies = [disk["resync"] for disk in shown["disks"] if disk["resync"] is not None]
+                if copies:
+                    done, total = (sum(copy[key] for copy in copies) for key in ("done_bytes", "total_bytes"))
+                    move(done, total)
+                reasons = "; ".join(
+                    f"{disk['name']}: {disk['reason']}" for disk in shown["disks"] if disk["reason"]
+                )
+                if reasons and reasons != told:
+                    say(told := reasons)
+                time.sleep(LOOK_S)
+                shown = service.vm(vm)
+    except KeyboardInterrupt:
+        say(f"{vm} is being protected all the same: cdp status; to end that: cdp protect {vm} --remove")
+        raise
+    return shown
+
+
+def _remove(service: Client, options: Namespace) -> None:
+    gone = service.unprotect_vm(options.vm)
+    if options.json:
+        answer_json(gone)
+        return
+    answer(f"{options.vm} is protected no more; its disks keep their history")
+    if gone.get("left"):
+        say(f"its mirrors may still run in QEMU: {gone['left']}")

@@ -1,0 +1,35 @@
+"""`cdp protect` in the tree of commands."""
+
+from cdpserver import names
+from recovery.tree import Commands, lazy
+
+
+def add_protect(commands: Commands) -> None:
+    """`cdp protect`."""
+    protect = commands.leaf(
+        "protect",
+        lazy("protect", "protect"),
+        "Protect a running VM, through every restart, until --remove. Again, it changes how.",
+        "cdp protect web --qmp /run/qemu/web.qmp --wait-synced",
+    )
+    protect.add_argument(
+        "vm", metavar="VM", type=names.check_name, help="what its disks are named by: VM/DISK"
+    )
+    protect.add_argument("--qmp", metavar="PATH", help="the socket of a QMP monitor of its QEMU")
+    protect.add_argument(
+        "--disk",
+        metavar="DISK",
+        action="append",
+        default=[],
+        help="a drive name, device id or node name; can be given again; else all that the guest has",
+    )
+    protect.add_argument(
+        "--wait",
+        action="store_true",
+        help="the guest waits for a target that is gone, rather than leave a gap",
+    )
+    protect.add_argument("--drive-mirror", action="store_true", help="use drive-mirror, not blockdev-mirror")
+    protect.add_argument("--wait-synced", action="store_true", help="return when all disks are in sync")
+    protect.add_argument(
+        "--remove", action="store_true", help="end the protection; the disks keep their history"
+    )

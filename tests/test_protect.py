@@ -1,0 +1,150 @@
+"""Protected VMs end to end: a service and a real QEMU, and what befalls either of them while a guest writes."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbd
+import pytest
+
+from tests.test_service import ApiError, Server, until
+from tools.kit.qmp import Qmp
+from tools.kit.source import Source
+
+pytestmark = pytest.mark.real
+
+SIZE = 8 << 20
+BLOCK = 4096
+
+
+@contextlib.contextmanager
+def world(directory: Path) -> Iterator[tuple[Server, Source]]:
+    """A service, and a QEMU whose monitor nobody holds."""
+    with Server(directory / "state") as server, Source(directory, SIZE) as source:
+        source.qmp.close()
+        yield server, source
+
+
+def monitor(source: Source) -> str:
+    return str(source.image.with_name("qsd.qmp"))
+
+
+def protect(server: Server, source: Source, **more: Any) -> dict[str, Any]:
+    body = {"qmp": monitor(source), "disks": ["disk0"], **more}
+    return dict(server.request("PUT", "/v1/vms/web", body))
+
+
+def disk(server: Server) -> dict[str, Any]:
+    return dict(server.get("/v1/vms/web")["disks"][0])
+
+
+def in_sync(server: Server) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        with contextlib.suppress(ApiError, OSError):
+            if disk(server)["state"] == "synced":
+                return disk(server)
+        return None
+
+    return until(look, "mirror in sync")
+
+
+def graded(server: Server, grade: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        (seen,) = server.get("/v1/overview")["disks"]
+        return dict(seen) if seen["grade"] == grade else None
+
+    return until(look, f"grade {grade}")
+
+
+@contextlib.contextmanager
+def guest(source: Source) -> Iterator[nbd.NBD]:
+    """What plays the guest."""
+    handle = nbd.NBD()
+    handle.connect_uri(source.uri)
+    try:
+        yield handle
+    finally:
+        handle.shutdown()
+
+
+def content(uri: str) -> bytes:
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    try:
+        return bytes(handle.pread(SIZE, 0))
+    finally:
+        handle.shutdown()
+
+
+def same_as_source(server: Server, source: Source) -> bool:
+    return content(server.uri("web/disk0@latest")) == source.image.read_bytes()
+
+
+def test_protect_write_and_points_are_crash(short_path: Path) -> None:
+    with world(short_path) as (server, source):
+        with guest(source) as writes:
+            writes.pwrite(b"a" * BLOCK, 0)
+            shown = protect(server, source)
+            assert shown["vm"] == "web"
+            assert {"name", "node", "state", "uri"} <= shown["disks"][0].keys()
+            assert in_sync(server)["name"] == "web/disk0"
+            writes.pwrite(b"b" * BLOCK, BLOCK)
+            seen = graded(server, "crash")
+            assert seen["resync"] is None and seen["rpo_ns"] < 5 * 10**9
+            assert same_as_source(server, source)
+        points = until(lambda: server.get("/v1/disks/web/disk0:points?kind=rp"), "recovery point")
+        assert points[-1]["grade"] == "crash"
+        assert server.events("disk.protected")
+        answer = server.delete("/v1/vms/web")
+        assert answer == {"vm": "web", "removed": True, "left": ""}
+        with Qmp(Path(monitor(source))) as qmp:
+            assert qmp.call("query-block-jobs") == []
+            assert not [n for n in qmp.call("query-named-block-nodes") if n["node-name"].startswith("cdp-")]
+        with pytest.raises(ApiError):
+            server.get("/v1/vms/web")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_target_that_is_killed_or_hangs_never_holds_the_guest_for_long(
+    short_path: Path, how: signal.Signals
+) -> None:
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source)
+        in_sync(server)
+        os.kill(server.pids()["target-0"], how)
+        began = time.monotonic()
+        for number in range(20):
+            writes.pwrite(bytes([number]) * BLOCK, number * BLOCK)
+        assert time.monotonic() - began < 5, "two seconds on a machine with nothing else to do"
+        assert bool(server.events("target.hung")) == (how == signal.SIGSTOP)
+        graded(server, "crash")
+        in_sync(server)
+        assert same_as_source(server, source)
+
+
+def test_a_restarted_service_takes_the_mirror_over(short_path: Path) -> None:
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source)
+        in_sync(server)
+        server.kill()
+        writes.pwrite(b"c" * BLOCK, 0)
+        with Server(server.state_dir) as again:
+            in_sync(again)
+            writes.pwrite(b"d" * BLOCK, BLOCK)
+            graded(again, "crash")
+            assert same_as_source(again, source)
+
+
+def test_protected_again_after_a_removal(short_path: Path) -> None:
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source)
+        in_sync(server)
+        assert server.request("DELETE", "/v1/vms/web")["left"] == ""
+        writes.pwrite(b"e" * BLOCK, 0)
+        protect(server, source)
+        in_sync(server)
+        assert same_as_source(server, source)
