@@ -226,6 +226,15 @@ def test_the_pages_of_a_list_are_the_list(server: Server, path: str, key: str) -
         assert [item[key] for page in pages(server, path, size) for item in page] == whole
 
 
+def test_the_pages_of_locks_go_by_age(server: Server) -> None:
+    for bookmark in server.get("/v1/disks/web/vda:points?kind=bookmark"):
+        server.post("/v1/locks", point=f"web/vda@{bookmark['name']}")
+    whole = [lock["id"] for lock in server.get("/v1/locks")]
+    assert len(whole) > 1
+    for size in (1, 2, 5):
+        assert [lock["id"] for page in pages(server, "/v1/locks", size) for lock in page] == whole
+
+
 def test_pages_of_points_are_in_the_order_of_the_list(server: Server) -> None:
     until(lambda: [p for p in server.get("/v1/disks/web/vda:points") if p["kind"] == "rp"], "recovery point")
     path = "/v1/disks/web/vda:points?since=-1h&until=bp:0"

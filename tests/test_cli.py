@@ -582,13 +582,10 @@ def test_closed_streams(service: Service) -> None:
 # --- help, version, start
 
 
-def every_command() -> list[list[str]]:
-    found = []
-    text = cdp("--help").stdout
-    for name in re.findall(r"^    ([a-z]+) ", text, re.MULTILINE):
-        verbs = re.findall(r"^    ([a-z]+) ", cdp(name, "--help").stdout, re.MULTILINE)
-        found += [[name, verb] for verb in verbs] or [[name]]
-    return found
+def every_command(*group: str) -> list[list[str]]:
+    """The words of each command: groups may hold groups."""
+    verbs = re.findall(r"^    ([a-z]+) ", cdp(*group, "--help").stdout, re.MULTILINE)
+    return [words for verb in verbs for words in every_command(*group, verb)] or [list(group)]
 
 
 def test_help_has_an_example_of_every_command() -> None:
@@ -600,9 +597,13 @@ def test_help_has_an_example_of_every_command() -> None:
         *("point list", "point mark", "point lock", "point unlock", "point locks"),
         *("uri", "bp cut", "bp list", "bp rebuild"),
         *("snapshot tree", "snapshot delete", "snapshot pull", "snapshot commit"),
-        "export",
+        *("snapshot live tree", "snapshot live create", "snapshot live commit", "snapshot live pull"),
+        *("snapshot live delete", "snapshot live revert", "export"),
         *("file ls", "file cat", "file stat", "file preview", "file find", "file get"),
+        *("file history", "file diff", "mount", "umount"),
         *("fork add", "fork list", "fork remove"),
+        *("recover start", "recover list", "recover show", "recover abort", "recover retry"),
+        *("recover commit", "recover undo"),
         *("policy set", "policy show", "policy clear", "prune"),
         "usage",
         "forecast",

@@ -1,5 +1,7 @@
 """The routes of locks on points."""
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -7,6 +9,11 @@ from cdpserver.service.api import models, paging
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.locks import Locks
+
+
+def _age(lock: dict[str, Any]) -> paging.Key:
+    """Ids are random: the list goes by age."""
+    return lock["created_ns"], lock["id"]
 
 
 def routes(answers: Answers, locks: Locks) -> APIRouter:
@@ -26,7 +33,11 @@ def routes(answers: Answers, locks: Locks) -> APIRouter:
     ) -> Response:
         """Every lock, or those of one disk."""
         found = await locks.list_locks(disk)
-        return await paging.answer_list(answers, "locks", found, "id", (page_size, page_token))
+        if not paging.is_paged(page_size, page_token):
+            return await answers.many(found)
+        after = paging.read_token("locks", page_token, int, str)
+        left = [lock for lock in found if after is None or _age(lock) > after]
+        return await paging.answer_page(answers, "locks", left, _age, page_size)
 
     @routes.delete("/v1/locks/{lock:path}", response_model=models.Lock)
     async def remove_lock(lock: str) -> Response:
