@@ -66,3 +66,9 @@ REPLAY_CHANGED_BYTES = 128 << 20
 
 REPLAY_BLOCKS = 1 << 20
 """Blocks written or revoked that a journal names, of which each takes some 200 bytes to remember."""
+
+REPLAY_OPEN_BYTES = 384 << 20
+"""Transactions of a log that are held until their commit: several times the largest checkpoint that XFS writes."""
+
+REPLAY_OPERATIONS = 8 << 20
+"""Of an XFS log, which are some 100 bytes each: they take some 2 us to read, twice."""

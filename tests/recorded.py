@@ -127,6 +127,15 @@ def disks(image: Path, log: Path, cuts: list[int]) -> Iterator[tuple[int, Path]]
         yield cut, image
 
 
+def tear(image: Path, late: list[tuple[int, bytes]], dice: Random) -> None:
+    """Of the writes that were in flight at the end some came, and of some a part."""
+    with open(image, "r+b") as file:
+        for offset, data in late:
+            sectors = dice.choice((0, dice.randrange(len(data) // 512 + 1), len(data) // 512))
+            file.seek(offset)
+            file.write(data[: sectors * 512])
+
+
 def churn(point: Path, seed: int, *, operations: int) -> None:
     """Everything that a file system logs, at random, now and then made durable."""
     dice = Random(seed)

@@ -277,9 +277,9 @@ def test_the_worker_is_nobody(images: dict[str, Path]) -> None:
 
 def test_only_the_worker_knows_the_parsers() -> None:
     """Whoever imports dissect is imported by the worker's side alone."""
-    theirs = {"cdpserver.files.volumes", "cdpserver.files.tree", "cdpserver.files.worker"}
+    theirs = {f"cdpserver.files.{name}" for name in ("replay", "volumes", "tree", "worker")}
     for name, module in modules().items():
-        inside = name in theirs or name.startswith("cdpserver.files.formats.")
+        inside = name in theirs or name.startswith(("cdpserver.files.formats.", "cdpserver.files.replay."))
         for _, target in imports(module):
             assert inside or target.split(".")[0] != "dissect", name
             assert inside or target not in theirs, name

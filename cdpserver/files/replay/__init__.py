@@ -14,7 +14,7 @@ __all__ = ["Replayed", "journal_replayed"]
 
 KINDS = (
     (ntfs.MAGIC_AT, ntfs.MAGIC, ntfs.remark_ntfs),
-    (0, xfs.MAGIC, xfs.remark_xfs),
+    (0, xfs.MAGIC, xfs.replay_xfs),
     (MAGIC_AT, EXT_MAGIC, replay_ext),
     (btrfs.MAGIC_AT, btrfs.MAGIC, btrfs.remark_btrfs),
 )
