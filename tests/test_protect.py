@@ -29,12 +29,8 @@ def world(directory: Path) -> Iterator[tuple[Server, Source]]:
         yield server, source
 
 
-def monitor(source: Source) -> str:
-    return str(source.image.with_name("qsd.qmp"))
-
-
 def protect(server: Server, source: Source, **more: Any) -> dict[str, Any]:
-    body = {"qmp": monitor(source), "disks": ["disk0"], **more}
+    body = {"qmp": str(source.monitor), "disks": ["disk0"], **more}
     return dict(server.request("PUT", "/v1/vms/web", body))
 
 
@@ -101,7 +97,7 @@ def test_protect_write_and_points_are_crash(short_path: Path) -> None:
         assert server.events("disk.protected")
         answer = server.delete("/v1/vms/web")
         assert answer == {"vm": "web", "removed": True, "left": ""}
-        with Qmp(Path(monitor(source))) as qmp:
+        with Qmp(source.monitor) as qmp:
             assert qmp.call("query-block-jobs") == []
             assert not [n for n in qmp.call("query-named-block-nodes") if n["node-name"].startswith("cdp-")]
         with pytest.raises(ApiError):
@@ -148,3 +144,59 @@ def test_protected_again_after_a_removal(short_path: Path) -> None:
         protect(server, source)
         in_sync(server)
         assert same_as_source(server, source)
+
+
+@pytest.mark.parametrize("more", [{"drive_mirror": True}, {"wait": True}], ids=["drive-mirror", "wait"])
+def test_other_ways_to_mirror(short_path: Path, more: dict[str, Any]) -> None:
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source, **more)
+        in_sync(server)
+        os.kill(server.pids()["target-0"], signal.SIGKILL)
+        for number in range(5):
+            writes.pwrite(bytes([number]) * BLOCK, number * BLOCK)
+        graded(server, "crash")
+        assert same_as_source(server, source)
+        assert server.delete("/v1/vms/web")["left"] == ""
+
+
+def test_a_killed_qemu_is_waited_for_and_mirrored_again(short_path: Path) -> None:
+    with world(short_path) as (server, source):
+        protect(server, source)
+        in_sync(server)
+        source.process.kill()
+        source.process.wait()
+        until(lambda: disk(server)["state"] == "waiting", "the lost QEMU")
+        with open(source.image, "r+b") as image:
+            image.write(b"f" * BLOCK)
+        source.start()
+        source.qmp.close()
+        in_sync(server)
+        graded(server, "crash")
+        assert same_as_source(server, source)
+        assert server.events("disk.degraded") and server.events("disk.resynced")
+
+
+def test_a_job_that_somebody_ends_is_started_again(short_path: Path) -> None:
+    """An operator's command comes between two of ours: the monitor is free while the service does not run."""
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source)
+        in_sync(server)
+        server.kill()
+        with Qmp(source.monitor) as qmp:
+            (job,) = qmp.call("query-block-jobs")
+            qmp.call("block-job-cancel", device=job["device"], force=True)
+            qmp.wait("BLOCK_JOB_CANCELLED")
+        writes.pwrite(b"g" * BLOCK, 0)
+        with Server(server.state_dir) as again:
+            graded(again, "crash")
+            in_sync(again)
+            assert same_as_source(again, source)
+
+
+def test_a_monitor_that_another_program_holds(short_path: Path) -> None:
+    with (
+        world(short_path) as (server, source),
+        Qmp(source.monitor),
+        pytest.raises(ApiError, match="another program holds this monitor"),
+    ):
+        protect(server, source)

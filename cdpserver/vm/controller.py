@@ -171,7 +171,6 @@ class Controller:
             event = "disk.resynced" if seen.in_sync_before else "disk.protected"
             self._target.emit(event, disk=seen.wanted.name, vm=self.vm.name)
             seen.in_sync_before, seen.told = True, ""
-            seen.told = reason
         elif state == "degraded" and reason != seen.told:
             self._target.emit("disk.unprotected", level="warning", disk=seen.wanted.name, reason=reason)
             seen.told = reason

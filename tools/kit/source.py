@@ -33,8 +33,15 @@ class Source:
         self.image = directory / "source.raw"
         with open(self.image, "xb") as image:
             image.truncate(size)
-        socket, monitor, log = directory / "source.sock", directory / "qsd.qmp", directory / "qsd.log"
-        self.uri = f"nbd+unix:///disk?socket={socket}"
+        self._socket, self.monitor = directory / "source.sock", directory / "qsd.qmp"
+        self.uri = f"nbd+unix:///disk?socket={self._socket}"
+        self.start()
+
+    def start(self) -> None:
+        """Start the daemon on the image as it is; the first time, and after its end."""
+        socket, monitor, log = self._socket, self.monitor, self.monitor.with_suffix(".log")
+        socket.unlink(missing_ok=True)
+        monitor.unlink(missing_ok=True)
         self.process = start(
             [
                 "qemu-storage-daemon",
