@@ -27,8 +27,10 @@ MODULES = (
     "virtio/virtio",
     "virtio/virtio_pci_legacy_dev",
     "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci",
+    "block/virtio_blk",
+    "char/virtio_console",
 )
-MODULES += ("virtio/virtio_pci", "block/virtio_blk", "char/virtio_console")
 """Below kernel/drivers, in the order in which they load."""
 
 
