@@ -209,6 +209,32 @@ def check(path: Path) -> None:
         raise CorruptError(error.message, hint="it is written anew") from None
 
 
+def check_unused(path: Path) -> None:
+    """RefusedError if a QCOW2 file is open anywhere on this host, by QEMU's lock on its images, or cannot be opened."""
+    try:
+        info(path, "qcow2")
+    except BrokenError as error:
+        raise RefusedError(
+            f"{path.name} cannot be opened for itself: {error.message}", hint="end what has it open"
+        ) from None
+
+
+def copy_export(uri: str, target: Path, *, format: str, progress: Progress = nobody) -> None:
+    """Write an NBD export to the new file `target`, durable on return; a QCOW2 file is checked before it has its name."""
+    command = ["qemu-img", "convert", "-p", "-f", "raw", "-O", format, "-W", "-m", COROUTINES]
+    temporary = target.with_name(f"{durable.TEMPORARY}{target.name}")
+    try:
+        _run_told(
+            [*command, uri, str(temporary.absolute())], doing=f"writing {target.name}", progress=progress
+        )
+        if format == "qcow2":
+            check(temporary)
+        durable.publish(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def own_parts(image: Path) -> Iterator[tuple[int, int, int]]:
     """(start, end, place) of what a QCOW2 file holds itself, without its backing file: bytes of the disk, and where they
     are in the file, or -1 for zeros. BrokenError, CorruptError.

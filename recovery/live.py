@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from cdpserver import names
+from cdpserver.errors import UsageError
 from cdpserver.names import format_bytes, format_time
 from recovery.bar import moving
 from recovery.chain import print_tree
@@ -17,9 +18,16 @@ _STEPS = 1000
 
 def live_tree(options: Namespace) -> None:
     """The images of a disk."""
-    from cdpserver.vm.chain import command, snapshots
+    from cdpserver.vm.chain import command, cowtree, snapshots
+    from cdpserver.vm.chain.cow import server_socket
+    from cdpserver.vm.qmp import Qmp
 
-    value = command.over(options.qmp, lambda monitor: snapshots.tree(monitor, options.vm, options.disk))
+    async def do(monitor: Qmp) -> dict[str, Any]:
+        value = await snapshots.tree(monitor, options.vm, options.disk)
+        socket = server_socket(options.qmp, options.nbd_socket)
+        return await cowtree.add_to_tree(monitor, options.disk, value, socket=socket)
+
+    value = command.over(options.qmp, do)
     if options.json:
         answer_json(value)
     else:
@@ -27,9 +35,14 @@ def live_tree(options: Namespace) -> None:
 
 
 def live_create(options: Namespace) -> None:
-    """Overlays at one instant."""
+    """Overlays, or COW snapshots, at one instant."""
     from cdpserver.vm.chain import command, snapshots
 
+    if options.cow:
+        _create_cow(options)
+        return
+    if options.nbd_socket:
+        raise UsageError("--nbd-socket is of COW snapshots", hint="add --cow, or leave it out")
     name = _name(options)
     directory = options.directory.absolute() if options.directory else None
     made = command.over(
@@ -43,6 +56,58 @@ def live_create(options: Namespace) -> None:
             answer(f"{one['snapshot']} of {one['disk']} is a snapshot; the VM writes to {one['active']}")
         if one["warning"]:
             say(f"warning: {one['warning']}")
+
+
+def _create_cow(options: Namespace) -> None:
+    from cdpserver.vm.chain import command, cow
+
+    name, socket = _name(options), cow.server_socket(options.qmp, options.nbd_socket)
+    directory = options.directory.absolute() if options.directory else None
+    made = command.over(
+        options.qmp,
+        lambda monitor: cow.create(
+            monitor,
+            options.vm,
+            options.disk,
+            name=name,
+            directory=directory,
+            socket=socket,
+            own=options.nbd_socket is None,
+        ),
+    )
+    if options.json:
+        answer_json_items(made)
+    for one in made:
+        if not options.json:
+            answer(f"{one['snapshot']} of {one['disk']}, until QEMU ends: {one['uri']}")
+        if one["warning"]:
+            say(f"warning: {one['warning']}")
+
+
+def live_save(options: Namespace) -> None:
+    """A COW snapshot as a file."""
+    from cdpserver.vm.chain import command, cow
+    from cdpserver.vm.qmp import Qmp
+
+    socket, output = cow.server_socket(options.qmp, options.nbd_socket), options.output.absolute()
+    with moving(f"saving {options.node}") as bar:
+
+        async def do(monitor: Qmp) -> dict[str, Any]:
+            return await cow.save(
+                monitor,
+                options.disk,
+                options.node,
+                output,
+                format=options.format,
+                socket=socket,
+                progress=lambda done: bar(int(done * _STEPS), _STEPS),
+            )
+
+        said = command.over(options.qmp, do)
+    if options.json:
+        answer_json(said)
+    else:
+        answer(f"{said['output']} holds {said['snapshot']} of {said['disk']}")
 
 
 def _name(options: Namespace) -> str:
@@ -88,7 +153,7 @@ def live_delete(options: Namespace) -> None:
 
 
 def _merge(options: Namespace, verb: str, question: str) -> None:
-    from cdpserver.vm.chain import command, snapshots
+    from cdpserver.vm.chain import command, cow, snapshots
     from cdpserver.vm.qmp import Qmp
 
     if not options.yes and on_a_terminal():
@@ -100,6 +165,9 @@ def _merge(options: Namespace, verb: str, question: str) -> None:
                 bar(int(done * _STEPS), _STEPS)
 
             if verb == "delete":
+                socket = cow.server_socket(options.qmp, options.nbd_socket)
+                if (gone := await cow.delete(monitor, options.disk, options.node, socket=socket)) is not None:
+                    return gone
                 return await snapshots.delete(monitor, options.disk, options.node, progress=progress)
             work = snapshots.commit if verb == "commit" else snapshots.pull
             return await work(monitor, options.disk, options.node, base=options.base, progress=progress)

@@ -26,7 +26,14 @@ def add(snapshot: Group) -> None:
         "create",
         lazy("live", "live_create"),
         "Put an overlay onto each disk, at one instant: what was active is then a snapshot.",
-        f"cdp snapshot live create web {_AT} --disk vd1 --name before-upgrade",
+        f"cdp snapshot live create web {_AT} --disk vd1 --name before-upgrade\n"
+        f"cdp snapshot live create web {_AT} --cow --directory /var/tmp",
+    )
+    save = live.leaf(
+        "save",
+        lazy("live", "live_save"),
+        "Write a COW snapshot to a file of its own, which stays when QEMU ends.",
+        f"cdp snapshot live save web monday --output monday.qcow2 {_AT}",
     )
     commit = live.leaf(
         "commit",
@@ -52,10 +59,27 @@ def add(snapshot: Group) -> None:
         "Give a stopped VM's disk a new overlay on an older image, and reset the VM. What it left stays as a file.",
         f"cdp snapshot live revert web root.monday.qcow2 {_AT}",
     )
-    _take_vm(tree, create, commit, pull, delete, revert)
+    _take_vm(tree, create, save, commit, pull, delete, revert)
     for command in (commit, pull, delete, revert):
         command.add_argument("node", metavar="IMAGE", help="its file's name or path, or its node's name")
-    for command in (tree, commit, pull, delete, revert):
+    save.add_argument("node", metavar="SNAPSHOT", help="the name of a COW snapshot")
+    save.add_argument("--output", type=Path, required=True, metavar="FILE", help="the new file")
+    save.add_argument(
+        "--format", choices=("raw", "qcow2"), default="qcow2", help="of the file (default: qcow2)"
+    )
+    create.add_argument(
+        "--cow",
+        action="store_true",
+        help="keep what is overwritten beside a disk that is not QCOW2, until QEMU ends; see docs/snapshots.md",
+    )
+    for command in (tree, create, save, delete):
+        command.add_argument(
+            "--nbd-socket",
+            type=Path,
+            metavar="SOCKET",
+            help="where QEMU's NBD server listens, if it has one already (else one is started at the monitor's path + .nbd)",
+        )
+    for command in (tree, save, commit, pull, delete, revert):
         command.add_argument("--disk", required=True, metavar="DEVICE", help=_DISK)
     create.add_argument(
         "--disk", required=True, metavar="DEVICE", action="append", help=f"{_DISK}; repeatable"

@@ -76,6 +76,7 @@ class LiveChain:
     `layers` go from the active one down; `root` and `filters` are node names, the outermost first.
 
     `qdev` is the device's QOM path; None of an export. `jobs` has for each job's id the nodes that it works on.
+    `line` has every node from the root down, of whatever driver.
     """
 
     disk: str
@@ -85,6 +86,7 @@ class LiveChain:
     filters: tuple[tuple[str, str], ...]
     layers: tuple[Layer, ...]
     jobs: Mapping[str, frozenset[str]]
+    line: tuple[tuple[str, str], ...] = ()
 
     @property
     def active(self) -> Layer:
@@ -163,6 +165,13 @@ class _Graph:
             and self.driver(self.names[parent]) != "snapshot-access"
         ]
 
+    def line(self, root: str) -> Iterator[tuple[str, str]]:
+        """(node, driver) from a node down to what it lies on."""
+        node: str | None = root
+        while node is not None:
+            yield node, self.driver(node)
+            node = self.below(node, *_DOWN)
+
     def jobs(self) -> dict[str, frozenset[str]]:
         used: dict[str, set[str]] = {}
         for parent, _, child in self.edges:
@@ -196,7 +205,8 @@ def chain_of(answers: Answers, disk: str) -> LiveChain:
         raise RefusedError(f"{disk} has no image in it", hint="a drive without a medium has no snapshots")
     exports = (str(export["id"]) for export in answers.exports if export["node-name"] == root)
     handle = qdev or next(exports, disk)
-    return LiveChain(disk, handle, root, qdev, tuple(filters), tuple(layers), graph.jobs())
+    line = tuple(graph.line(root))
+    return LiveChain(disk, handle, root, qdev, tuple(filters), tuple(layers), graph.jobs(), line)
 
 
 def _root(answers: Answers, graph: _Graph, disk: str) -> tuple[str, str | None]:

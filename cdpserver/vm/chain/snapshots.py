@@ -26,18 +26,20 @@ from cdpserver.vm.chain.tree import tree as tree_of
 from cdpserver.vm.qmp import Monitor, QmpRefusedError
 
 
+async def ask(monitor: Monitor) -> Answers:
+    """What QEMU has open now."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return Answers(
+        graph=await monitor.execute("x-debug-query-block-graph"),
+        nodes={str(node["node-name"]): node for node in nodes},
+        blocks=await monitor.execute("query-block"),
+        exports=await monitor.execute("query-block-exports"),
+    )
+
+
 async def look(monitor: Monitor, disk: str) -> LiveChain:
     """The chain of a disk as QEMU has it now. NotFoundError, RefusedError, CorruptError."""
-    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return chain_of(
-        Answers(
-            graph=await monitor.execute("x-debug-query-block-graph"),
-            nodes={str(node["node-name"]): node for node in nodes},
-            blocks=await monitor.execute("query-block"),
-            exports=await monitor.execute("query-block-exports"),
-        ),
-        disk,
-    )
+    return chain_of(await ask(monitor), disk)
 
 
 async def tree(monitor: Monitor, vm: str, disk: str) -> dict[str, Any]:
@@ -182,13 +184,7 @@ async def delete(monitor: Monitor, disk: str, node: str, *, progress: Progress =
         raise RefusedError(
             f"{', '.join(found.name for found in above)} stands on {path.name}", hint="delete that one first"
         )
-    # QEMU's lock on its images: one that is in use anywhere on this host is refused.
-    try:
-        await trio.to_thread.run_sync(qemu.info, path, "qcow2")
-    except BrokenError as error:
-        raise RefusedError(
-            f"{path.name} cannot be opened for itself: {error.message}", hint="end what has it open"
-        ) from None
+    await trio.to_thread.run_sync(qemu.check_unused, path)
     freed = durable.used_bytes(path)
     path.unlink()
     return _said(chain, "delete", [path.name], [], chain.active.name, freed)
