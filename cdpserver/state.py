@@ -19,7 +19,7 @@ from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.names import show
 
 FORMAT = "cdp-state"
-VERSION = 6
+VERSION = 7
 OLDEST_VERSION = 1
 """What cdpserver/upgrade.py can still bring to VERSION."""
 

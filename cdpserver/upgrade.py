@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cdpserver import durable
 from cdpserver.basepoint import note_base_points
-from cdpserver.catalog.upgrade import add_locks_and_policies, add_protection
+from cdpserver.catalog.upgrade import add_locks_and_policies, add_protection, add_trials
 from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.events import EventLog
 from cdpserver.state import OLDEST_VERSION, VERSION, StateDir
@@ -35,6 +35,7 @@ STEPS = (
     Step(3, "disks may grow", allow_growth),
     Step(4, "intervals may be thinned; those that are there stay as they are", lambda _: None),
     Step(5, "the catalog gets tables for protected VMs, groups and recoveries", add_protection),
+    Step(6, "the catalog gets a table for trials", add_trials),
 )
 
 

@@ -154,7 +154,7 @@ def test_a_reader_in_another_process_sees_each_change(state: StateDir, catalog: 
 
 def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None:
     assert json.loads(state.catalog_copy.read_text()) == {
-        "format": 3,
+        "format": 4,
         "next_id": 1,
         "disks": {},
         "locks": {},
@@ -162,11 +162,12 @@ def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None
         "vms": {},
         "groups": {},
         "recoveries": {},
+        "trials": {},
     }
     make_disk(state, catalog, "vda")
     catalog.put_row("locks", LOCK)
     assert json.loads(state.catalog_copy.read_text()) == {
-        "format": 3,
+        "format": 4,
         "next_id": 2,
         "disks": {"vda": {"id": "t1", "state": "live", "created_ns": 42}},
         "locks": {"k1": {"schema": 1, "fields": dict(LOCK.fields)}},
@@ -174,6 +175,7 @@ def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None
         "vms": {},
         "groups": {},
         "recoveries": {},
+        "trials": {},
     }
 
 

@@ -1,4 +1,4 @@
-"""Rows of the catalog that are more than names: locks, policies, protected VMs, groups, recoveries. Pure.
+"""Rows of the catalog that are more than names: locks, policies, protected VMs, groups, recoveries, trials. Pure.
 
 A row has an id that never changes, the number of its schema, and fields that only their owner understands: plain
 values as JSON has them, without fractions. The catalog keeps and recovers them whatever they mean.
@@ -16,12 +16,13 @@ from cdpserver.durable import corrupt_json, take_int, take_keys
 from cdpserver.errors import UsageError
 from cdpserver.names import show
 
-Table: TypeAlias = Literal["locks", "policies", "vms", "groups", "recoveries"]
+Table: TypeAlias = Literal["locks", "policies", "vms", "groups", "recoveries", "trials"]
 
 TABLES_BY_FORMAT: dict[int, tuple[Table, ...]] = {
     1: (),
     2: ("locks", "policies"),
     3: ("locks", "policies", "vms", "groups", "recoveries"),
+    4: ("locks", "policies", "vms", "groups", "recoveries", "trials"),
 }
 """By the catalog's format: that of its copy, `catalog.json`."""
 

@@ -18,6 +18,11 @@ def add_protection(state: StateDir) -> None:
     _add_tables(state, format=2)
 
 
+def add_trials(state: StateDir) -> None:
+    """6 -> 7: an empty table for trials."""
+    _add_tables(state, format=3)
+
+
 def _add_tables(state: StateDir, *, format: int) -> None:
     """Give a catalog of `format` every table of this program, and its copy too. May be repeated.
 

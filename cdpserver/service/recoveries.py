@@ -12,10 +12,8 @@ from typing import Any
 import trio
 
 from cdpserver import names
-from cdpserver.catalog import Entry
-from cdpserver.errors import NotFoundError, RefusedError, UsageError
-from cdpserver.journal.control import Grade
-from cdpserver.names import At, Latest, When
+from cdpserver.errors import RefusedError, UsageError
+from cdpserver.service.chosen import Chosen, choose
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks, never_written
 from cdpserver.service.recovering import Runner, fork_uri
@@ -111,7 +109,6 @@ class Recoveries:
 
     def _plan(self, asked: Request) -> Recovery:
         core = self._core
-        what, when = names.parse_point(asked.point)
         directory = _check_directory(core, asked.to)
         held = record.all_of(core.catalog)
         for other in held:
@@ -122,10 +119,8 @@ class Recoveries:
                 )
         id = record.new_id(other.id for other in held)
         name = names.check_name(asked.name) if asked.name is not None else id
-        entries = self._entries(what)
-        if len(entries) > 1:
-            when = self._one_time(what, when)
-        disks = [self._disk(entry, when, name, directory, asked) for entry in entries]
+        chosen = choose(core, asked.point, force=asked.force, most=MAX_DISKS)
+        disks = [_disk(one, name, directory, asked.format) for one in chosen]
         for disk in disks:
             if core.catalog.get(disk.fork) is not None:
                 raise RefusedError(f"there is a disk {disk.fork} already", hint="choose another --name")
@@ -137,55 +132,6 @@ class Recoveries:
         now_ns = core.clock.now_ns()
         one = Recovery(id, name, asked.point, asked.qmp, tuple(disks), BEGIN, now_ns)
         return one.noted("started", now_ns=now_ns)
-
-    def _entries(self, what: str) -> list[Entry]:
-        """The disk of this name, or all disks of the VM."""
-        known = self._core.catalog.names()
-        if what in known:
-            return [self._core.entry(what)]
-        of_vm = [entry for name, entry in known.items() if name.startswith(f"{what}/")]
-        if not of_vm:
-            raise NotFoundError(f"there is no disk or VM {what}", hint="list the disks: cdp disk list")
-        if len(of_vm) > MAX_DISKS:
-            raise RefusedError(f"{what} has more than {MAX_DISKS} disks", hint="recover them one by one")
-        return [self._core.entry(entry.name) for entry in of_vm]
-
-    def _one_time(self, vm: str, when: When) -> When:
-        """The same instant for all disks: they share one clock, and nothing else."""
-        now_ns = self._core.clock.now_ns()
-        match when:
-            case Latest():
-                return At(now_ns)
-            case names.Ago(delta_ns):
-                return At(now_ns - delta_ns)
-            case At():
-                return when
-        raise UsageError(
-            f"{vm} has several disks, and {names.format_when(when)} is an instant of one",
-            hint="name a time, -90s or latest",
-        )
-
-    def _disk(self, entry: Entry, when: When, name: str, directory: Path, asked: Request) -> RecoveredDisk:
-        with self._core.points(entry) as points:
-            position = points.resolve(when, now_ns=self._core.clock.now_ns())
-            size = points.history.size_at(position.seq)
-            grade = points.journal.state_at(position.seq).grade
-        if grade is Grade.UNORDERED and not asked.force:
-            raise RefusedError(
-                f"{entry.name}@seq:{position.seq} is unordered: what the guest wrote last may be there while what it wrote before"
-                " is not",
-                hint=f"cdp point list {entry.name} shows graded points; to recover this one all the same, add --force",
-            )
-        short = names.split_name(entry.name)[0]
-        return RecoveredDisk(
-            disk=entry.name,
-            seq=position.seq,
-            time_ns=position.time_ns,
-            size=size,
-            fork=names.full_name(short, name),
-            target=str(directory / f"{short}.{asked.format}"),
-            format=asked.format,
-        )
 
     async def _make_forks(self, one: Recovery) -> None:
         """Those that are not there yet."""
@@ -317,6 +263,18 @@ class Recoveries:
             one = await runner.step(step)
             self._run(one)
         return await self.show(one.id)
+
+
+def _disk(chosen: Chosen, name: str, directory: Path, format: Format) -> RecoveredDisk:
+    return RecoveredDisk(
+        disk=chosen.entry.name,
+        seq=chosen.seq,
+        time_ns=chosen.time_ns,
+        size=chosen.size,
+        fork=names.full_name(chosen.short_name, name),
+        target=str(directory / f"{chosen.short_name}.{format}"),
+        format=format,
+    )
 
 
 def _check_directory(core: Core, path: str) -> Path:

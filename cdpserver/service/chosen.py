@@ -1,0 +1,76 @@
+"""What an operator means by DISK@WHEN or VM@WHEN when it is to be run: one place in the history of each disk, of one instant."""
+
+from dataclasses import dataclass
+
+from cdpserver import names
+from cdpserver.catalog import Entry
+from cdpserver.errors import NotFoundError, RefusedError, UsageError
+from cdpserver.journal.control import Grade
+from cdpserver.names import At, Latest, When
+from cdpserver.service.core import Core
+from cdpserver.service.vms import Vms
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One disk at the instant."""
+
+    entry: Entry
+    seq: int
+    time_ns: int
+    size: int
+
+    @property
+    def short_name(self) -> str:
+        """The disk's name in its VM."""
+        return names.split_name(self.entry.name)[0]
+
+
+def choose(core: Core, point: str, *, force: bool, most: int) -> list[Chosen]:
+    """The disks of a point, at most `most`. RefusedError for one that is unordered, unless forced. For threads."""
+    what, when = names.parse_point(point)
+    entries = _entries(core, what)
+    if len(entries) > most:
+        raise RefusedError(f"{what} has more than {most} disks", hint="run them one by one")
+    if len(entries) > 1:
+        when = _one_time(core, what, when)
+    return [_choose(core, entry, when, force=force) for entry in entries]
+
+
+def _entries(core: Core, what: str) -> list[Entry]:
+    """The disk of this name, or all disks of the VM."""
+    if what in core.catalog.names():
+        return [core.entry(what)]
+    if "/" in what:
+        raise NotFoundError(f"there is no disk {what}", hint="list the disks: cdp disk list")
+    return Vms(core).disks(what)
+
+
+def _one_time(core: Core, vm: str, when: When) -> When:
+    """The same instant for all disks: they share one clock, and nothing else."""
+    now_ns = core.clock.now_ns()
+    match when:
+        case Latest():
+            return At(now_ns)
+        case names.Ago(delta_ns):
+            return At(now_ns - delta_ns)
+        case At():
+            return when
+    raise UsageError(
+        f"{vm} has several disks, and {names.format_when(when)} is an instant of one",
+        hint="name a time, -90s or latest",
+    )
+
+
+def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
+    with core.points(entry) as points:
+        position = points.resolve(when, now_ns=core.clock.now_ns())
+        size = points.history.size_at(position.seq)
+        grade = points.journal.state_at(position.seq).grade
+    if grade is Grade.UNORDERED and not force:
+        raise RefusedError(
+            f"{entry.name}@seq:{position.seq} is unordered: what the guest wrote last may be there while what it wrote before"
+            " is not",
+            hint=f"cdp point list {entry.name} shows graded points; to recover this one all the same, add --force",
+        )
+    return Chosen(entry, position.seq, position.time_ns, size)
