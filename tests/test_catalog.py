@@ -185,7 +185,7 @@ def test_the_copy_follows_each_change(state: StateDir, catalog: Catalog) -> None
         (None, "was missing"),
         (b"", "is of no use"),
         (b"{}", "is of no use"),
-        (b'{"format": 4, "next_id": 99, "disks": {}}', "of a newer cdpserver"),
+        (b'{"format": 5, "next_id": 99, "disks": {}}', "of a newer cdpserver"),
         (b'{"format": 1, "next_id": 99, "disks": {}}', None),
         (b'{"format": 2, "next_id": 99, "disks": {}, "locks": {}, "policies": {}}', None),
     ],
