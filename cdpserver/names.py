@@ -258,6 +258,19 @@ def format_time(time_ns: int) -> str:
     return f"{_EPOCH + timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%S}.{fraction:09d}Z"
 
 
+def wall_time_of(text: str | None, *, now_ns: int) -> int | None:
+    """The wall clock's time that a time, or how long ago, means: what is in files has that one. UsageError for other WHENs."""
+    match parse_when(text) if text is not None else None:
+        case None:
+            return None
+        case At(time_ns):
+            return time_ns
+        case Ago(delta_ns):
+            return max(0, now_ns - delta_ns)
+        case _:
+            raise UsageError(f"not a time: {show(str(text))}", hint="write 2026-11-22T20:18:05Z or -90s")
+
+
 def parse_time(text: str) -> int:
     """RFC 3339 (section 5.6) to nanoseconds since 1970; leap seconds and years past 2262 are refused."""
     match = _RFC3339.fullmatch(text)

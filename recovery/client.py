@@ -23,6 +23,9 @@ MAX_REPLY_BYTES = 1 << 30
 MAX_LINE_BYTES = 1 << 20
 """Longest line of a stream; an event is far below."""
 
+PIECE_BYTES = 1 << 20
+"""A body is read in pieces of this size."""
+
 Object: TypeAlias = dict[str, Any]
 
 _ERRORS = {
@@ -251,6 +254,29 @@ class Client:
             while line := reply.readline(MAX_LINE_BYTES):
                 if line.startswith(b"data: ") and len(event := json.loads(line[6:])):
                     yield event
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._unreachable(error) from error
+        finally:
+            connection.close()
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def ask(self, route: str, query: Mapping[str, Any]) -> Object:
+        """One answer about files."""
+        return self._object("GET", route, query=query)
+
+    def stream(self, route: str, query: Mapping[str, Any]) -> Iterator[bytes]:
+        """A body, piece by piece. UnreachableError if it ends before its end."""
+        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        try:
+            connection.request("GET", f"/v1/{route}?{urlencode(query)}")
+            reply = connection.getresponse()
+            if reply.status >= 300:
+                raise _error(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
+            while part := reply.read(PIECE_BYTES):
+                yield part
+            if reply.length:
+                raise http.client.IncompleteRead(b"", reply.length)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error) from error
         finally:

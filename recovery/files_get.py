@@ -10,43 +10,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from cdpserver.errors import CorruptError
+from cdpserver.errors import CorruptError, ForbiddenError, UnreachableError
 from cdpserver.events import EventLog
 from cdpserver.files.fetch import DAMAGED, Fetch, Progress, Taken
 from cdpserver.files.tarball import write_tar
-from cdpserver.names import format_bytes
+from cdpserver.names import format_bytes, split_volume
 from cdpserver.state import StateDir, default_state_dir
-from recovery.files import choose, opened, path_of
+from recovery.files import path_of
+from recovery.files_asked import AskedFiles, may_read
+from recovery.files_local import opened
 from recovery.output import answer, answer_json, printable, say
+from recovery.remote import client
 
 
 def get(options: Namespace) -> None:
     """Fetch. CorruptError at the end if a file could not be had; the others are there."""
     if options.tar == "-" and options.json:
         options.json = False  # the stream has the standard output
-    with opened(options) as place:
-        volume = choose(place)
-        top = place.browser.stat(volume, path_of(options))
+    if not may_read(default_state_dir(options.state_dir)) and _asked(options):
+        return
+    with opened(options) as local:
+        browser, volume = local.browser, local.volume
+        top = browser.stat(volume, path_of(options))
         name = top.name
-        found = place.browser.walk(volume, b"/" + b"/".join(top.path), full=True)
+        found = browser.walk(volume, b"/" + b"/".join(top.path), full=True)
         with _bar(top.size if top.type == "file" else None) as progress:
             if options.tar is not None:
                 with _out(options.tar) as out:
-                    taken = write_tar(place.browser, found, name or b"root", out, progress=progress)
+                    taken = write_tar(browser, found, name or b"root", out, progress=progress)
             else:
                 _many_files()
                 fetch = Fetch(
-                    place.browser,
+                    browser,
                     Path(options.output),
-                    point=f"{place.point}/{volume}",
+                    point=f"{local.name}/{volume}",
                     force=options.force,
                     progress=progress,
                 )
                 taken = fetch.run(found, name)
-        _record(options, place.point, volume, taken)
-    _answer(options, place.point, taken)
+        _record(options, local.name, volume, taken)
+    _answer(options, local.name, taken)
     if taken.failed:
         raise CorruptError(f"{taken.failed} of them could not be had", hint=DAMAGED)
+
+
+def _asked(options: Namespace) -> bool:
+    """Who may ask the service, but not read its directory, gets a tar stream of it. False if it does not run."""
+    try:
+        seq = client(options).place(split_volume(options.point)[0])["seq"]
+    except UnreachableError:
+        return False
+    if options.tar is None:
+        raise ForbiddenError(
+            "files are fetched into a directory by whoever may read the state directory",
+            hint=f"take the stream: cdp file get {options.point} ... --tar - | tar -x",
+        )
+    text, volume = split_volume(options.point)
+    point = f"{text.partition('@')[0]}@seq:{seq}" + ("" if volume is None else f"/{volume}")
+    with _bar(None) as progress, _out(options.tar) as out:
+        for part in AskedFiles(client(options), point).tar(path_of(options)):
+            out.write(part)
+            if progress is not None:
+                progress(0, len(part))
+    return True
 
 
 def _many_files() -> None:

@@ -4,11 +4,9 @@ import argparse
 
 from cdpserver import names
 from cdpserver.errors import UsageError
+from cdpserver.files import MAX_PREVIEW, PREVIEW_BYTES
 from recovery.arguments import place, take_disk, take_place, take_point, when
 from recovery.tree import Commands, lazy
-
-PREVIEW_BYTES = 4096
-MAX_PREVIEW = 64 << 10
 
 
 def _volume(text: str) -> str:
@@ -17,8 +15,7 @@ def _volume(text: str) -> str:
 
 
 def _newer(text: str) -> str:
-    if not isinstance(names.parse_when(text), names.At | names.Ago):
-        raise UsageError(f"not a time: {names.show(text)}", hint="write 2026-11-22T20:18:05Z or -90s")
+    names.wall_time_of(text, now_ns=0)
     return text
 
 

@@ -11,10 +11,13 @@ import pytest
 
 from cdpserver.errors import NotFoundError
 from cdpserver.files import browser as browsers
+from cdpserver.files import through
 from cdpserver.files.watched import as_ranges, touches
-from recovery import cli, files_time
+from cdpserver.state import StateDir
+from recovery import cli
 from tests import filesystems as make
-from tests.test_service import Server, connected
+from tests.test_files_api import pages
+from tests.test_service import Server, connected, until
 
 pytestmark = pytest.mark.real
 
@@ -77,7 +80,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         disk.debugfs("rm hello")
         disk.write(b"and again")
         disk.mark("f6")
+        # Until its second is over there may be one more point.
+        newest = running.get("/v1/disks/d:points?kind=bookmark")[-1]["time_ns"] // 10**9
+        until(lambda: running.get("/v1/status")["time_ns"] // 10**9 > newest, "the next second")
         yield running
+
+
+def history(server: Server, path: str, **span: str | None) -> list[dict[str, Any]]:
+    """The versions, looked for in this process; asked of the service they are the same."""
+    known: Any = {"volume": None, "since": None, "until": None} | span
+    found = list(through.history(StateDir(server.state_dir), "d", path.encode(), **known))
+    asked: Any = {key: value for key, value in known.items() if value is not None}
+    assert found == pages(server, "files:history", 2, disk="d", path=path, **asked)
+    return found
+
+
+def diff(server: Server, old: str, new: str, path: str = "/") -> list[dict[str, Any]]:
+    """The differences, looked for in this process."""
+    points = (f"d@{old}", f"d@{new}")
+    return list(through.diff(StateDir(server.state_dir), *points, path.encode(), remark=print))
 
 
 def answer(server: Server, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -108,7 +129,8 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 def test_the_versions_of_a_file(
     server: Server, capsys: pytest.CaptureFixture[str], turns: list[None]
 ) -> None:
-    found = answer(server, capsys, "history", "d", "/hello")
+    found = history(server, "/hello")
+    assert found == answer(server, capsys, "history", "d", "/hello")
     assert [version["changes"] for version in found] == [["first"], ["content"], ["mode"], ["removed"]]
     assert [version["mode"] for version in found] == [0o644, 0o644, 0o600, None]
     assert found[1]["point"] == f"d@seq:{seq(server, 'c')}"
@@ -119,13 +141,12 @@ def test_the_versions_of_a_file(
     assert len(turns) < len(points), "not every point is looked at"
     after = answer(server, capsys, "history", "d", "/hello", "--since", "d4", "--until", "e5")
     assert [version["changes"] for version in after] == [["first"]]
-    assert answer(server, capsys, "history", "d", "/nothing") == []
+    assert after == history(server, "/hello", since="d4", until="e5")
+    assert answer(server, capsys, "history", "d", "/nothing") == history(server, "/nothing") == []
 
 
-def test_a_file_that_nothing_touches_is_looked_at_once(
-    server: Server, capsys: pytest.CaptureFixture[str], turns: list[None]
-) -> None:
-    found = answer(server, capsys, "history", "d", "/sub/other", "--until", "b")
+def test_a_file_that_nothing_touches_is_looked_at_once(server: Server, turns: list[None]) -> None:
+    found = history(server, "/sub/other", until="b")
     assert [version["changes"] for version in found] == [["first"]] and len(turns) == 1
 
 
@@ -141,10 +162,7 @@ def test_what_differs(
 
     def differ(old: str, new: str) -> list[tuple[str, str, list[str]]]:
         walks.clear()
-        return [
-            (row["name"], row["change"], row["fields"])
-            for row in answer(server, capsys, "diff", f"d@{old}", f"d@{new}")
-        ]
+        return [(row["name"], row["change"], row["fields"]) for row in diff(server, old, new)]
 
     monkeypatch.setattr(browsers.Browser, "walk", walk)
     assert differ("a", "b") == [] and len(walks) == 1
@@ -156,8 +174,14 @@ def test_what_differs(
     ]
     assert ("hello", "removed", []) in quick["a", "f6"] and ("hello", "added", []) in quick["f6", "a"]
     # The same without the journal's word.
-    monkeypatch.setattr(files_time, "_changed", lambda old, new: None)
-    assert quick == {pair: differ(*pair) for pair in quick}
+    monkeypatch.setattr(through, "_changed", lambda old, new: None)
+    for pair in (("a", "c"), ("a", "f6")):
+        assert quick[pair] == differ(*pair)
+    found = answer(server, capsys, "diff", "d@a", "d@f6")
+    assert found == diff(server, "a", "f6")
+    assert found == pages(server, "files:diff", 1, point="d@a", other="d@f6")
+    with pytest.raises(NotFoundError):
+        diff(server, "a", "c", "/nothing")
     with pytest.raises(NotFoundError):
         answer(server, capsys, "diff", "d@a", "d@c", "/nothing")
 

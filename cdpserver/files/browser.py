@@ -84,6 +84,7 @@ class Browser:
         """Starts the worker. BrokenError if it does not start."""
         self._disk = disk
         self._answer_s = answer_s
+        self._ended = False
         self._connection, theirs = socket.socketpair()
         with theirs:
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -115,10 +116,18 @@ class Browser:
     def close(self) -> None:
         """End the worker."""
         self._connection.close()
-        self._process.kill()
+        self._end()
         if self._process.stderr is not None:
             self._process.stderr.close()
         self._process.wait()
+
+    def is_there(self) -> bool:
+        """Is its worker? Else whoever wants to go on needs another browser."""
+        return not self._ended and self._process.poll() is None
+
+    def _end(self) -> None:
+        self._ended = True
+        self._process.kill()
 
     def turn(self, disk: Disk) -> None:
         """From here on it is about another instant; what was told before is no longer valid."""
@@ -174,7 +183,11 @@ class Browser:
         """Everything from a path down, it included; a directory before what is in it. `full` is for who reads all files."""
         return map(_file, self._all("walk", volume=volume, path=path, full=full))
 
-    def find(
+    def find(self, volume: str, path: bytes, **wanted: Any) -> Iterator[File]:
+        """As `search`, without pauses."""
+        return (file for file in self.search(volume, path, **wanted) if file is not None)
+
+    def search(
         self,
         volume: str,
         path: bytes,
@@ -183,12 +196,14 @@ class Browser:
         regex: bytes | None = None,
         newer_ns: int | None = None,
         type: str | None = None,
-    ) -> Iterator[File]:
-        """What is below a path and matches: the name a pattern, the path from there a regular expression."""
-        return map(
-            _file,
-            self._all("find", volume=volume, path=path, name=name, regex=regex, newer_ns=newer_ns, type=type),
-        )
+    ) -> Iterator[File | None]:
+        """What is below a path and matches: the name a pattern, the path from there a regular expression.
+
+        None comes ten times a second at least, for who wants to stop.
+        """
+        wanted = {"name": name, "regex": regex, "newer_ns": newer_ns, "type": type}
+        for fields in self._all("find", pauses=True, volume=volume, path=path, **wanted):
+            yield None if fields is None else _file(fields)
 
     def stat(self, volume: str, path: bytes, *, follow: bool = False) -> File:
         """One file; its path is the whole one."""
@@ -253,12 +268,14 @@ class Browser:
 
     # -- asking
 
-    def _all(self, op: str, **fields: Any) -> Iterator[Any]:
+    def _all(self, op: str, *, pauses: bool = False, **fields: Any) -> Iterator[Any]:
         found = self._ask(op, **fields)
         while True:
             yield from found["items"]
             if not found["cursor"]:
                 return
+            if pauses:
+                yield None
             found = self._ask("more", cursor=found["cursor"])
 
     def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
@@ -279,7 +296,7 @@ class Browser:
                 self._connection.settimeout(left)
                 message = messages.receive(self._connection)
             except TimeoutError:
-                self._process.kill()
+                self._end()
                 raise CorruptError(
                     f"reading the file system took longer than {self._answer_s:g} s, and was ended ({doing})",
                     hint="it is damaged, or made to be slow: try another instant, or mount it in a VM",
@@ -297,12 +314,12 @@ class Browser:
 
     def _serve(self, offset: int, length: int) -> None:
         if not 0 <= offset <= offset + length <= self._disk.size or length > messages.MAX_MESSAGE:
-            self._process.kill()
+            self._end()
             raise CorruptError("the process that reads file systems asked for what is no part of the disk")
         try:
             data = self._disk.read(offset, length)
         except BaseException:
-            self._process.kill()  # it waits for bytes that do not come
+            self._end()  # it waits for bytes that do not come
             raise
         try:
             self._connection.settimeout(self._answer_s)
@@ -311,7 +328,7 @@ class Browser:
             raise self._gone() from error
 
     def _gone(self) -> Exception:
-        self._process.kill()
+        self._end()
         said = self._process.stderr.read() if self._process.stderr is not None else b""
         self._process.wait()
         last = said.decode(errors="replace").strip().rpartition("\n")[2] if said else ""

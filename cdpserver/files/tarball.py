@@ -4,7 +4,6 @@ Holes are written as GNU tar writes them (format 1.0: the map stands before the 
 stream.
 """
 
-import itertools
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Protocol
@@ -32,31 +31,56 @@ def write_tar(
 ) -> Taken:
     """Everything of a walk; its top is called `name`."""
     taken = Taken()
-    tell = progress or (lambda files, bytes: None)
-    links: dict[int, str] = {}
-    with tarfile.open(
-        fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
-    ) as tar:
-        for file in found:
-            path = (name, *file.path)
-            try:
-                for part in path:
-                    check_name(part)
-                _add(source, tar, file, path, links, taken, tell)
-            except CdpError as error:
-                taken.problem(path, error.message)
+    for part in tar_stream(source, found, name, taken, progress=progress):
+        out.write(part)
     return taken
 
 
-def _add(
+def tar_stream(
     source: Extents,
-    tar: tarfile.TarFile,
+    found: Iterator[File],
+    name: bytes,
+    taken: Taken,
+    *,
+    progress: Progress | None = None,
+    report: bool = False,
+) -> Iterator[bytes]:
+    """The same, in pieces; `taken` says what came of it so far.
+
+    With `report` a last member, NAME.not-fetched.txt, says what could not be had: to who gets the stream alone.
+    """
+    tell = progress or (lambda files, bytes: None)
+    links: dict[int, str] = {}
+    for file in found:
+        path = (name, *file.path)
+        try:
+            for part in path:
+                check_name(part)
+            yield from _member(source, file, path, links, taken, tell)
+        except CdpError as error:
+            taken.problem(path, error.message)
+    if report and taken.failed:
+        more = taken.failed - len(taken.problems)
+        lines = [*taken.problems, *([f"and {more} more"] if more else [])]
+        yield from _report(name + b".not-fetched.txt", "\n".join([*lines, ""]).encode())
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _report(name: bytes, text: bytes) -> Iterator[bytes]:
+    head = tarfile.TarInfo(_text(name))
+    head.size = len(text)
+    yield _packed(head)
+    yield text.ljust(-(-len(text) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, b"\0")
+
+
+def _member(
+    source: Extents,
     file: File,
     path: tuple[bytes, ...],
     links: dict[int, str],
     taken: Taken,
     tell: Progress,
-) -> None:
+) -> Iterator[bytes]:
     if file.type not in _TYPES:
         if file.why:
             taken.problem(path, file.why)
@@ -71,58 +95,32 @@ def _add(
         head.linkname = _text(file.target or b"")
     if file.type == "file" and file.links > 1 and file.id in links:
         head.type, head.linkname = tarfile.LNKTYPE, links[file.id]
-        tar.addfile(head)
+        yield _packed(head)
     elif file.type == "file":
         for key, value in source.xattrs(file).items():
             head.pax_headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
+        pieces = _Pieces(source, file, tell)
+        yield _packed(pieces.described(head))
+        yield from pieces.all(source)
         links[file.id] = head.name
-        _content(source, tar, head, file, tell)
     else:
-        tar.addfile(head)
+        yield _packed(head)
     taken.files += 1
     taken.bytes += file.size if file.type == "file" else 0
     tell(1, 0)
 
 
-def _content(
-    source: Extents, tar: tarfile.TarFile, head: tarfile.TarInfo, file: File, tell: Progress
-) -> None:
-    pieces = _Pieces(source, file, tell)
-    if len(pieces.data) == 1 and pieces.data[0] == (0, file.size):
-        head.size = file.size
-        _put(tar, head, pieces)
-        return
-    table = [*pieces.data, (file.size, file.size)]
-    text = f"{len(table)}\n" + "".join(f"{start}\n{end - start}\n" for start, end in table)
-    pieces.first = text.encode().ljust(-(-len(text) // 512) * 512, b"\0")
-    head.size = len(pieces.first) + sum(end - start for start, end in pieces.data)
-    head.pax_headers = {
-        **head.pax_headers,
-        "GNU.sparse.major": "1",
-        "GNU.sparse.minor": "0",
-        "GNU.sparse.name": head.name,
-        "GNU.sparse.realsize": str(file.size),
-    }
-    _put(tar, head, pieces)
-
-
-def _put(tar: tarfile.TarFile, head: tarfile.TarInfo, pieces: "_Pieces") -> None:
-    tar.addfile(head, pieces)  # type: ignore[arg-type]
-    if pieces.error is not None:
-        raise pieces.error
-
-
 class _Pieces:
-    """A file's data without its holes, to be read once; `data` says where it belongs.
+    """A file's data without its holes; `data` says where it belongs.
 
-    The stream's header has promised its length: what cannot be read is zeros from there on, and `error` says why.
+    The stream's header promises its length: what cannot be read is zeros from there on, and then the error is raised.
     """
 
     def __init__(self, source: Extents, file: File, tell: Progress) -> None:
-        self.first = b""
         self.data: list[tuple[int, int]] = []
-        self.error: CdpError | None = None
-        self._tell = tell
+        self._file, self._tell = file, tell
+        self._first = b""
+        self._size = 0
         for start, end, place in source.extents(file):
             if place == HOLE:
                 continue
@@ -134,27 +132,53 @@ class _Pieces:
                 raise RefusedError(
                     f"it has more than {MAX_MAP} stretches of data", hint="fetch it into a directory"
                 )
-        self._held = bytearray()
-        self._chunks = self._all(source, file)
 
-    def _all(self, source: Source, file: File) -> Iterator[bytes]:
-        yield self.first
-        for start, end, data in source.content(file):
+    def described(self, head: tarfile.TarInfo) -> tarfile.TarInfo:
+        """The header, with the size; of a file with holes also that its map comes first."""
+        file = self._file
+        self._size = sum(end - start for start, end in self.data)
+        if self.data != [(0, file.size)]:
+            table = [*self.data, (file.size, file.size)]
+            text = f"{len(table)}\n" + "".join(f"{start}\n{end - start}\n" for start, end in table)
+            self._first = text.encode().ljust(-(-len(text) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, b"\0")
+            head.pax_headers = {
+                **head.pax_headers,
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.name": head.name,
+                "GNU.sparse.realsize": str(file.size),
+            }
+        self._size += len(self._first)
+        head.size = self._size
+        return head
+
+    def all(self, source: Source) -> Iterator[bytes]:
+        """Exactly what the header said, and filled up to a block."""
+        done = 0
+        error: CdpError | None = None
+        try:
+            for data in self._data(source):
+                part = data[: self._size - done]
+                done += len(part)
+                yield part
+        except CdpError as raised:
+            error = raised
+        end = -(-self._size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        for at in range(done, end, CHUNK):
+            yield bytes(min(CHUNK, end - at))
+        if error is not None:
+            raise error
+
+    def _data(self, source: Source) -> Iterator[bytes]:
+        yield self._first
+        for start, end, data in source.content(self._file):
             if data is not None:
                 yield data
             self._tell(0, end - start)
 
-    def read(self, length: int) -> bytes:
-        """Exactly so many bytes."""
-        while len(self._held) < length:
-            try:
-                self._held += next(self._chunks)
-            except CdpError as error:
-                self.error = error
-                self._chunks = itertools.repeat(bytes(CHUNK))
-        found = bytes(self._held[:length])
-        del self._held[:length]
-        return found
+
+def _packed(head: tarfile.TarInfo) -> bytes:
+    return head.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def _text(name: bytes) -> str:

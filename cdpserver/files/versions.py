@@ -18,7 +18,6 @@ from cdpserver.files.watched import Watched, first_touch, is_unbroken
 from cdpserver.points import Point
 from cdpserver.view.delta import Ranges
 from cdpserver.view.history import History
-from cdpserver.view.view import View
 
 FIELDS = ("type", "size", "mtime_ns", "mode", "uid", "gid", "target")
 """What is compared of two versions, with the content, the attributes and which file it is."""
@@ -28,8 +27,8 @@ LARGEST_DIGEST = 64 << 30
 
 ZEROS = bytes(1 << 20)
 
-Viewed = Callable[[int], AbstractContextManager[View]]
-"""The view at a seq, held as long as the context; RefusedError if the instant is gone."""
+Viewed = Callable[[int], AbstractContextManager[Watched]]
+"""The disk at a seq, held as long as the context; RefusedError if the instant is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,7 @@ def _looks(
     try:
         while number < len(points):
             try:
-                with viewed(points[number].seq) as view:
-                    disk = Watched(view)
+                with viewed(points[number].seq) as disk:
                     if browser is None:
                         browser = Browser(disk)
                     browser.turn(disk)

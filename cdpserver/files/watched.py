@@ -4,6 +4,8 @@ What a parser answers depends on the bytes that it read, and on nothing else.
 Threads: none.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,15 +19,17 @@ Numbers = npt.NDArray[np.int64]
 
 
 class Watched:
-    """A view, and what was read of it."""
+    """A view, and what was read of it. `beat` is called at every read: the work goes on."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, beat: Callable[[], None] = lambda: None) -> None:
         self.view = view
         self.size = view.size
+        self._beat = beat
         self._read: list[tuple[int, int]] = []
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length)."""
+        self._beat()
         self._read.append((offset, offset + length))
         return self.view.read(offset, length)
 

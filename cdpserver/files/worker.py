@@ -46,7 +46,8 @@ FEW_BYTES = 4096
 """Runs of a file, and bytes of its attributes, that are told along with it: those of nearly every file."""
 
 NUMBERED = 8192
-CURSORS = 8
+CURSORS = 24
+"""Lists and files under way: those of a session."""
 LARGEST_CONTENT = 1 << 20
 """Of one answer."""
 
@@ -229,6 +230,7 @@ class Worker:
         return self._batch(request["cursor"])
 
     def _batch(self, cursor: int) -> dict[str, Any]:
+        self._cursors.move_to_end(cursor)
         items = self._cursors[cursor]
         batch: list[Any] = []
         deadline = time.monotonic() + BATCH_SECONDS
@@ -251,6 +253,7 @@ class Worker:
     # -- content
 
     def _file(self, request: dict[str, Any]) -> tuple[Tree, Any]:
+        self._files.move_to_end(request["file"])
         return self._files[request["file"]]
 
     def _runs(self, request: dict[str, Any]) -> dict[str, Any]:

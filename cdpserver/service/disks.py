@@ -23,6 +23,7 @@ from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.retention import policies
 from cdpserver.service import facts, images
+from cdpserver.service.browsing import Browsing
 from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
 from cdpserver.service.pruning import Pruning
@@ -40,8 +41,9 @@ LEASE_S = 2.0
 class Disks:
     """The disks and forks of a state directory."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, browsing: Browsing) -> None:
         self._core = core
+        self.browsing = browsing
         self.pruning = Pruning(core)
         self._changing = trio.Lock()
         self._importing = trio.Lock()
@@ -261,6 +263,7 @@ class Disks:
 
     async def _wait_for_readers(self, entry: Entry) -> None:
         with trio.move_on_after(LEASE_S):
+            await self.browsing.forget(entry.id)
             while True:
                 if await self._core.thread(self._is_free, entry):
                     return

@@ -31,6 +31,7 @@ from cdpserver.config import SECOND_NS, Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.service import again, disks, inventory, keeper, notify, processes, tails
 from cdpserver.service.basepoints import BasePoints
+from cdpserver.service.browsing import Browsing
 from cdpserver.service.children import READY_S, Children
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
@@ -66,7 +67,8 @@ class Stop:
 
 async def serve(core: Core, children: Children, listeners: Listeners, kept_by: keeper.Keeper) -> bool:
     """Everything that runs, until a signal says stop. True when a new program is to go on."""
-    all_disks, base_points = Disks(core), BasePoints(core)
+    browsing = Browsing(core)
+    all_disks, base_points = Disks(core, browsing), BasePoints(core)
     protection = Protection(core, children, all_disks, base_points)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
     recoveries = Recoveries(core, all_disks)
@@ -88,6 +90,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await nursery.start(recoveries.keep_running)
                 nursery.start_soon(base_points.keep_cutting)
                 nursery.start_soon(all_disks.pruning.keep_pruning)
+                nursery.start_soon(browsing.keep_running)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
                 await nursery.start(protection.run)

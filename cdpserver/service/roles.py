@@ -66,7 +66,7 @@ class Roles:
 
     def of_peer(self, connection: trio.socket.SocketType) -> Role:
         """The role of the process at the other end of a Unix socket."""
-        _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        uid, gid = peer(connection)
         if uid in (0, os.geteuid()):
             return Role.ADMIN
         gids = {gid, *_peer_groups(connection, uid, gid)}
@@ -93,6 +93,20 @@ class Roles:
             if path != state.api_socket and not path.is_symlink() and path.stat().st_uid == os.geteuid():
                 path.chmod(path.stat().st_mode & 0o700)
         state.path.chmod(0o711)
+
+
+def peer(connection: trio.socket.SocketType) -> tuple[int, int]:
+    """(uid, gid) of the process at the other end of a Unix socket."""
+    _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return uid, gid
+
+
+def user_name(uid: int) -> str:
+    """The name of a user; the number of one without."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _peer_groups(connection: trio.socket.SocketType, uid: int, gid: int) -> list[int]:

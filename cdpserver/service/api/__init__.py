@@ -15,7 +15,9 @@ from starlette.responses import Response
 import cdpserver
 from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
+from cdpserver.service.api import downloads as download_routes
 from cdpserver.service.api import events as event_routes
+from cdpserver.service.api import files as file_routes
 from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import locks as lock_routes
 from cdpserver.service.api import models, seeing
@@ -23,6 +25,7 @@ from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import protection as protection_routes
 from cdpserver.service.api import pruning as pruning_routes
 from cdpserver.service.api import recoveries as recovery_routes
+from cdpserver.service.api import times as time_routes
 from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
@@ -66,10 +69,25 @@ ADMINS_ONLY = {
 """What loses history, or lets a disk use the store."""
 
 
+READS_FILES = {
+    "list_files",
+    "find_files",
+    "stat_file",
+    "preview_file",
+    "download_file",
+    "download_tree",
+    "list_file_versions",
+    "diff_files",
+}
+"""What shows what guests have stored."""
+
+
 def _least_role(operation: str, method: str) -> Role:
     """Who may do it: looking is for viewers, the rest for operators."""
     if operation in ADMINS_ONLY:
         return Role.ADMIN
+    if operation in READS_FILES:
+        return Role.OPERATOR
     return Role.VIEWER if method == "GET" else Role.OPERATOR
 
 
@@ -123,6 +141,9 @@ def build(
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
     app.include_router(recovery_routes.routes(answers, recoveries))
+    app.include_router(file_routes.routes(core, answers, disks.browsing))
+    app.include_router(time_routes.routes(core, answers, disks.browsing))
+    app.include_router(download_routes.routes(core, disks.browsing))
     app.include_router(job_routes.routes(answers, jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 
 from cdpserver.events import EventLog
-from cdpserver.service.roles import Roles
+from cdpserver.service.roles import Roles, peer, user_name
 
 GRACE_S = 5.0
 """How long requests under way may take to end when the service stops."""
@@ -89,7 +89,8 @@ class _Server:
         self._open.add(stream)
         try:
             role = self._roles.of_peer(accepted.socket)
-            state = ConnectionState(LifespanState({"role": role}))
+            user = user_name(peer(accepted.socket)[0])
+            state = ConnectionState(LifespanState({"role": role, "user": user}))
             await TCPServer(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001
             # The process's rim: what goes wrong with one connection is no matter of the others.
