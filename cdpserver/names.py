@@ -38,6 +38,7 @@ _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,18}))?(?:([KMGTP])(?:i?B)?|B)?",
 _DURATION = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,18}))?(ns|us|ms|s|m|h|d)")
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _VOLUME = re.compile(r"p[1-9][0-9]{0,3}|lv/[A-Za-z0-9+_.-]{1,127}/[A-Za-z0-9+_.-]{1,127}")
+_MIRROR = re.compile(r"([^:]*):([0-9a-f]{32})(?::([0-9]{1,19}))?")
 _RFC3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
     r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))"
@@ -113,6 +114,18 @@ class DiskExport:
 
 
 @dataclass(frozen=True, slots=True)
+class MirrorExport:
+    """`NAME:UUID`: the disk, for the one mirror of a running VM, and only if its timeline is this one.
+
+    `:BORN` after it, from one worker to another, is when the client connected, in nanoseconds of the host's monotonic clock.
+    """
+
+    name: str
+    uuid: str
+    born_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PointExport:
     """`NAME@WHEN`: the disk as it was; with `/p3` or `/lv/VG/LV` after it, a partition or logical volume of it."""
 
@@ -129,7 +142,7 @@ class DeltaExport:
     number: int
 
 
-Export: TypeAlias = DiskExport | PointExport | DeltaExport
+Export: TypeAlias = DiskExport | MirrorExport | PointExport | DeltaExport
 
 
 def show(text: str) -> str:
@@ -373,7 +386,7 @@ def parse_export(text: str) -> Export:
             "the export name is empty", hint="name a disk: NAME, VM/NAME, or NAME@WHEN for a point of it"
         )
     if "@" not in text:
-        return DiskExport(check_disk_name(text))
+        return _parse_mirror(text) if ":" in text else DiskExport(check_disk_name(text))
     disk, _, when = text.partition("@")
     if when.startswith("delta:"):
         return DeltaExport(check_disk_name(disk), _parse_number(when[6:], whole=text))
@@ -381,11 +394,20 @@ def parse_export(text: str) -> Export:
     return PointExport(*parse_point(point), volume)
 
 
+def _parse_mirror(text: str) -> MirrorExport:
+    match = _MIRROR.fullmatch(text)
+    if match is None:
+        raise UsageError(f"not an export: {show(text)}", hint="a mirror's name is NAME:UUID")
+    return MirrorExport(check_disk_name(match[1]), match[2], int(match[3]) if match[3] else None)
+
+
 def format_export(export: Export) -> str:
     """The export name that `parse_export` reads as `export`."""
     match export:
         case DiskExport(name):
             return name
+        case MirrorExport(name, uuid, born_ns):
+            return f"{name}:{uuid}" + ("" if born_ns is None else f":{born_ns}")
         case PointExport(name, when, volume):
             return f"{name}@{format_when(when)}" + ("" if volume is None else f"/{volume}")
         case DeltaExport(name, number):

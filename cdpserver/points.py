@@ -360,6 +360,8 @@ class Timeline:
         thinned = self.journal.thinned_at_time(time_ns) if position is not None else None
         if position is not None and thinned is not None:
             position = self._at_thinned(thinned, position, time_ns, when)
+        if position is not None and self._is_missed(position, time_ns):
+            raise self._nowhere(when, "inside a gap", position, self._after(position))
         if position is not None and position.time_ns == time_ns:
             return position
         if position is None or self.journal.ends_with(position):
@@ -421,6 +423,13 @@ class Timeline:
             record = run.records[0]
             return Position(run.interval, run.reader.segment, int(record["seq"]), int(record["time"]))
         return None
+
+    def _is_missed(self, position: Position, time_ns: int) -> bool:
+        """Were writes of the guest missing then? That is said afterwards; `position` is the newest record at that time."""
+        near = {position.interval, position.interval + 1}.intersection(self.journal.intervals)
+        return self.journal.state_at(position.seq).gap_open or any(
+            control.misses(self.controls(interval), time_ns) for interval in near
+        )
 
     def _is_gap(self, position: Position) -> bool:
         reader = self.journal.reader(position.interval, position.segment)

@@ -67,13 +67,22 @@ def _of_interval(
         end_ns = journal.at_seq(last.last_seq).time_ns + 1
     state = first.header.carry
     graded: list[Stretch] = []
+    opened_ns = at if state.gap_open else 0
     for seq, time_ns, message in timeline.controls(interval):
         before, state = state, control.fold(state, message, seq=seq, time_ns=time_ns)
         if message["type"] == "gap":
             gaps.append((journal.at_seq(seq - 1).time_ns + 1, time_ns))
+        elif message["type"] == "missed":
+            gaps.append((message["from_time_ns"] + 1, message["until_time_ns"] or time_ns))
+        if state.gap_open and not before.gap_open:
+            opened_ns = time_ns
+        elif before.gap_open and not state.gap_open:
+            gaps.append((opened_ns, time_ns))
         if before.grade != state.grade:
             graded.append(Stretch(at, time_ns, before.grade))
             at = time_ns
+    if state.gap_open:
+        gaps.append((opened_ns, end_ns))
     graded = [part for part in [*graded, Stretch(at, end_ns, state.grade)] if part.start_ns < part.end_ns]
     if first.instants is None:
         yield from graded

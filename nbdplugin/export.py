@@ -25,7 +25,7 @@ from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.files.browser import Browser
 from cdpserver.held import hold, open_history
 from cdpserver.leases import Lease
-from cdpserver.names import DeltaExport, DiskExport, Seq, parse_export
+from cdpserver.names import DeltaExport, DiskExport, MirrorExport, Seq, parse_export
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -121,7 +121,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 def _open(text: str) -> Export:
     assert _state is not None
     export = parse_export(text)
-    if isinstance(export, DiskExport):
+    if isinstance(export, DiskExport | MirrorExport):
         raise NotFoundError(
             f"{export.name} names no instant", hint=f"open {export.name}@latest, or an earlier one"
         )

@@ -36,9 +36,9 @@ ERRORS: dict[str | None, type[CdpError]] = {
 class Forward:
     """A connection to the owner of a disk, in the place of `cdpserver.target.disk.Connection`. For one thread."""
 
-    def __init__(self, owner: Path, name: str) -> None:
-        """Connect to the worker at socket `owner` for disk `name`. Raises what it refuses with."""
-        self.name = name
+    def __init__(self, owner: Path, export: str) -> None:
+        """Connect to the worker at socket `owner` for `export`. Raises what it refuses with."""
+        self.name = export
         self.thread_state = 0
         self._owner = owner
         self._handle = self._connect()

@@ -6,6 +6,8 @@ The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
 """
 
 import builtins
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +16,7 @@ import nbdkit
 from cdpserver import events
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError, RemovedError, UsageError
 from cdpserver.limits import COMMIT_LAG_NS
-from cdpserver.names import DiskExport, parse_export
+from cdpserver.names import DiskExport, MirrorExport, format_export, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.connection import Connection
 from cdpserver.target.placement import worker_of
@@ -118,11 +120,11 @@ def open(readonly: bool) -> Handle:
     name = text.removeprefix(DIRECT)
     try:
         export = parse_export(name)
-        if not isinstance(export, DiskExport):
+        if not isinstance(export, DiskExport | MirrorExport):
             raise NotFoundError(
                 "points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI"
             )
-        connection = _connect(export.name, direct=name != text)
+        connection = _connect(export, direct=name != text)
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
@@ -130,16 +132,19 @@ def open(readonly: bool) -> Handle:
     return connection
 
 
-def _connect(name: str, *, direct: bool) -> Handle:
+def _connect(export: DiskExport | MirrorExport, *, direct: bool) -> Handle:
     """This worker's own disk, or another's; `direct` when another worker asks."""
+    name, mirror = export.name, export if isinstance(export, MirrorExport) else None
+    if mirror is not None and not direct:
+        export = mirror = replace(mirror, born_ns=time.monotonic_ns())
     found = registry().catalog.get(name)
     owner = worker_of(found.id, _workers) if found is not None else _worker
     if owner == _worker:
-        return registry().disk(name).connect()
+        return registry().disk(name).connect(mirror)
     if direct:
         # The number of workers is being changed, and the one that asks belongs to the others: its client connects again.
         raise RemovedError(f"{name} is with worker {owner} now", hint="connect again")
-    return Forward(registry().state.worker_socket(owner), name)
+    return Forward(registry().state.worker_socket(owner), format_export(export))
 
 
 def close(h: Handle) -> None:

@@ -124,6 +124,7 @@ def test_every_control_message_has_the_documented_fields() -> None:
         control.mark("m"),
         control.cut(0),
         control.gap(from_seq=1, from_time_ns=2, reason="r"),
+        control.missed(from_time_ns=1, until_time_ns=0, reason="r"),
         control.grow(4096),
     )
     assert {m["type"]: set(m) - {"type"} for m in made} == {k: set(v) for k, v in control.FIELDS.items()}

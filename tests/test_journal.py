@@ -54,6 +54,12 @@ control_messages = st.one_of(
         st.integers(0, 1 << 62),
         texts,
     ),
+    st.builds(
+        lambda a, b, r: control.missed(from_time_ns=a, until_time_ns=b, reason=r),
+        st.integers(0, 1 << 62),
+        st.integers(0, 1 << 62),
+        texts,
+    ),
 )
 anything = st.recursive(
     st.one_of(

@@ -19,6 +19,7 @@ from cdpserver.names import (
     DiskExport,
     Latest,
     Mark,
+    MirrorExport,
     PointExport,
     Seq,
     When,
@@ -317,6 +318,12 @@ def test_what_is_no_export_is_refused(text: str) -> None:
 @given(
     st.one_of(
         st.builds(DiskExport, disk_names),
+        st.builds(
+            MirrorExport,
+            disk_names,
+            st.from_regex("[0-9a-f]{32}", fullmatch=True),
+            st.none() | st.integers(0, (1 << 63) - 1),
+        ),
         st.builds(PointExport, disk_names, whens, st.sampled_from((None, "p3", "lv/vg0/root"))),
         st.builds(DeltaExport, disk_names, numbers),
     )

@@ -4,6 +4,7 @@ What points mean is in the journal itself: where sessions begin, when they are s
 where a gap is. `fold` turns one state and one control record into the next state; nothing else decides a grade.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
@@ -30,6 +31,9 @@ class Grade(IntEnum):
 
 SYNCED, WRITE_BLOCKING, FORK = 1, 2, 4
 
+FIRST_WRITE = "first write"
+"""Reason of a session that begins because a connection wrote for the first time, whoever that is."""
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -41,7 +45,8 @@ class State:
     fork           a fork's guest writes to it directly: ordered from the start
     cuts           base points cut so far; the next one has this number
     resync_ref     seq before the session began: what a resync compares with; -1 when none is under way
-    gap_until_ns   time at which the last gap ended, 0 without one
+    gap_until_ns   time at which the last gap of lost records ended, 0 without one
+    gap_open       writes of the guest that were not received are missing, and none has come since
     size           bytes of the disk since it last grew, 0 if it never did: then `timeline.json` has them
     """
 
@@ -52,6 +57,7 @@ class State:
     cuts: int = 0
     resync_ref: int = -1
     gap_until_ns: int = 0
+    gap_open: bool = False
     size: int = 0
 
     @property
@@ -75,8 +81,10 @@ def show_evidence(session: int, evidence: int) -> dict[str, Any]:
 
 
 def pack(state: State) -> dict[str, Any]:
-    """The state as plain values for a header page; `size` only of a disk that has grown."""
+    """The state as plain values for a header page; `size` only of a disk that has grown, `gap_open` only in a gap."""
     values = asdict(state)
+    if not state.gap_open:
+        del values["gap_open"]
     if not state.size:
         del values["size"]
     return values
@@ -126,6 +134,23 @@ def gap(*, from_seq: int, from_time_ns: int, reason: str) -> dict[str, Any]:
     return {"type": "gap", "from_seq": from_seq, "from_time_ns": from_time_ns, "reason": reason}
 
 
+def missed(*, from_time_ns: int, until_time_ns: int, reason: str) -> dict[str, Any]:
+    """Writes of the guest after `from_time_ns` were not received until `until_time_ns`; 0: nor are those that follow this record,
+    up to the next first write.
+    """
+    message = {"type": "missed", "from_time_ns": from_time_ns, "until_time_ns": until_time_ns}
+    return message | {"reason": reason}
+
+
+def misses(controls: Iterable[tuple[int, int, dict[str, Any]]], time_ns: int) -> bool:
+    """Do these (seq, time, message) say of an earlier time that writes were missing then?"""
+    return any(
+        message["from_time_ns"] < time_ns < (message["until_time_ns"] or said_ns)
+        for _, said_ns, message in controls
+        if message["type"] == "missed"
+    )
+
+
 def grow(size: int) -> dict[str, Any]:
     """From here the disk has `size` bytes. Always the first record of its segment."""
     return {"type": "grow", "size": size}
@@ -143,6 +168,7 @@ FIELDS: dict[str, dict[str, type]] = {
     "mark": {"name": str},
     "cut": {"number": int},
     "gap": {"from_seq": int, "from_time_ns": int, "reason": str},
+    "missed": {"from_time_ns": int, "until_time_ns": int, "reason": str},
     "grow": {"size": int},
 }
 """What each type of message carries (docs/format.md)."""
@@ -177,14 +203,27 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
             # A resync under way goes on comparing with what was there before it began.
             ref = state.resync_ref if state.resync_ref >= 0 else seq - 1
             return replace(
-                state, session=message["session"], synced=False, write_blocking=False, resync_ref=ref
+                state,
+                session=message["session"],
+                synced=False,
+                write_blocking=False,
+                resync_ref=ref,
+                gap_open=state.gap_open and message["reason"] != FIRST_WRITE,
             )
         case "synced":
-            return replace(state, synced=True, write_blocking=message["write_blocking"], resync_ref=-1)
+            return replace(
+                state,
+                synced=True,
+                write_blocking=message["write_blocking"],
+                resync_ref=-1,
+                gap_open=False,
+            )
         case "cut":
             return replace(state, cuts=message["number"] + 1)
         case "gap":
             return replace(state, synced=False, write_blocking=False, gap_until_ns=time_ns)
+        case "missed":
+            return replace(state, gap_open=state.gap_open or not message["until_time_ns"])
         case "grow":
             return replace(state, size=message["size"])
         case _:

@@ -12,6 +12,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.vm.controller import TargetState
 from cdpserver.vm.disks import check_size
+from cdpserver.vm.mirror import mirror_uri
 
 ASK_S = 5.0
 """A worker that restarts is back in a fraction of this."""
@@ -35,7 +36,8 @@ class OwnTarget:
         entry = core.entry(disk)
         found = await core.thread(timeline.load, core.state.timeline(entry.id))
         uris = core.disk_uris(entry)
-        return found.uuid.hex(), uris.get("uri_unix") or uris["uri"]
+        uuid = found.uuid.hex()
+        return uuid, mirror_uri(uris.get("uri_unix") or uris["uri"], uuid)
 
     async def check_size(self, disk: str, size: int) -> None:
         """The disk grows with its source. RefusedError for one that has shrunk."""
@@ -62,10 +64,11 @@ class OwnTarget:
             # It is cut again after the next `bp_every`.
             self._core.log.emit("basepoint.first-failed", level="warning", disk=disk, reason=str(error))
 
-    async def lost(self, disk: str, session: int, reason: str) -> None:
-        """Points are `unordered` from here on."""
+    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+        """A gap begins, and points are `unordered` after it."""
         entry = self._core.entry(disk)
-        await self._core.targets.call(entry.id, "lost", disk=disk, session=session, reason=reason)
+        said = {"session": session, "reason": reason, "ago_ns": None if ago_s is None else int(ago_s * 1e9)}
+        await self._core.targets.call(entry.id, "lost", disk=disk, **said)
 
     def hung_s(self, disk: str) -> float:
         """For how long its worker has not answered."""

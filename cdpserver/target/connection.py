@@ -8,6 +8,7 @@ from time import perf_counter_ns
 from typing import Protocol
 
 from cdpserver.errors import NoSpaceError, RemovedError, UsageError
+from cdpserver.journal.control import FIRST_WRITE
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.record import Kind
 from cdpserver.journal.writer import JournalWriter
@@ -43,10 +44,14 @@ class Disk(Protocol):
 class Connection:
     """One client of one disk. All requests of a connection come from one thread at a time."""
 
-    __slots__ = ("_disk", "counts", "lock", "size", "thread_state", "wrote")
+    __slots__ = ("_disk", "born_ns", "counts", "lock", "replaced", "size", "thread_state", "wrote")
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk, born_ns: int | None = None) -> None:
         self._disk = disk
+        self.born_ns = born_ns
+        """When a mirror connected, of which a disk has one at a time; None for any other client."""
+        self.replaced = False
+        """A later mirror is there: what still comes over this connection is of the past, and would overwrite what is newer."""
         self.size = disk.size
         """Bytes of the disk when the client connected: it is told once. A disk that grows shows it to the next one."""
         self.lock = threading.Lock()
@@ -68,6 +73,8 @@ class Connection:
             )
         if disk.gone:
             raise RemovedError(f"{disk.timeline.full_name} is closed")
+        if writing and self.replaced:
+            raise RemovedError(f"{disk.timeline.full_name} has another mirror now", hint="connect again")
         if offset < 0 or length < 0 or offset + length > disk.size:
             raise UsageError(
                 f"[{offset}, {offset + length}) is beyond the disk's {disk.size} bytes",
@@ -76,7 +83,7 @@ class Connection:
 
     def _first_write(self) -> None:
         # In this order: a session that could not begin, for want of space, begins with the next write.
-        self._disk.begin_session("first write")
+        self._disk.begin_session(FIRST_WRITE)
         self.wrote = True
 
     def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
@@ -85,7 +92,7 @@ class Connection:
             return
         with self.lock:
             disk = self._disk
-            if disk.gone or disk.full or offset + len(payload) > disk.size:
+            if disk.gone or disk.full or self.replaced or offset + len(payload) > disk.size:
                 self._check(offset, len(payload), writing=True)
             if not self.wrote:
                 self._first_write()

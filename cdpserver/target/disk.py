@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import timeline as timeline_file
-from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError, RemovedError, UsageError
+from cdpserver.errors import (
+    BrokenError,
+    CdpError,
+    CorruptError,
+    NotFoundError,
+    RefusedError,
+    RemovedError,
+    UsageError,
+)
 from cdpserver.journal import firstcopy
 from cdpserver.journal.begin import lock_timeline
+from cdpserver.journal.breaks import put_gap
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal
 from cdpserver.journal.writer import JournalWriter
-from cdpserver.names import format_size
+from cdpserver.names import MirrorExport, format_size
 from cdpserver.target import leftover
 from cdpserver.target.connection import Connection
 from cdpserver.target.counts import Counts, total
@@ -98,6 +107,8 @@ class TargetDisk:
         if self.journal.recovered is not None:
             name = self.timeline.full_name
             self._emit("target.unclean-boot", level="warning", disk=name, **self.journal.recovered)
+            if not self.timeline.is_fork:
+                self._emit("disk.gap", level="warning", disk=name, reason="unclean host boot")
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -144,14 +155,40 @@ class TargetDisk:
 
     # -- connections -----------------------------------------------------------------------------------------
 
-    def connect(self) -> Connection:
-        """A client opened the export."""
+    def connect(self, mirror: MirrorExport | None = None) -> Connection:
+        """A client opened the export; as the mirror of this very timeline it takes the place of one that connected before.
+
+        NotFoundError for a mirror of another timeline: what it goes on with is not here.
+        """
+        if mirror is not None and mirror.uuid != self.timeline.uuid.hex():
+            raise NotFoundError(
+                f"{self.timeline.full_name} is another disk than the one that was mirrored",
+                hint="its protection begins anew: cdp protect VM",
+            )
+        born_ns = mirror.born_ns if mirror is not None else None
         with self._mode_lock:
             if self.gone:
                 raise RemovedError(f"{self.timeline.full_name} is being removed", hint="choose another disk")
-            connection = Connection(self)
+            connection = Connection(self, born_ns)
+            if born_ns is not None:
+                self._replace(connection, born_ns)
             self._connections[id(connection)] = connection
         return connection
+
+    def _replace(self, newest: Connection, born_ns: int) -> None:
+        """Only the newest mirror writes: QEMU has given up the others, though their writes may still be on the way."""
+        written = False
+        for other in self._connections.values():
+            if other.born_ns is None:
+                continue
+            if other.born_ns > born_ns:
+                newest.replaced = True
+                continue
+            with other.lock:  # a write that is under way ends first
+                other.replaced = True
+            written, other.wrote = written or other.wrote, False
+        if written and not self.broken:
+            self._end_session("another mirror connected")
 
     def disconnect(self, connection: "Connection") -> None:
         """A client is gone. If it wrote, what comes next is a session of its own."""
@@ -159,18 +196,19 @@ class TargetDisk:
             if self._connections.pop(id(connection), None) is not None:
                 self._counts.add(connection.counts)
             if connection.wrote and not self.gone and not self.broken:
-                try:
-                    self.begin_session("connection lost")
-                except CdpError as error:
-                    # No room to say it now: whoever writes next says it first.
-                    for other in self._connections.values():
-                        other.wrote = False
-                    self._emit(
-                        "target.session-late",
-                        level="warning",
-                        disk=self.timeline.full_name,
-                        reason=str(error),
-                    )
+                self._end_session("connection lost")
+
+    def _end_session(self, reason: str) -> None:
+        """A connection that wrote is gone."""
+        try:
+            self.begin_session(reason)
+        except CdpError as error:
+            # No room to say it now: whoever writes next says it first.
+            for other in self._connections.values():
+                other.wrote = False
+            self._emit(
+                "target.session-late", level="warning", disk=self.timeline.full_name, reason=str(error)
+            )
 
     def begin_session(self, reason: str) -> None:
         """Points are unordered from here on, until *synced*."""
@@ -246,11 +284,25 @@ class TargetDisk:
         )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
-    def lost(self, session: int, reason: str) -> None:
-        """Writes of the guest did not arrive, says who watches its mirror: a session that counts as in sync ends with this."""
+    def lost(self, session: int, reason: str, *, ago_ns: int | None) -> None:
+        """Writes of the guest did not arrive, says who watches its mirror and saw session `session` in sync `ago_ns` ago.
+
+        A session that counts as in sync ends with this, and the gap is on record; it ends with the next first write.
+        """
         journal = self.journal
-        if journal is not None and journal.state.session == session and journal.state.synced:
-            self.begin_session(reason)
+        if journal is None or self.timeline.is_fork:
+            return
+        with self._session_lock:
+            since_ns = self._clock_ns() - ago_ns if ago_ns is not None else 0
+            found = put_gap(journal, session, reason, since_ns=since_ns)
+        if found is None:
+            return
+        from_ns, until_ns = found
+        if not until_ns:
+            for connection in list(self._connections.values()):
+                connection.wrote = False
+        name, times = self.timeline.full_name, {"from_ns": from_ns, "until_ns": until_ns or None}
+        self._emit("disk.gap", level="warning", disk=name, reason=reason, **times)
 
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.
@@ -274,6 +326,16 @@ class TargetDisk:
         if size > before:
             self._emit("disk.grown", disk=self.timeline.full_name, before=before, size=size)
         return {"before": before, "size": size}
+
+    def marker(self, wish: str) -> JournalWriter:
+        """The journal's writer for something that names this instant. RefusedError in a gap."""
+        writer = self.writer(wish)
+        if writer.state.gap_open:
+            raise RefusedError(
+                f"{self.timeline.full_name} misses writes of its guest now: no {wish} inside a gap",
+                hint="when it is in sync again: cdp status",
+            )
+        return writer
 
     def writer(self, wish: str) -> JournalWriter:
         """The journal's writer, or a refusal that says what is missing."""

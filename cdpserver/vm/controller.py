@@ -21,7 +21,7 @@ import trio
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.vm import disks
 from cdpserver.vm.mirror import Job, Mirror
-from cdpserver.vm.qmp import Monitor, QmpClosedError
+from cdpserver.vm.qmp import Monitor, QmpClosedError, QmpGoneError
 from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
 
 RETRY_S = 1.0
@@ -76,8 +76,11 @@ class Target(Protocol):
         """The mirror is in sync and write-blocking. RefusedError for a session that is over."""
         ...
 
-    async def lost(self, disk: str, session: int, reason: str) -> None:
-        """Writes of the guest did not arrive: points are unordered from here on, whatever the session says."""
+    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+        """Writes of the guest did not arrive: a gap, from at most `ago_s` ago, and points are unordered after it.
+
+        Nothing if that is on record, or if the disk was not in sync before.
+        """
         ...
 
     def hung_s(self, disk: str) -> float:
@@ -102,6 +105,12 @@ class DiskState:
     in_sync_before: bool = False
     told: str = ""
     """The reason put on record last, since it was in sync: the same is not said twice."""
+    missed: str = ""
+    """Why writes of the guest did not arrive, until that is on record."""
+    unsaid: bool = True
+    """It may have been in sync since that was said last."""
+    whole_at: float | None = None
+    """When nothing was missing last, by trio.current_time."""
     behind_since_ns: int | None = None
     """When it was in sync last, in time.monotonic_ns; None while it is, or if it never was."""
 
@@ -129,12 +138,15 @@ class Controller:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            tried_at = trio.current_time()
             try:
                 async with self._connect(self.vm.connection) as monitor:
                     await self._protect(monitor)
             except CdpError as error:
                 for seen in self.states.values():
                     self._note(seen, "waiting", str(error))
+                    if isinstance(error, QmpGoneError) and seen.whole_at is not None:
+                        seen.whole_at = tried_at  # a guest that does not run writes nothing
             await trio.sleep(RETRY_S)
 
     async def _protect(self, monitor: Monitor) -> None:
@@ -238,8 +250,8 @@ class _Follower:
                 self._freed = False
             elif not self._freed and self._mirror is not None:
                 self._freed = True
-                await self._mirror.free_guest()
-                self._target.emit("disk.guest-freed", level="warning", disk=self._name)
+                if await self._mirror.free_guest():
+                    self._target.emit("disk.guest-freed", level="warning", disk=self._name)
 
     async def _step(self) -> None:
         if self._mirror is None:
@@ -252,28 +264,37 @@ class _Follower:
         if self._target.hung_s(self._name):
             self._note(self._seen, "degraded", "the target does not answer")
             return
+        looked_at = trio.current_time()
         said = await self._target.state(self._name)
         job = await self._mirror.look()
         if job is None:
-            await self._start(said)
+            await self._start()
         elif said.session < self._session:
-            await self._lose(said, "the target came back with an older state: everything is copied anew")
+            self._lose("the target came back with an older state: everything is copied anew")
             await self._mirror.end(force=True)
         elif job.stands:
-            await self._resume(said)
+            await self._resume()
         else:
             await self._watch(said, job)
+        seen = self._seen
+        if seen.state == "synced":
+            seen.whole_at, seen.unsaid = looked_at, True
+        elif seen.missed:
+            ago_s = trio.current_time() - seen.whole_at if seen.whole_at is not None else None
+            await self._target.lost(self._name, said.session, seen.missed, ago_s=ago_s)
+            seen.missed, seen.unsaid = "", False
         self._session = said.session
 
-    async def _lose(self, said: TargetState, reason: str) -> None:
+    def _lose(self, reason: str) -> None:
+        """Writes of the guest did not arrive."""
         self._note(self._seen, "degraded", reason)
-        if said.synced:
-            await self._target.lost(self._name, said.session, reason)
+        if self._seen.unsaid:
+            self._seen.missed = reason
 
-    async def _start(self, said: TargetState) -> None:
+    async def _start(self) -> None:
         assert self._mirror is not None
         if self._seen.state == "synced":
-            await self._lose(said, "its mirror job has ended")
+            self._note(self._seen, "degraded", "its mirror job has ended")
         blocks = await self._monitor.execute("query-block")
         nodes = await self._monitor.execute("query-named-block-nodes")
         found = disks.find(disks.guest_disks(blocks), nodes, self._seen.wanted.device)
@@ -283,10 +304,13 @@ class _Follower:
             self._note(self._seen, "starting")
         await self._mirror.start(found.node, self._uri, method=self._vm.method, wait=self._vm.wait)
         self._in_vain, self._write_blocking = 0, False
+        # Asked after the start: from there on every write is mirrored.
+        if self._seen.unsaid and disks.wrote(await self._monitor.execute("query-blockstats"), found):
+            self._seen.missed = "the guest wrote while it was not mirrored"
 
-    async def _resume(self, said: TargetState) -> None:
+    async def _resume(self) -> None:
         assert self._mirror is not None
-        await self._lose(said, "QEMU could not write to the target")
+        self._lose("QEMU could not write to the target")
         self._in_vain += 1
         if self._in_vain > PATIENCE:
             await self._mirror.end(force=True)

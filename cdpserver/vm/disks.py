@@ -52,8 +52,7 @@ def _guest_disk(block: Mapping[str, Any]) -> FoundDisk | None:
     if not inserted or inserted.get("ro") or not block.get("qdev") or "flash" in block["qdev"]:
         return None
     node = str(inserted["node-name"])
-    match = _PERIPHERAL.match(block["qdev"])
-    device = str(block.get("device") or (match[1] if match else node))
+    device = str(block.get("device") or _peripheral(block) or node)
     return FoundDisk(as_name(device), device, node, int(inserted["image"]["virtual-size"]))
 
 
@@ -85,6 +84,19 @@ def find(guests: Iterable[FoundDisk], nodes: Iterable[Mapping[str, Any]], device
     raise NotFoundError(
         f"QEMU has no disk {show(device)}", hint="its node names: QMP query-named-block-nodes"
     )
+
+
+def wrote(stats: Iterable[Mapping[str, Any]], disk: FoundDisk) -> bool:
+    """Has the guest written to a disk since QEMU began, says the answer to `query-blockstats`? Yes where it says nothing."""
+    mine = [
+        one for one in stats if disk.device in (one.get("device"), one.get("node-name"), _peripheral(one))
+    ]
+    return not mine or any(one["stats"]["wr_operations"] > 0 for one in mine)
+
+
+def _peripheral(block: Mapping[str, Any]) -> str | None:
+    match = _PERIPHERAL.match(block.get("qdev") or "")
+    return match[1] if match else None
 
 
 def _is_ours(node: Mapping[str, Any]) -> bool:

@@ -91,6 +91,12 @@ def nbd_node(uri: str, *, reconnect_s: int) -> dict[str, Any]:
     }
 
 
+def mirror_uri(uri: str, uuid: str) -> str:
+    """The URI of a disk as its mirror opens it: only if its timeline is the one with this uuid, and in the place of any other."""
+    place, query, rest = uri.partition("?")
+    return f"{place}:{uuid}{query}{rest}"
+
+
 class Mirror:
     """The mirror of the disk with this uuid, by way of a monitor. Its methods raise what the monitor does."""
 
@@ -159,13 +165,19 @@ class Mirror:
         with contextlib.suppress(QmpRefusedError):
             await self._monitor.execute("block-job-resume", {"device": self.name})
 
-    async def free_guest(self) -> None:
-        """Let no write of the guest wait for a target that hangs. The job is to be ended and started anew after this."""
-        yank = {"instances": [{"type": "block-node", "node-name": self.name}]}
-        # A qemu-storage-daemon has no `yank`.
-        with contextlib.suppress(QmpRefusedError):
+    async def free_guest(self) -> bool:
+        """Let no write of the guest wait for a target that hangs; the job is ended, to be started anew. False if QEMU cannot.
+
+        A qemu-storage-daemon has no `yank`. Without one nothing is tried: a job that is cancelled waits for what it has sent, and
+        all of QEMU with it.
+        """
+        try:
+            yank = {"instances": [{"type": "block-node", "node-name": self.name}]}
             await self._monitor.execute("yank", yank)
+        except QmpRefusedError:
+            return False
         await self._cancel(force=True)
+        return True
 
     async def end(self, *, force: bool = False) -> None:
         """End the job and take the node away; RefusedError if that takes too long.

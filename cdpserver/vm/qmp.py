@@ -46,6 +46,10 @@ class QmpClosedError(UnreachableError):
     usual_hint = "look whether the VM runs"
 
 
+class QmpGoneError(QmpClosedError):
+    """Nobody listens at the monitor's socket: its QEMU does not run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One event; `time_ns` is of QEMU's wall clock."""
@@ -201,7 +205,7 @@ async def connect(path: Path) -> AsyncIterator[Qmp]:
     try:
         stream = await trio.open_unix_socket(str(path))
     except OSError as error:
-        raise QmpClosedError(f"no QEMU listens at {path}: {error.strerror or error}") from None
+        raise QmpGoneError(f"no QEMU listens at {path}: {error.strerror or error}") from None
     async with stream:
         qmp = Qmp(stream, str(path))
         await qmp._negotiate()

@@ -1,0 +1,190 @@
+"""Gaps that a controller knows of: writes of the guest that were never received, on record in the journal."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cdpserver.errors import NotFoundError, RefusedError, RemovedError, UsageError
+from cdpserver.journal.control import Grade
+from cdpserver.names import At, MirrorExport
+from cdpserver.stretches import grade_at, stretches
+from tests.core import INDEXER, SECOND_NS, Line, World, scratch
+
+BLOCK = 4096
+MS = 10**6
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    """A disk in sync, with a write a second ago."""
+    with scratch() as path:
+        world = World(path)
+        line = world.add(1 << 20)
+        line.write(0, b"a" * BLOCK)
+        line.synced()
+        world.now_ns += SECOND_NS
+        line.write(0, b"b" * BLOCK)
+        world.now_ns += SECOND_NS
+        yield line
+        world.close()
+
+
+def lose(line: Line, *, ago_ns: int | None = None) -> None:
+    """QEMU was seen in sync, and now its job stands."""
+    line.disk.lost(1, "test", ago_ns=ago_ns)
+
+
+def offered(line: Line, *times_ns: int) -> list[Grade | None]:
+    """The grade of each instant, by the list of stretches and by opening it: they agree."""
+    now_ns = line.world.now_ns
+    found: list[Grade | None] = []
+    with line.points() as points:
+        listed = stretches(points, now_ns=now_ns)
+        for time_ns in times_ns:
+            try:
+                grade = points.journal.state_at(points.resolve(At(time_ns), now_ns=now_ns).seq).grade
+            except UsageError:
+                grade = None
+            assert grade == grade_at(listed, time_ns)
+            found.append(grade)
+    return found
+
+
+def gap(line: Line) -> dict[str, object]:
+    (fields,) = [fields for name, fields in line.world.events if name == "disk.gap"]
+    return fields
+
+
+def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
+    world = line.world
+    last_ns = line.writer.last_time_ns
+    line.disconnect()
+    broke_ns = world.now_ns
+    world.now_ns += 100 * MS
+    lose(line)
+    lose(line)  # said again: it is known
+    assert gap(line)["from_ns"] == broke_ns and gap(line)["until_ns"] is None
+    world.now_ns += SECOND_NS
+    inside = (broke_ns + 1, broke_ns + 100 * MS, world.now_ns)
+    assert offered(line, last_ns, broke_ns, *inside) == [Grade.CRASH, Grade.UNORDERED, None, None, None]
+    with pytest.raises(RefusedError, match="inside a gap"):
+        line.disk.marker("bookmark")
+    world.now_ns += SECOND_NS
+    line.write(BLOCK, b"c" * BLOCK)
+    began_ns = world.now_ns
+    world.now_ns += 10 * MS
+    line.synced()
+    world.now_ns += 10 * MS
+    assert offered(line, broke_ns, *inside, began_ns - 1, began_ns, world.now_ns) == [
+        Grade.UNORDERED, None, None, None, None, Grade.UNORDERED, Grade.CRASH,
+    ]  # fmt: skip
+    line.disk.marker("bookmark").mark("after")
+
+
+def test_a_gap_that_is_over_when_it_is_said(line: Line) -> None:
+    """The mirror was back before its controller came to say what it had seen."""
+    world = line.world
+    line.disconnect()
+    broke_ns = world.now_ns
+    world.now_ns += SECOND_NS
+    line.write(BLOCK, b"c" * BLOCK)
+    began_ns = world.now_ns
+    world.now_ns += SECOND_NS
+    lose(line)
+    assert (gap(line)["from_ns"], gap(line)["until_ns"]) == (broke_ns, began_ns)
+    world.now_ns += SECOND_NS
+    times = (broke_ns, broke_ns + 1, began_ns - 1, began_ns, world.now_ns)
+    expected = [Grade.UNORDERED, None, None, Grade.UNORDERED, Grade.UNORDERED]
+    assert offered(line, *times) == expected
+    INDEXER.call("drain", line.directory, world.boot)
+    assert offered(line, *times) == expected
+
+
+def test_a_killed_target_says_nothing_of_its_connections(line: Line) -> None:
+    world = line.world
+    last_ns = line.writer.last_time_ns - SECOND_NS
+    line.close(clean=False)
+    line.open()
+    world.now_ns += SECOND_NS
+    lose(line, ago_ns=None)
+    assert last_ns <= gap(line)["from_ns"] <= line.writer.last_time_ns - SECOND_NS  # type: ignore[operator]
+    assert offered(line, world.now_ns) == [None]
+
+
+def test_what_was_seen_in_sync_bounds_the_gap(line: Line) -> None:
+    """A network that is cut: the target sees no connection end, and its last record may be old."""
+    world = line.world
+    world.now_ns += 60 * SECOND_NS
+    lose(line, ago_ns=SECOND_NS // 2)
+    seen_ns = world.now_ns - SECOND_NS // 2
+    assert gap(line)["from_ns"] == seen_ns
+    assert offered(line, seen_ns, seen_ns + 1) == [Grade.CRASH, None]
+    assert line.writer.state.session == 2  # so that nobody's older word of being in sync counts
+    line.write(BLOCK, b"c" * BLOCK)  # over the same connection, if it was no more than a store that was full
+    assert not line.writer.state.gap_open and line.writer.state.session == 3
+
+
+def test_no_gap_without_being_in_sync(line: Line) -> None:
+    line.disk.lost(7, "of another session", ago_ns=None)
+    line.disconnect()
+    line.write(0, b"c" * BLOCK)
+    lose(line)  # nothing between the end of the one and the beginning of the next
+    line.synced()
+    lose(line)  # said too late
+    assert not [name for name, _ in line.world.events if name == "disk.gap"]
+    fresh = line.world.add(1 << 20)
+    fresh.write(0, b"d" * BLOCK)
+    lose(fresh)
+    assert fresh.disk.journal is None
+
+
+def test_a_gap_outlives_the_target_and_its_segment(line: Line) -> None:
+    world = line.world
+    line.disconnect()
+    broke_ns = world.now_ns
+    lose(line)
+    line.close(clean=True)
+    world.boots += 1
+    line.open()
+    world.now_ns += SECOND_NS
+    assert line.writer.state.gap_open
+    assert offered(line, broke_ns + 1, world.now_ns) == [None, None]
+    lose(line)
+    gap(line)
+
+
+# --- one mirror at a time
+
+
+def mirror(line: Line, born_ns: int) -> MirrorExport:
+    return MirrorExport(line.timeline.full_name, line.timeline.uuid.hex(), born_ns)
+
+
+def test_what_an_older_mirror_still_sends_is_refused(line: Line) -> None:
+    line.disconnect()
+    first = line.disk.connect(mirror(line, 1))
+    first.write(memoryview(b"1" * BLOCK), 0)
+    line.synced()
+    session = line.writer.state.session
+    second = line.disk.connect(mirror(line, 2))
+    assert line.writer.state.session == session + 1 and not line.writer.state.synced
+    second.write(memoryview(b"2" * BLOCK), 0)
+    for late in (
+        first,
+        line.disk.connect(mirror(line, 1)),
+    ):  # also where it comes anew, by way of another worker
+        with pytest.raises(RemovedError, match="another mirror"):
+            late.write(memoryview(b"1" * BLOCK), 0)
+        with pytest.raises(RemovedError, match="another mirror"):
+            late.zero(0, BLOCK)
+    line.synced()
+    first.close()
+    assert line.writer.state.synced, "the end of a connection that was replaced is no news"
+    buffer = bytearray(BLOCK)
+    second.read_into(memoryview(buffer), 0)
+    assert buffer == b"2" * BLOCK
+
+
+def test_a_mirror_of_another_timeline_is_refused(line: Line) -> None:
+    with pytest.raises(NotFoundError, match="another disk"):
+        line.disk.connect(MirrorExport(line.timeline.full_name, "0" * 32, 1))
