@@ -77,14 +77,16 @@ def _read(path: Path) -> Clock | None:
     )
 
 
-def fix_clock(path: Path, last_stored_ns: Callable[[], int]) -> tuple[Clock, bool]:
+def fix_clock(
+    path: Path, last_stored_ns: Callable[[], int], fixing: Callable[[Clock], None] = lambda _: None
+) -> tuple[Clock, bool]:
     """The clock for this boot, and whether it was fixed anew. Only the service calls this, before its
     children run.
 
     In the same boot the stored clock is kept. In another one the offset is taken from the wall clock, but
     never so that the clock would read less than `last_stored_ns()` + 1 (asked only then, since it may scan
-    the store). On return the file is durable. CorruptError if the file is damaged: then no process of this
-    boot may still use the old offset.
+    the store); `fixing` is told of the new clock before it is durable. On return the file is durable.
+    CorruptError if the file is damaged: then no process of this boot may still use the old offset.
     """
     current = boot_id()
     stored = _read(path)
@@ -93,6 +95,7 @@ def fix_clock(path: Path, last_stored_ns: Callable[[], int]) -> tuple[Clock, boo
     floor_ns = max(last_stored_ns() + 1, 0)
     uptime_ns = clock_gettime_ns(CLOCK_BOOTTIME)
     clock = Clock(current, max(time_ns(), floor_ns) - uptime_ns, floor_ns)
+    fixing(clock)
     write_json(path, {"boot_id": clock.boot_id, "offset_ns": clock.offset_ns, "floor_ns": clock.floor_ns})
     return clock, True
 

@@ -2,6 +2,8 @@
 
 A lock holds one instant, `seq` of a timeline, until a time or until it is taken back. An immutable one can be made longer, never
 shorter, by nobody, until its time has come. Expired locks hold nothing; the next pass of pruning takes their rows away.
+Locks age by being lived with, as history does: time in which the host was down, or that its clock jumped over at a boot, is added
+to their end. So a clock that is ahead at a boot ends none early.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ from typing import Any
 from cdpserver.catalog import Catalog, Row
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import MAX_TIME_NS, format_time, parse_duration, parse_time, show
+from cdpserver.offtime import Off, off_since, off_times
 
 SCHEMA = 1
 
@@ -24,7 +27,10 @@ UNTIL_FORMS = "write a time such as 2027-01-31T00:00:00Z, or how long from now: 
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """One lock. `until_ns` is None for one that ends only by being taken back."""
+    """One lock. `until_ns` is when it ends, None for one that ends only by being taken back.
+
+    `off_ns` of that is time since it was set in which the host was off: the row keeps the end without it.
+    """
 
     id: str
     timeline: str
@@ -34,6 +40,7 @@ class Lock:
     immutable: bool
     reason: str
     created_ns: int
+    off_ns: int = 0
 
     def holds(self, now_ns: int) -> bool:
         """Does it hold its point now?"""
@@ -45,7 +52,7 @@ class Lock:
             "timeline": self.timeline,
             "seq": self.seq,
             "time_ns": self.time_ns,
-            "until_ns": self.until_ns,
+            "until_ns": None if self.until_ns is None else self.until_ns - self.off_ns,
             "immutable": self.immutable,
             "reason": self.reason,
             "created_ns": self.created_ns,
@@ -53,8 +60,8 @@ class Lock:
         return Row(self.id, SCHEMA, fields)
 
 
-def read_lock(row: Row) -> Lock:
-    """The lock that a row is. CorruptError."""
+def read_lock(row: Row, off: Off = ()) -> Lock:
+    """The lock that a row is, the host having been off at these times. CorruptError."""
     f = row.fields
     kinds: dict[str, tuple[type, ...]] = {
         "timeline": (str,),
@@ -70,12 +77,15 @@ def read_lock(row: Row) -> Lock:
             f"lock {row.id} in the catalog cannot be read, so nothing is dropped or merged",
             hint="a newer cdpserver wrote it: use that one",
         )
-    return Lock(row.id, **{key: f[key] for key in kinds})
+    off_ns = off_since(f["created_ns"], off)
+    end_ns = None if f["until_ns"] is None else f["until_ns"] + off_ns
+    return Lock(row.id, **{key: f[key] for key in kinds} | {"until_ns": end_ns, "off_ns": off_ns})
 
 
 def all_locks(catalog: Catalog) -> list[Lock]:
     """Every lock, also expired ones, oldest first. CorruptError: a lock that cannot be read must not be passed over."""
-    found = [read_lock(row) for row in catalog.rows("locks").values()]
+    off = off_times(catalog.state)
+    found = [read_lock(row, off) for row in catalog.rows("locks").values()]
     return sorted(found, key=lambda lock: (lock.created_ns, lock.id))
 
 
@@ -180,6 +190,7 @@ def describe(lock: Lock, disk: str, *, now_ns: int) -> dict[str, Any]:
         "time_ns": lock.time_ns,
         "until": None if lock.until_ns is None else format_time(lock.until_ns),
         "until_ns": lock.until_ns,
+        "off_ns": lock.off_ns,
         "immutable": lock.immutable,
         "reason": lock.reason,
         "expired": not lock.holds(now_ns),
@@ -189,10 +200,10 @@ def describe(lock: Lock, disk: str, *, now_ns: int) -> dict[str, Any]:
 
 def locked_seqs(catalog: Catalog, timeline: str, *, now_ns: int) -> set[int]:
     """The seqs of a timeline that are locked now; for showing, so a row that cannot be read is only not shown."""
-    found = set()
+    found, off = set(), off_times(catalog.state)
     for row in catalog.rows("locks").values():
         with contextlib.suppress(CorruptError):
-            lock = read_lock(row)
+            lock = read_lock(row, off)
             if lock.timeline == timeline and lock.holds(now_ns):
                 found.add(lock.seq)
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from cdpserver import offtime
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain import merge as chain
 from cdpserver.chain.plan import VERBS
@@ -22,7 +23,7 @@ from cdpserver.errors import RefusedError, UsageError
 from cdpserver.leases import GRACE_NS, Lease
 from cdpserver.locks import Lock
 from cdpserver.nodes import nodes
-from cdpserver.retention import offtime, prune
+from cdpserver.retention import prune
 from cdpserver.retention.facts import gather
 from cdpserver.retention.plan import fixed_bytes
 from cdpserver.view.history import History
@@ -153,7 +154,7 @@ class Life:
             line, entry, seq = found
             self.locks += 1
             until_ns = self.dice.choice((None, self.world.now_ns + self.dice.randrange(1, 9 * HOUR_NS)))
-            made = Lock(f"lock-{self.locks}", entry.id, seq, 1, until_ns, False, "", 1)
+            made = Lock(f"lock-{self.locks}", entry.id, seq, 1, until_ns, False, "", self.world.now_ns)
             self.catalog.put_row("locks", made.row())
             self.held.append(Held(line, seq, until_ns))
 
@@ -228,7 +229,10 @@ class Life:
         before_ns = self.world.now_ns
         self.world.now_ns += self.dice.choice((SECOND_NS, 30 * 24 * HOUR_NS))
         self.world.reboot(clean=self.dice.random() < 0.5)
-        offtime.note(self.world.state, before_ns, self.world.now_ns)
+        if offtime.note(self.world.state, before_ns, self.world.now_ns):
+            for held in self.held:
+                if held.until_ns is not None and held.until_ns > before_ns:
+                    held.until_ns += self.world.now_ns - before_ns
 
     def wrong_clock(self) -> None:
         """Hours behind, a pass would drop no more; years ahead, no more but what a lock held until then."""

@@ -13,13 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdpserver import clock as clocks
 from cdpserver import locks
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain.lock import FILE, stays
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.events import EventLog
 from cdpserver.locks import Lock
 from cdpserver.names import MAX_TIME_NS, format_time
+from cdpserver.service.prepare import prepare
 from cdpserver.state import StateDir
+from tests.core import World
 from tests.test_policy import cdp
 from tests.test_service import ApiError, Server, pattern, write
 
@@ -254,3 +258,112 @@ def test_locks_have_a_quota(short_path: Path) -> None:
         [held] = server.get("/v1/locks")
         assert cdp(server, "point", "unlock", held["id"]).returncode == 0
         assert cdp(server, "point", "lock", "d@latest").returncode == 0
+
+
+SPANS = st.lists(st.integers(NOW_NS, NOW_NS + 40 * DAY_NS), min_size=2, max_size=10).map(
+    lambda times: list(zip(*[iter(sorted(times))] * 2, strict=False))
+)
+
+
+@given(SPANS, st.integers(1, 20 * DAY_NS), st.integers(0, 60 * DAY_NS))
+def test_a_lock_holds_for_as_long_as_was_asked_for_of_time_that_was_lived(
+    off: list[tuple[int, int]], asked_ns: int, after_ns: int
+) -> None:
+    """Whatever the clock jumped over meanwhile: neither earlier nor later."""
+    row = replace(LOCK, created_ns=NOW_NS, until_ns=NOW_NS + asked_ns).row()
+    now_ns = NOW_NS + after_ns
+    if any(from_ns < now_ns < to_ns for from_ns, to_ns in off):
+        return  # nobody asks while the host is off
+    past = [span for span in off if span[1] <= now_ns]
+    lived_ns = after_ns - sum(to_ns - from_ns for from_ns, to_ns in past)
+    lock = locks.read_lock(row, past)
+    assert lock.holds(now_ns) == (lived_ns < asked_ns)
+    assert lock.row() == row
+    # Made longer, it ends when that says.
+    longer = (
+        locks.renew(lock, until_ns=now_ns + DAY_NS, immutable=False, reason=None, now_ns=now_ns)
+        if not (lock.immutable and lock.holds(now_ns))
+        else lock
+    )
+    assert locks.read_lock(longer.row(), past) == longer
+
+
+class Host:
+    """One that boots with this or that wall clock; its store has a disk whose newest point is locked for 90 days, immutably."""
+
+    def __init__(self, path: Path, patch: pytest.MonkeyPatch) -> None:
+        world = World(path)
+        line = world.add(1 << 20, image=b"image")
+        line.write(0, b"x" * 4096)
+        self.state, self.set_ns = world.state, line.writer.last_time_ns
+        lock = replace(LOCK, seq=line.last_seq, created_ns=self.set_ns, until_ns=self.set_ns + 90 * DAY_NS)
+        Catalog.recover(self.state)
+        with Catalog.open(self.state, writable=True) as catalog:
+            catalog.put_row("locks", lock.row())
+        world.close()
+        self._patch, self.boots = patch, 0
+
+    def boot(self, wall_ns: int) -> int:
+        """The service starts after it; the server's time."""
+        self.boots += 1
+        self._patch.setenv("CDP_BOOT_ID", f"boot-{self.boots:04d}")
+        return self.start(wall_ns)
+
+    def start(self, wall_ns: int) -> int:
+        """The service starts; the server's time."""
+        self._patch.setattr(clocks, "time_ns", lambda: wall_ns)
+        clock, catalog = prepare(self.state, EventLog(self.state.events))
+        catalog.close()
+        return clock.now_ns()
+
+    def lock(self) -> Lock:
+        """The lock, as every process of the server sees it."""
+        with Catalog.open(self.state, writable=False) as catalog:
+            (found,) = locks.all_locks(catalog)
+        return found
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch)
+
+
+def test_a_clock_that_is_ahead_at_a_boot_ends_no_lock(host: Host) -> None:
+    year_ns = 365 * DAY_NS
+    first = host.boot(host.set_ns + DAY_NS)
+    assert host.lock().holds(first) and host.lock().off_ns == pytest.approx(DAY_NS, abs=SECOND_NS)
+    ahead = host.boot(host.set_ns + year_ns)
+    assert ahead >= host.set_ns + year_ns
+    lock = host.lock()
+    assert lock.holds(ahead) and lock.until_ns == pytest.approx(ahead + 90 * DAY_NS, abs=SECOND_NS)
+    with pytest.raises(RefusedError, match="no command can end it before"):
+        locks.check_removable(lock, now_ns=ahead)
+    with pytest.raises(RefusedError, match="immutable until"):
+        locks.renew(lock, until_ns=ahead + 80 * DAY_NS, immutable=True, reason=None, now_ns=ahead)
+    # The wall clock is set right: the server's never goes back, and the lock's time goes on.
+    right = host.boot(host.set_ns + 2 * DAY_NS)
+    assert right < ahead and host.lock().holds(right)
+    assert not host.lock().holds(right + 91 * DAY_NS + year_ns)
+
+
+def test_a_start_that_dies_before_the_clock_is_fixed_counts_the_time_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clocks, "write_json", dies)
+        with pytest.raises(KeyboardInterrupt):
+            host.boot(host.set_ns + 200 * DAY_NS)
+    now_ns = host.start(host.set_ns + 200 * DAY_NS)
+    assert host.lock().until_ns == pytest.approx(now_ns + 90 * DAY_NS, abs=SECOND_NS)
+
+
+def test_nothing_ends_while_it_cannot_be_read_what_is_old(host: Host) -> None:
+    host.boot(host.set_ns + 200 * DAY_NS)
+    host.state.boots.write_text("[")
+    host.boot(host.set_ns + 400 * DAY_NS)
+    with pytest.raises(CorruptError, match=r"boots.json cannot be read, .*nothing is dropped.*from a backup"):
+        host.lock()
+    assert "service.boots-damaged" in host.state.events.read_text()

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbd
 import pytest
 
-from cdpserver import durable, leases
+from cdpserver import durable, leases, offtime
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain.lock import alone, stays
 from cdpserver.config import Config, parse_config
@@ -21,7 +21,7 @@ from cdpserver.errors import RefusedError
 from cdpserver.journal.log import Journal, interval_path, intervals
 from cdpserver.leases import GRACE_NS, Lease
 from cdpserver.locks import Lock
-from cdpserver.retention import offtime, policies
+from cdpserver.retention import policies
 from cdpserver.retention import prune as pruning
 from cdpserver.retention.facts import gather
 from cdpserver.view.history import History

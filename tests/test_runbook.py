@@ -1,5 +1,6 @@
 """docs/runbook.md: its commands can be typed, and its way of moving the store keeps what is in it."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -58,6 +59,35 @@ def test_what_it_says_of_exit_codes_and_paths() -> None:
     assert sorted(rows) == [1, 2, 3, 4, 5] and set(rows) < set(EXIT_CODES)
     longest = state.SOCKET_PATH_LENGTH - 1 - len(state.LONGEST_SOCKET)
     assert f"at most {longest} bytes" in TEXT
+
+
+@pytest.mark.real
+def test_a_clock_that_is_wrong_is_said_and_set_right(short_path: Path) -> None:
+    """The commands of the section, on a store that has no records of the wrong time."""
+    state_dir, year_ns = short_path / "s", 365 * 86_400 * 10**9
+    with Server(state_dir):
+        pass
+    clock = state_dir / "clock.json"
+    value = json.loads(clock.read_text())
+    clock.write_text(json.dumps(value | {"offset_ns": value["offset_ns"] + year_ns}))
+
+    def cdp(*words: str) -> str:
+        command = [sys.executable, "-m", "recovery.cli", *words, "--state-dir", str(state_dir)]
+        return subprocess.run(
+            command, text=True, capture_output=True, check=True, timeout=120, cwd=ROOT
+        ).stdout
+
+    section = TEXT[TEXT.index("## The clock is wrong") : TEXT.index("## Moving the store")]
+    (move,) = re.findall(r"^mv .*$", section, re.MULTILINE)
+    shown = ("cdp status", "cdp clock show", "cdp event list --level warning --since -1d", "cdp point locks")
+    assert all(line in section for line in shown)
+    with Server(state_dir):
+        said = {line: cdp(*shlex.split(line)[1:]) for line in shown}
+        assert re.search(r"the server's clock is about 365d ahead of the host's", said["cdp status"])
+        assert str(value["offset_ns"] + year_ns) in said["cdp clock show"]
+    subprocess.run(shlex.split(move.replace("/var/lib/cdpserver", str(state_dir))), check=True)
+    with Server(state_dir):
+        assert "clock is" not in cdp("status")
 
 
 def moving() -> str:

@@ -36,7 +36,14 @@ STAGES = (
         "cdpserver.timeline",
         "cdpserver.qemu",
     ),
-    ("cdpserver.journal", "cdpserver.nodes", "cdpserver.leases", "cdpserver.locks", "cdpserver.forks"),
+    (
+        "cdpserver.journal",
+        "cdpserver.nodes",
+        "cdpserver.leases",
+        "cdpserver.locks",
+        "cdpserver.offtime",
+        "cdpserver.forks",
+    ),
     ("cdpserver.index", "cdpserver.copying"),
     ("cdpserver.view",),
     (

@@ -33,7 +33,7 @@ class Catalog:
     """The catalog of a state directory. Use `Catalog.open`; a process opens it once and not across a fork."""
 
     def __init__(self, state: StateDir, store: Store | None) -> None:
-        self._state = state
+        self.state = state
         self._store = store
 
     @classmethod
@@ -108,7 +108,7 @@ class Catalog:
         return self._content().rows[table].get(id)
 
     def _content(self) -> Content:
-        return read_copy(self._state.catalog_copy) if self._store is None else self._store.content()
+        return read_copy(self.state.catalog_copy) if self._store is None else self._store.content()
 
     # --- changing
 
@@ -130,7 +130,7 @@ class Catalog:
         check_disk_name(name)
         check_timeline_id(id)
         if created_ns is None:
-            created_ns = timeline.load(self._state.timeline(id)).created_ns
+            created_ns = timeline.load(self.state.timeline(id)).created_ns
         entry = Entry(name, id, "live", created_ns)
 
         def put(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
@@ -185,7 +185,7 @@ class Catalog:
         try:
             with self._store.changing() as txn:
                 result = change(self._store, txn, self._store.content_in(txn))
-                durable.write_json(self._state.catalog_copy, self._store.content_in(txn).to_json())
+                durable.write_json(self.state.catalog_copy, self._store.content_in(txn).to_json())
         except (CdpError, OSError):
             # The transaction is undone; so must be the copy, if not now then at the next change.
             with contextlib.suppress(CdpError, OSError):
@@ -196,11 +196,11 @@ class Catalog:
     def _set_copy_right(self) -> None:
         content = self._content()
         try:
-            right = read_copy(self._state.catalog_copy) == content
+            right = read_copy(self.state.catalog_copy) == content
         except (FileNotFoundError, CorruptError):
             right = False
         if not right:
-            durable.write_json(self._state.catalog_copy, content.to_json())
+            durable.write_json(self.state.catalog_copy, content.to_json())
 
 
 def _existing(content: Content, name: str) -> Entry:

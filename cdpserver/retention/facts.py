@@ -21,8 +21,8 @@ from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.journal.segment import SEALED
 from cdpserver.nodes import base_point_path, nodes
+from cdpserver.offtime import Off, lived_since, off_times
 from cdpserver.retention import policies
-from cdpserver.retention.offtime import Off, lived_since, off_times
 from cdpserver.retention.plan import Facts, Hold, Interval, Node, plan
 from cdpserver.retention.thinning import thinnings
 from cdpserver.state import StateDir

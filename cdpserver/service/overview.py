@@ -14,10 +14,11 @@ import trio
 import cdpserver
 from cdpserver import timeline
 from cdpserver.catalog import Entry
+from cdpserver.clock import wall_difference_ns
 from cdpserver.errors import CdpError
 from cdpserver.journal.control import Grade
 from cdpserver.limits import TAIL_RECORDS
-from cdpserver.names import format_bytes
+from cdpserver.names import format_bytes, format_duration
 from cdpserver.service import behind, facts
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
@@ -32,6 +33,10 @@ TARGET_S = 2.0
 
 LITTLE_FREE = 0.1
 """Share of the store below which free space is a warning."""
+
+MINUTE_NS, HOUR_NS, DAY_NS = 60 * 10**9, 3600 * 10**9, 86_400 * 10**9
+WRONG_CLOCK_NS = MINUTE_NS
+"""A server's clock that is further from the host's is a warning: people look for points by the wall."""
 
 ALWAYS_COUNTED = ("error", "warning")
 """Levels that are shown as 0 of each process before the first such event, so that an alarm sees it come."""
@@ -93,6 +98,7 @@ class Overview:
             "state_dir": str(core.state.path),
             "pid": os.getpid(),
             "time_ns": look.now_ns,
+            "clock_ahead_ns": -wall_difference_ns(core.clock),
             "started_ns": self._started_ns,
             "children": self._children.status(),
             "store": _store(core.state.path),
@@ -203,6 +209,12 @@ def warnings(found: dict[str, Any]) -> list[str]:
         for name, child in found["children"].items()
         if child["pid"] is None
     ]
+    if abs(ahead_ns := found["clock_ahead_ns"]) > WRONG_CLOCK_NS:
+        way = "ahead of" if ahead_ns > 0 else "behind"
+        said.append(
+            f"the server's clock is about {_about(abs(ahead_ns))} {way} the host's, and points carry the server's "
+            "(docs/runbook.md: The clock is wrong)"
+        )
     store = found["store"]
     if store["free_bytes"] < LITTLE_FREE * store["size_bytes"]:
         said.append(
@@ -212,6 +224,12 @@ def warnings(found: dict[str, Any]) -> list[str]:
     for disk in found["disks"]:
         said += _disk_warnings(disk)
     return said
+
+
+def _about(span_ns: int) -> str:
+    """A span in whole days, hours or minutes."""
+    unit_ns = next((unit_ns for unit_ns in (DAY_NS, HOUR_NS) if span_ns >= 2 * unit_ns), MINUTE_NS)
+    return format_duration(round(span_ns / unit_ns) * unit_ns)
 
 
 def _disk_warnings(disk: dict[str, Any]) -> list[str]:

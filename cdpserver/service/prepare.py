@@ -5,15 +5,14 @@ Children that an earlier service left may still serve; nothing here disturbs the
 
 from pathlib import Path
 
-from cdpserver import durable, events
+from cdpserver import durable, events, offtime
 from cdpserver.catalog import Catalog
 from cdpserver.chain import merge
 from cdpserver.clock import Clock, fix_clock
 from cdpserver.config import SECOND_NS
-from cdpserver.errors import CdpError
+from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.log import Journal
 from cdpserver.names import format_time
-from cdpserver.retention import offtime
 from cdpserver.service import inventory, processes
 from cdpserver.service.children import serves
 from cdpserver.state import VERSION, StateDir
@@ -85,13 +84,21 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
         newest[0] = last_stored_ns(state)
         return newest[0]
 
-    clock, fresh = fix_clock(state.clock, last_ns)
-    if fresh:
+    def note(clock: Clock) -> None:
+        """While the host was off nothing grew older: durable before anybody can ask the new clock."""
         now_ns = clock.now_ns()
-        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(now_ns))
-        if offtime.note(state, newest[0], now_ns):
+        try:
+            noted = offtime.note(state, newest[0], now_ns)
+        except CorruptError as error:
+            log.emit("service.boots-damaged", level="error", reason=str(error))
+            return
+        if noted:
             seconds = (now_ns - newest[0]) // SECOND_NS
-            log.emit("service.was-off", off_s=seconds, meaning="history does not grow older by this time")
+            log.emit("service.was-off", off_s=seconds, meaning="history and locks do not age by this time")
+
+    clock, fresh = fix_clock(state.clock, last_ns, note)
+    if fresh:
+        log.emit("service.clock-fixed", boot_id=clock.boot_id, now=format_time(clock.now_ns()))
     for sentence in Catalog.recover(state):
         log.emit("service.catalog-recovered", level="warning", said=sentence)
     done, failed = merge.finish_all(state)

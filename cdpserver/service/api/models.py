@@ -248,6 +248,9 @@ class Overview(Answer):
     state_dir: str
     pid: Count
     time_ns: Count
+    clock_ahead_ns: int = Field(
+        description="How far the server's clock is ahead of the host's; negative: behind."
+    )
     started_ns: Count
     children: dict[str, Child]
     targets: dict[str, bool] = Field(description="Whether each answered in time.")
@@ -348,6 +351,9 @@ class Lock(Answer):
     time_ns: Count
     until: str | None = Field(description="None: until it is taken back.")
     until_ns: Count | None
+    off_ns: Count = Field(
+        description="Of `until`: time since the lock was set in which the host was off, or that its clock jumped over."
+    )
     immutable: bool
     reason: str
     expired: bool = Field(description="It holds nothing any more, and goes with the next pass.")
