@@ -5,7 +5,7 @@ import argparse
 from cdpserver import names
 from cdpserver.errors import UsageError
 from cdpserver.files import MAX_PREVIEW, PREVIEW_BYTES
-from recovery.arguments import place, take_disk, take_place, take_point, when
+from recovery.arguments import place, take_disk, take_place, when
 from recovery.tree import Commands, lazy
 
 
@@ -121,7 +121,12 @@ def add_mount(commands: Commands) -> None:
         "Show a point as a directory, read-only: the disk as a file, and the file systems in it.",
         "cdp mount web/vda@-5m there",
     )
-    take_point(mount)
+    take_place(mount)
+    mount.add_argument(
+        "--kernel",
+        action="store_true",
+        help="have this host's kernel mount one file system read-only (root): exact, and a risk if the guest means harm",
+    )
     mount.add_argument("--foreground", action="store_true", help="stay until it is unmounted")
     umount = commands.leaf(
         "umount", lazy("mount", "umount"), "Take such a directory away.", "cdp umount there"

@@ -1,6 +1,7 @@
 """`cdp mount` and `cdp umount`: a point as a directory, by a process of its own that ends when it is unmounted."""
 
 import contextlib
+import getpass
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from cdpserver import events, names
-from cdpserver.errors import BrokenError, RefusedError, UnreachableError, UsageError
+from cdpserver.errors import BrokenError, NotFoundError, RefusedError, UnreachableError, UsageError
 from cdpserver.held import HeldPoint
 from cdpserver.names import Seq
 from cdpserver.state import StateDir, default_state_dir
+from recovery import kernel_mount
+from recovery.opened import Opened, opened
 from recovery.output import say
 from recovery.remote import client
 
@@ -25,12 +28,17 @@ def mount(options: Namespace) -> None:
     directory = Path(options.directory).resolve()
     if not directory.is_dir() or os.path.ismount(directory):
         raise UsageError(f"{directory} is no directory that is free", hint="make an empty one: mkdir")
+    if options.kernel:
+        kernel_mount.check_root()
+    elif names.split_volume(options.point)[1] is not None:
+        raise UsageError("without --kernel all volumes are shown", hint="leave the volume out of the point")
     if options.foreground:
-        _serve(options, directory)
+        (_serve_kernel if options.kernel else _serve)(options, directory)
         return
     command = [sys.executable, "-m", "recovery.cli"]
     command += ["--state-dir", str(default_state_dir(options.state_dir))]
-    command += ["mount", "--foreground", "--", options.point, str(directory)]
+    command += ["mount", "--foreground", *(["--kernel"] if options.kernel else [])]
+    command += ["--", options.point, str(directory)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
@@ -45,6 +53,9 @@ def mount(options: Namespace) -> None:
                     f"the mount did not start: {said[-500:]}", hint="it needs /dev/fuse and fuse3"
                 )
             time.sleep(0.02)
+        log.seek(0)
+        for line in log.read().decode(errors="replace").splitlines():
+            say(line)
     say(f"{options.point} is in {directory}; to take it away: cdp umount {directory}")
 
 
@@ -65,9 +76,50 @@ def _serve(options: Namespace, directory: Path) -> None:
             serve(files, str(directory), held.name)
 
 
+def _serve_kernel(options: Namespace, directory: Path) -> None:
+    text, volume = names.split_volume(options.point)
+    with opened(options, text) as point:
+        where = f"{point.disk}@seq:{point.seq}"
+        volume, kind = _what_to_mount(options, point, volume)
+        kernel_mount.check_kind(kind)
+        uri = point.uri.replace("?", f"/{volume}?", 1) if volume else point.uri
+        say(kernel_mount.RISK)
+        events.EventLog(StateDir(default_state_dir(options.state_dir)).events).record(
+            "mount.kernel",
+            user=getpass.getuser(),
+            sudo_user=os.environ.get("SUDO_USER"),
+            disk=point.disk,
+            point=where,
+            volume=volume,
+            directory=str(directory),
+        )
+        kernel_mount.serve(uri, kind, directory, kernel_mount.new_work())
+
+
+def _what_to_mount(options: Namespace, point: Opened, volume: str | None) -> tuple[str, str]:
+    """(volume, what it holds), looked at in the sandbox."""
+    from cdpserver.files.browser import Browser
+
+    state = StateDir.open(default_state_dir(options.state_dir))
+    with (
+        contextlib.closing(HeldPoint(state, point.disk, Seq(point.seq))) as held,
+        Browser(held.view) as browser,
+    ):
+        chosen = browser.choose(volume)
+        holds = {known.name: known.holds for known in browser.volumes()}
+    if chosen not in holds:
+        known = ", ".join(filter(None, holds)) or "none"
+        raise NotFoundError(f"the disk has no {chosen}", hint=f"its volumes: {known}")
+    return chosen, holds[chosen]
+
+
 def umount(options: Namespace) -> None:
     """Take it away. RefusedError while a program is in it."""
     directory = Path(options.directory).absolute()
+    work = kernel_mount.work_of(directory)
+    if work is not None:
+        kernel_mount.unmount(directory, work)
+        return
     done = subprocess.run(["fusermount3", "-u", directory], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RefusedError(f"{directory}: {done.stderr.strip()}", hint="leave it with all programs first")
