@@ -35,7 +35,7 @@ STEPS = (
     Step(3, "disks may grow", allow_growth),
     Step(4, "intervals may be thinned; those that are there stay as they are", lambda _: None),
     Step(5, "the catalog gets tables for protected VMs, groups and recoveries", add_protection),
-    Step(6, "the catalog gets a table for trials", add_trials),
+    Step(6, "the catalog gets a table for trials; journals may be anchored to a dirty bitmap", add_trials),
 )
 
 

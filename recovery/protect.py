@@ -45,7 +45,11 @@ def _wait_synced(service: Client, vm: str, shown: dict[str, Any]) -> dict[str, A
     try:
         with moving(f"protecting {vm}") as move:
             while any(disk["state"] != "synced" for disk in shown["disks"]):
-                copies = [disk["resync"] for disk in shown["disks"] if disk["resync"] is not None]
+                copies = [
+                    disk["resync"]
+                    for disk in shown["disks"]
+                    if disk["resync"] is not None and disk["resync"]["under_way"]
+                ]
                 if copies:
                     done, total = (sum(copy[key] for copy in copies) for key in ("done_bytes", "total_bytes"))
                     move(done, total)

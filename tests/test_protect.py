@@ -77,7 +77,12 @@ def content(uri: str) -> bytes:
 
 
 def same_as_source(server: Server, source: Source) -> bool:
-    return content(server.uri("web/disk0@latest")) == source.image.read_bytes()
+    return content(server.uri("web/disk0@latest")) == content(source.uri)
+
+
+def all_arrives(server: Server, source: Source) -> None:
+    """What the guest wrote is there in the end: on a busy machine a worker may be back later than a guest waits."""
+    until(lambda: same_as_source(server, source), "the source's content")
 
 
 def test_protect_write_and_points_are_crash(short_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_protect_write_and_points_are_crash(short_path: Path) -> None:
             assert in_sync(server)["name"] == "web/disk0"
             writes.pwrite(b"b" * BLOCK, BLOCK)
             seen = graded(server, "crash")
-            assert seen["resync"] is None and seen["rpo_ns"] < 5 * 10**9
+            assert not seen["resync"]["under_way"] and seen["rpo_ns"] < 5 * 10**9
             assert same_as_source(server, source)
         points = until(lambda: server.get("/v1/disks/web/disk0:points?kind=rp"), "recovery point")
         assert points[-1]["grade"] == "crash"
@@ -119,7 +124,7 @@ def test_a_target_that_is_killed_or_hangs_never_holds_the_guest_for_long(
         assert bool(server.events("target.hung")) == (how == signal.SIGSTOP)
         graded(server, "crash")
         in_sync(server)
-        assert same_as_source(server, source)
+        all_arrives(server, source)
 
 
 def test_a_restarted_service_takes_the_mirror_over(short_path: Path) -> None:
@@ -155,7 +160,7 @@ def test_other_ways_to_mirror(short_path: Path, more: dict[str, Any]) -> None:
         for number in range(5):
             writes.pwrite(bytes([number]) * BLOCK, number * BLOCK)
         graded(server, "crash")
-        assert same_as_source(server, source)
+        all_arrives(server, source)
         assert server.delete("/v1/vms/web")["left"] == ""
 
 

@@ -48,6 +48,9 @@ class State:
     gap_until_ns   time at which the last gap of lost records ended, 0 without one
     gap_open       writes of the guest that were not received are missing, and none has come since
     size           bytes of the disk since it last grew, 0 if it never did: then `timeline.json` has them
+    anchor         the dirty bitmap at the source that a controller anchored last, "" for none: what differed from the source at
+                   that record, and what the guest wrote since, is marked in it
+    anchored       nothing but the source's mirror has written since
     """
 
     session: int = 0
@@ -59,6 +62,8 @@ class State:
     gap_until_ns: int = 0
     gap_open: bool = False
     size: int = 0
+    anchor: str = ""
+    anchored: bool = False
 
     @property
     def grade(self) -> Grade:
@@ -81,12 +86,16 @@ def show_evidence(session: int, evidence: int) -> dict[str, Any]:
 
 
 def pack(state: State) -> dict[str, Any]:
-    """The state as plain values for a header page; `size` only of a disk that has grown, `gap_open` only in a gap."""
+    """The state as plain values for a header page; `size` only of a disk that has grown, `gap_open` only in a gap, an anchor only
+    where one is.
+    """
     values = asdict(state)
     if not state.gap_open:
         del values["gap_open"]
     if not state.size:
         del values["size"]
+    if not state.anchor:
+        del values["anchor"], values["anchored"]
     return values
 
 
@@ -114,9 +123,10 @@ def session(number: int, reason: str) -> dict[str, Any]:
     return {"type": "session", "session": number, "reason": reason}
 
 
-def synced(number: int, *, write_blocking: bool) -> dict[str, Any]:
-    """The mirror of session `number` is complete."""
-    return {"type": "synced", "session": number, "write_blocking": write_blocking}
+def synced(number: int, *, write_blocking: bool, bitmap: str = "") -> dict[str, Any]:
+    """The mirror of session `number` is complete; `bitmap` is the source's that marks what is written from here on."""
+    message = {"type": "synced", "session": number, "write_blocking": write_blocking}
+    return message | ({"bitmap": bitmap} if bitmap else {})
 
 
 def mark(name: str) -> dict[str, Any]:
@@ -185,6 +195,8 @@ def decode(payload: bytes) -> dict[str, Any]:
             raise CorruptError(f"the control record {kind!r} has no {name} that can be read")
     if kind == "grow":
         _check_size(message["size"], "a control record")
+    if kind == "synced" and type(message.get("bitmap", "")) is not str:
+        raise CorruptError("the control record 'synced' has no bitmap that can be read")
     return message
 
 
@@ -209,22 +221,29 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
                 write_blocking=False,
                 resync_ref=ref,
                 gap_open=state.gap_open and message["reason"] != FIRST_WRITE,
+                # A connection that is lost, or a mirror's word that it lost something, changes nothing here.
+                anchored=state.anchored and message["reason"] != FIRST_WRITE,
             )
         case "synced":
+            bitmap = message.get("bitmap", "")
             return replace(
                 state,
                 synced=True,
                 write_blocking=message["write_blocking"],
                 resync_ref=-1,
                 gap_open=False,
+                anchor=bitmap or state.anchor,
+                anchored=bool(bitmap) or state.anchored,
             )
         case "cut":
             return replace(state, cuts=message["number"] + 1)
         case "gap":
-            return replace(state, synced=False, write_blocking=False, gap_until_ns=time_ns)
+            return replace(
+                state, synced=False, write_blocking=False, gap_until_ns=time_ns, anchor="", anchored=False
+            )
         case "missed":
             return replace(state, gap_open=state.gap_open or not message["until_time_ns"])
         case "grow":
-            return replace(state, size=message["size"])
+            return replace(state, size=message["size"], anchored=False)
         case _:
             return state

@@ -45,8 +45,8 @@ class JournalWriter:
         self.state = State()
         self.last_seq = 0
         self.last_time_ns = 0
-        self.change_seq = 0
-        self.durable_seq = 0
+        self.change_seq = self.durable_seq = 0
+        self.payload_bytes = 0
         self.recovered: dict[str, Any] | None = None
         self.slow_s = 0.0
         self.reads: Reads | None = None
@@ -228,6 +228,7 @@ class JournalWriter:
         except OSError as error:
             raise self._failed(error) from error
         self._publish(Kind.DATA, len(payload) // SECTOR, offset, place, digest)
+        self.payload_bytes += len(payload)
 
     def _reserve(self, length: int, *, fresh: bool = False) -> None:
         """Room for one more record and its payload, `fresh` as the first of its segment. Under `_lock`."""
@@ -314,7 +315,6 @@ class JournalWriter:
 
     def _write_resync(self, resync: Resync, payload: memoryview, offset: int) -> None:
         assert self.reads is not None
-        length = len(payload)
         ref = self.state.resync_ref
         if ref < 0:
             with self._lock:
@@ -331,7 +331,7 @@ class JournalWriter:
                 with self._lock:
                     self._reserve(0)
                     self._publish(Kind.SAME, (end - start) // SECTOR, offset + start, ref, NO_DIGEST)
-        resync.compared(offset, length, found_same=any(ref >= 0 for _, _, ref in runs))
+        resync.compared(offset, len(payload), found_same=any(ref >= 0 for _, _, ref in runs))
 
     # -- control records -------------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ class JournalWriter:
             self._track_resync()
         return number
 
-    def synced(self, number: int, *, write_blocking: bool) -> tuple[int, int]:
+    def synced(self, number: int, *, write_blocking: bool, bitmap: str = "") -> tuple[int, int]:
         """The mirror of session `number` is complete. RefusedError for a session that is over."""
         with self._lock:
             if number != self.state.session:
@@ -351,7 +351,7 @@ class JournalWriter:
                     f"session {number} is over; the current one is {self.state.session}",
                     hint="its connection was lost or another one wrote; resync, then say synced for that session",
                 )
-            result = self._put_control(control.synced(number, write_blocking=write_blocking))
+            result = self._put_control(control.synced(number, write_blocking=write_blocking, bitmap=bitmap))
             self._track_resync()
         self.commit()
         return result

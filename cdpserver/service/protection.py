@@ -22,6 +22,8 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.service.targets import OwnTarget
 from cdpserver.vm import qmp, record
+from cdpserver.vm.bitmaps import Bitmaps
+from cdpserver.vm.changes import Changes
 from cdpserver.vm.controller import Controller, DiskState
 from cdpserver.vm.disks import FoundDisk, check_size, choose
 from cdpserver.vm.mirror import Mirror
@@ -205,7 +207,10 @@ class Protection:
         for disk in disks:
             with contextlib.suppress(NotFoundError):  # removed meanwhile, and its mirror ended for that
                 uuid, _ = await self._target.identity(disk)
-                await Mirror(monitor, uuid).end()
+                mirror = Mirror(monitor, uuid)
+                await Changes(monitor, mirror, trio.Lock()).clean()
+                await mirror.end()
+                await Bitmaps(monitor, mirror).remove_all()
 
     # -- showing ---------------------------------------------------------------------------------------------
 
@@ -233,6 +238,7 @@ class Protection:
             "reason": seen.reason,
             "uri": "" if entry is None else self._core.disk_uris(entry)["uri"],
             "resync": seen.resync,
+            "bitmap": seen.bitmap,
         }
 
     def list_vms(self) -> list[dict[str, Any]]:

@@ -10,16 +10,16 @@ from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
-from cdpserver.vm.controller import TargetState
 from cdpserver.vm.disks import check_size
 from cdpserver.vm.mirror import mirror_uri
+from cdpserver.vm.target import TargetState
 
 ASK_S = 5.0
 """A worker that restarts is back in a fraction of this."""
 
 
 class OwnTarget:
-    """The workers of this service (`vm.controller.Target`). `nursery` is where first base points are written."""
+    """The workers of this service (`vm.target.Target`). `nursery` is where first base points are written."""
 
     def __init__(
         self, core: Core, disks: Disks, base_points: BasePoints, hung: Hung, nursery: trio.Nursery
@@ -47,15 +47,17 @@ class OwnTarget:
             await self._disks.resize(disk, size)
 
     async def state(self, disk: str) -> TargetState:
-        """What the worker says; it opens the disk for the first mirror only, so before there is no session."""
-        said = await self._core.target_status(self._core.entry(disk))
-        return TargetState(int(said.get("session", 0)), bool(said.get("synced")))
+        """What the worker says. It opens the disk for that: a mirror that lost it may have nothing to write."""
+        entry = self._core.entry(disk)
+        return TargetState.read(await self._core.targets.call(entry.id, "look", disk=disk))
 
-    async def synced(self, disk: str, session: int) -> None:
+    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
         """Points are `crash` from here on. The first base point follows, which takes as long as the disk is large."""
         entry = self._core.entry(disk)
-        await self._core.targets.call(entry.id, "synced", disk=disk, session=session, write_blocking=True)
-        self._nursery.start_soon(self._begin, disk)
+        said = {"session": session, "write_blocking": True, "bitmap": bitmap}
+        await self._core.targets.call(entry.id, "synced", disk=disk, **said)
+        if not bitmap:
+            self._nursery.start_soon(self._begin, disk)
 
     async def _begin(self, disk: str) -> None:
         try:

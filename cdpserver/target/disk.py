@@ -150,6 +150,10 @@ class TargetDisk:
             # Without its base a history is worth nothing.
             "durable_seq": self.journal.durable_seq if self._base_durable else 0,
             "lag_ns": self.journal.lag_ns(),
+            "gap_until_ns": state.gap_until_ns,
+            "anchor": state.anchor,
+            "anchored": state.anchored,
+            "payload_bytes": self.journal.payload_bytes,
             **shared,
         }
 
@@ -256,8 +260,11 @@ class TargetDisk:
                 (self.directory / "first-copy.json").unlink(missing_ok=True)
                 self._base_durable = True
 
-    def synced(self, session: int | None, *, write_blocking: bool) -> dict[str, Any]:
-        """The first copy or a resync is complete. RefusedError for a session that is over."""
+    def synced(self, session: int | None, *, write_blocking: bool, bitmap: str = "") -> dict[str, Any]:
+        """The first copy or a resync is complete. RefusedError for a session that is over.
+
+        `bitmap` names the source's that marks what is written from here on (`journal.control.State.anchor`).
+        """
         if self.timeline.is_fork:
             raise UsageError(
                 f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with",
@@ -274,14 +281,16 @@ class TargetDisk:
             self.open_history("synced")
         assert self.journal is not None
         number = self.journal.state.session if session is None else session
-        seq, time_ns = self.journal.synced(number, write_blocking=write_blocking)
-        self._emit(
-            "target.synced",
-            disk=self.timeline.full_name,
-            session=number,
-            write_blocking=write_blocking,
-            seq=seq,
-        )
+        again = self.journal.state.synced
+        seq, time_ns = self.journal.synced(number, write_blocking=write_blocking, bitmap=bitmap)
+        if not again:  # else it only anchors another bitmap
+            self._emit(
+                "target.synced",
+                disk=self.timeline.full_name,
+                session=number,
+                write_blocking=write_blocking,
+                seq=seq,
+            )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
     def lost(self, session: int, reason: str, *, ago_ns: int | None) -> None:

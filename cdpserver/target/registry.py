@@ -192,7 +192,10 @@ class Registry:
         operations: dict[str, Callable[[dict[str, Any]], Any]] = {
             "ping": lambda _: os.getpid(),
             "status": self._status,
-            "synced": lambda r: self.disk(r["disk"]).synced(r["session"], write_blocking=r["write_blocking"]),
+            "look": lambda r: self.disk(r["disk"]).status(),
+            "synced": lambda r: self.disk(r["disk"]).synced(
+                r["session"], write_blocking=r["write_blocking"], bitmap=r.get("bitmap", "")
+            ),
             "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"], ago_ns=r["ago_ns"]),
             "mark": lambda r: self.disk(r["disk"]).marker("bookmark").mark(r["name"]),
             "cut": lambda r: self.disk(r["disk"]).marker("base point").cut(),

@@ -14,15 +14,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import trio
 
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.vm import disks
+from cdpserver.vm import disks, proof
+from cdpserver.vm.bitmaps import Anchoring, Bitmaps
+from cdpserver.vm.changes import CannotError, Changes
+from cdpserver.vm.copies import Copy, How
 from cdpserver.vm.mirror import Job, Mirror
-from cdpserver.vm.qmp import Monitor, QmpClosedError, QmpGoneError
+from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError
 from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
+from cdpserver.vm.target import Target, TargetState
 
 RETRY_S = 1.0
 """Between two attempts to reach a QEMU that is gone, or to start a job that was refused."""
@@ -42,54 +46,15 @@ HUNG_S = 1.4
 
 GUARD_S = 0.1
 
+TRIES = 3
+TRY_AGAIN_S = 2.5
+"""So often what changed is sent alone before the whole disk is. QEMU tells of a second write that failed only after a second."""
+
 ENDINGS = frozenset({"BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"})
 
 State: TypeAlias = Literal["waiting", "starting", "copying", "resyncing", "synced", "degraded"]
 
 Connect: TypeAlias = Callable[[Connection], AbstractAsyncContextManager[Monitor]]
-
-
-@dataclass(frozen=True, slots=True)
-class TargetState:
-    """What our side says of a disk: a session of 0 has not begun."""
-
-    session: int
-    synced: bool
-
-
-class Target(Protocol):
-    """Our side of a mirror. Every method but `hung_s` may raise CdpError."""
-
-    async def identity(self, disk: str) -> tuple[str, str]:
-        """(uuid of its timeline, URI that a mirror on this host writes to)."""
-        ...
-
-    async def check_size(self, disk: str, size: int) -> None:
-        """The disk has this size from here on. RefusedError if that would lose something."""
-        ...
-
-    async def state(self, disk: str) -> TargetState:
-        """The session and whether it is in sync."""
-        ...
-
-    async def synced(self, disk: str, session: int) -> None:
-        """The mirror is in sync and write-blocking. RefusedError for a session that is over."""
-        ...
-
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
-        """Writes of the guest did not arrive: a gap, from at most `ago_s` ago, and points are unordered after it.
-
-        Nothing if that is on record, or if the disk was not in sync before.
-        """
-        ...
-
-    def hung_s(self, disk: str) -> float:
-        """For how long the target has not answered; 0.0 if it does, or is not there to answer."""
-        ...
-
-    def emit(self, event: str, **fields: Any) -> None:
-        """Put an event on record."""
-        ...
 
 
 @dataclass
@@ -100,8 +65,10 @@ class DiskState:
     state: State = "waiting"
     reason: str = ""
     node: str = ""
-    done: int = 0
-    total: int = 0
+    copy: Copy | None = None
+    """The last copy, or the one under way."""
+    bitmap: str = ""
+    """The source's dirty bitmap that the target is anchored to; a resync sends what it marks."""
     in_sync_before: bool = False
     told: str = ""
     """The reason put on record last, since it was in sync: the same is not said twice."""
@@ -120,10 +87,8 @@ class DiskState:
 
     @property
     def resync(self) -> dict[str, Any] | None:
-        """The copy under way: how, and how far."""
-        if self.state not in ("copying", "resyncing"):
-            return None
-        return {"method": "full", "done_bytes": self.done, "total_bytes": self.total}
+        """The last copy or the one under way: how, why, how far, and what it cost."""
+        return None if self.copy is None else self.copy.as_dict()
 
 
 class Controller:
@@ -134,6 +99,8 @@ class Controller:
         self.states = {disk.name: DiskState(disk) for disk in vm.disks}
         self._connect = connect
         self._target = target
+        self._holding = trio.Lock()
+        """Who has it may hold the guest."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -172,8 +139,7 @@ class Controller:
         while True:
             event = await monitor.next_event()
             for follower in followers:
-                if event is None or (event.name in ENDINGS and event.data.get("device") == follower.job):
-                    follower.heard()
+                follower.hear(event)
 
     def _note(self, seen: DiskState, state: State, reason: str = "") -> None:
         """Say what is new; leaving *synced* is what an operator must hear of."""
@@ -181,7 +147,8 @@ class Controller:
             self._target.emit("disk.degraded", level="warning", disk=seen.wanted.name, reason=reason or state)
         if state == "synced" and seen.state != "synced":
             event = "disk.resynced" if seen.in_sync_before else "disk.protected"
-            self._target.emit(event, disk=seen.wanted.name, vm=self.vm.name)
+            cost = {} if seen.copy is None else seen.copy.cost()
+            self._target.emit(event, disk=seen.wanted.name, vm=self.vm.name, **cost)
             seen.in_sync_before, seen.told = True, ""
         elif state == "degraded" and reason != seen.told:
             self._target.emit("disk.unprotected", level="warning", disk=seen.wanted.name, reason=reason)
@@ -200,29 +167,33 @@ class _Follower:
         self._vm = controller.vm
         self._target = controller._target
         self._note = controller._note
+        self._holding = controller._holding
         self._monitor = monitor
         self._seen = seen
         self._name = seen.wanted.name
         self._mirror: Mirror | None = None
+        self._changes: Changes | None = None
         self._uri = ""
+        self._trusted = ""
+        self._tries = 0
+        self._gave_up = ""
         self._errors = 0
         self._in_vain = 0
         self._write_blocking = False
-        self._session = 0
+        self._said: TargetState | None = None
         self._steady: tuple[int, int] = (-1, -1)
         self._steady_since = 0.0
         self._freed = False
         self._news = trio.Event()
 
-    @property
-    def job(self) -> str:
-        """The id of its job; nothing while that is not known."""
-        return self._mirror.name if self._mirror is not None else ""
-
-    def heard(self) -> None:
-        """Something happened to the job."""
-        self._errors += 1
-        self._news.set()
+    def hear(self, event: Event | None) -> None:
+        """Every event of the monitor, in order; None for some that were lost."""
+        if self._mirror is None or self._changes is None:
+            return
+        self._changes.heard(event)
+        if event is None or (event.name in ENDINGS and event.data.get("device") == self._mirror.name):
+            self._errors += 1
+            self._news.set()
 
     async def follow(self) -> None:
         """Look and act, again and again."""
@@ -234,7 +205,7 @@ class _Follower:
                 raise
             except CdpError as error:
                 self._note(self._seen, "degraded", str(error))
-                pause = RETRY_S
+                pause = TRY_AGAIN_S if isinstance(error, CannotError) and error.again else RETRY_S
             if self._seen.state != "synced":
                 await trio.sleep(pause)
                 continue
@@ -257,8 +228,12 @@ class _Follower:
         if self._mirror is None:
             uuid, self._uri = await self._target.identity(self._name)
             found = Mirror(self._monitor, uuid)
+            self._changes = Changes(self._monitor, found, self._holding)
+            await self._changes.clean()
             if await found.look() is not None and not await found.leads_to(self._uri):
                 await found.end(force=True)
+            self._bitmaps = Bitmaps(self._monitor, found)
+            self._anchoring = Anchoring(self._bitmaps, settle_s=SETTLE_S)
             self._mirror = found
         # No question to QEMU may wait for a target that hangs, and it would: opening a node does.
         if self._target.hung_s(self._name):
@@ -267,10 +242,11 @@ class _Follower:
         looked_at = trio.current_time()
         said = await self._target.state(self._name)
         job = await self._mirror.look()
+        distrust = await self._distrust(said, job)
         if job is None:
-            await self._start()
-        elif said.session < self._session:
-            self._lose("the target came back with an older state: everything is copied anew")
+            await self._start(said)
+        elif distrust:
+            self._lose(distrust)
             await self._mirror.end(force=True)
         elif job.stands:
             await self._resume()
@@ -283,7 +259,18 @@ class _Follower:
             ago_s = trio.current_time() - seen.whole_at if seen.whole_at is not None else None
             await self._target.lost(self._name, said.session, seen.missed, ago_s=ago_s)
             seen.missed, seen.unsaid = "", False
-        self._session = said.session
+        self._said = said
+
+    async def _distrust(self, said: TargetState, job: Job | None) -> str:
+        """Why the target cannot be what the job, or what was proven, is of."""
+        reason = ""
+        if self._said is not None:
+            reason = proof.worse(said, self._said)
+        elif job is not None:
+            reason = proof.foreign(said, await self._bitmaps.look())
+        if reason:
+            self._trusted, self._tries, self._gave_up = "", TRIES, reason
+        return reason
 
     def _lose(self, reason: str) -> None:
         """Writes of the guest did not arrive."""
@@ -291,7 +278,7 @@ class _Follower:
         if self._seen.unsaid:
             self._seen.missed = reason
 
-    async def _start(self) -> None:
+    async def _start(self, said: TargetState) -> None:
         assert self._mirror is not None
         if self._seen.state == "synced":
             self._note(self._seen, "degraded", "its mirror job has ended")
@@ -299,14 +286,48 @@ class _Follower:
         nodes = await self._monitor.execute("query-named-block-nodes")
         found = disks.find(disks.guest_disks(blocks), nodes, self._seen.wanted.device)
         await self._target.check_size(self._name, found.size)
-        self._seen.node, self._seen.done, self._seen.total = found.node, 0, found.size
+        self._seen.node = found.node
         if self._seen.state != "degraded":
             self._note(self._seen, "starting")
-        await self._mirror.start(found.node, self._uri, method=self._vm.method, wait=self._vm.wait)
-        self._in_vain, self._write_blocking = 0, False
+        self._anchoring.begin(found.node)
+        bitmap, why = proof.bitmap_for(
+            said, await self._bitmaps.look(), node=found.node, method=self._vm.method, trusted=self._trusted
+        )
+        if bitmap and self._tries < TRIES:
+            await self._send_changes(said, found, bitmap, why)
+        else:
+            await self._bitmaps.remove_all(but=said.anchor)
+            self._begin_copy("full", self._gave_up if bitmap else why, said).total = found.size
+            await self._mirror.start(found.node, self._uri, method=self._vm.method, wait=self._vm.wait)
+        self._in_vain, self._write_blocking, self._tries = 0, False, 0
+        self._errors += 1
         # Asked after the start: from there on every write is mirrored.
         if self._seen.unsaid and disks.wrote(await self._monitor.execute("query-blockstats"), found):
             self._seen.missed = "the guest wrote while it was not mirrored"
+
+    def _begin_copy(self, method: How, why: str, said: TargetState) -> Copy:
+        self._seen.copy = Copy(method, why, said.payload_bytes)
+        return self._seen.copy
+
+    async def _send_changes(self, said: TargetState, found: disks.FoundDisk, bitmap: str, why: str) -> None:
+        assert self._changes is not None
+        copy = self._begin_copy("bitmap", why, said)
+        self._note(self._seen, "resyncing")
+        self._trusted = bitmap
+
+        def progress(done: int, total: int) -> None:
+            copy.done, copy.total = done, total
+
+        try:
+            sent = await self._changes.send(
+                found.node, found.size, self._uri, bitmap, wait=self._vm.wait, progress=progress
+            )
+        except CannotError as error:
+            self._tries = self._tries + 1 if error.again else TRIES
+            self._gave_up = error.message
+            raise
+        copy.done = copy.total = sent.sent
+        copy.pause_ns = sent.pause_ns
 
     async def _resume(self) -> None:
         assert self._mirror is not None
@@ -321,11 +342,14 @@ class _Follower:
     async def _watch(self, said: TargetState, job: Job) -> None:
         assert self._mirror is not None
         now, seen = trio.current_time(), self._seen
-        seen.done, seen.total = job.done, job.total
         if (steady := (said.session, self._errors)) != self._steady:
             self._steady, self._steady_since = steady, now
         if not (said.synced and job.ready):
             reason = "QEMU connected anew" if seen.state == "synced" else ""
+            if seen.copy is None or not seen.copy.under_way:
+                self._begin_copy("job", "QEMU's job kept what was missing", said).job_began = job.done
+            assert seen.copy is not None
+            seen.copy.follow(job.done, job.total)
             self._note(seen, "resyncing" if seen.in_sync_before else "copying", reason)
             if job.ready and not self._write_blocking:
                 await self._mirror.make_write_blocking()
@@ -338,5 +362,21 @@ class _Follower:
                 await self._target.synced(self._name, said.session)
             except RefusedError:
                 return  # the session ended meanwhile: what is said of the next one is another look's business
-        self._in_vain = 0
+            seen.copy.took((await self._target.state(self._name)).payload_bytes)
+            seen.copy.under_way = False
+        self._in_vain, self._trusted = 0, ""
         self._note(seen, "synced")
+        await self._anchor(said, job)
+
+    async def _anchor(self, said: TargetState, job: Job) -> None:
+        """Keep the target anchored to a dirty bitmap of the source."""
+        anchor = self._seen.bitmap = said.anchor if said.anchored else ""
+        bitmap = await self._anchoring.due(anchor, in_sync=job.in_sync, steady_since=self._steady_since)
+        if not bitmap:
+            return
+        try:
+            await self._target.synced(self._name, said.session, bitmap)
+        except RefusedError:
+            return  # the session ended meanwhile
+        await self._anchoring.anchored()
+        self._seen.bitmap = bitmap

@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import trio
@@ -22,6 +22,8 @@ from cdpserver.errors import RefusedError
 from cdpserver.vm.disks import OURS
 from cdpserver.vm.qmp import Monitor, QmpRefusedError
 from cdpserver.vm.record import Method
+
+Sync: TypeAlias = Literal["full", "none"]
 
 RECONNECT_S = 1
 """How long a guest's write waits for a target that is gone: it is back in 0.1 s, and with the time that it takes to notice a hung
@@ -124,31 +126,41 @@ class Mirror:
         return list(await self._monitor.execute("query-named-block-nodes", {"flat": True}))
 
     async def start(self, node: str, uri: str, *, method: Method, wait: bool) -> None:
-        """Start the job on a node of QEMU. QmpRefusedError; then nothing of it is left."""
-        await self._delete_node()
-        target = nbd_node(uri, reconnect_s=WAIT_S if wait else RECONNECT_S) | {"node-name": self.name}
-        job = {
-            "job-id": self.name,
-            "device": node,
-            "sync": "full",
-            "copy-mode": "background" if self._changes_later else "write-blocking",
-            "on-target-error": "stop",
-        }
+        """Start the job on a node of QEMU, for the whole disk. QmpRefusedError; then nothing of it is left."""
         if method == "drive-mirror":
-            whole = {"driver": "raw", "file": target}
-            await self._monitor.execute(
-                "drive-mirror",
-                job | {"format": "raw", "mode": "existing", "target": f"json:{json.dumps(whole)}"},
-            )
+            await self._delete_node()
+            whole = {"driver": "raw", "file": self._target(uri, wait=wait)}
+            drive = {"format": "raw", "mode": "existing", "target": f"json:{json.dumps(whole)}"}
+            await self._monitor.execute("drive-mirror", self._arguments(node, "full") | drive)
             return
-        await self._monitor.execute("blockdev-add", target)
+        await self.open_target(uri, wait=wait)
         try:
-            await self._monitor.execute(
-                "blockdev-mirror", job | {"target": self.name, "filter-node-name": self.filter}
-            )
+            await self.begin(node, "full")
         except QmpRefusedError:
             await self._delete_node()
             raise
+
+    def _target(self, uri: str, *, wait: bool) -> dict[str, Any]:
+        return nbd_node(uri, reconnect_s=WAIT_S if wait else RECONNECT_S) | {"node-name": self.name}
+
+    def _arguments(self, node: str, sync: Sync) -> dict[str, Any]:
+        return {
+            "job-id": self.name,
+            "device": node,
+            "sync": sync,
+            "copy-mode": "background" if self._changes_later else "write-blocking",
+            "on-target-error": "stop",
+        }
+
+    async def open_target(self, uri: str, *, wait: bool) -> None:
+        """Let QEMU connect to the target, anew if it is connected. QmpRefusedError."""
+        await self._delete_node()
+        await self._monitor.execute("blockdev-add", self._target(uri, wait=wait))
+
+    async def begin(self, node: str, sync: Sync) -> None:
+        """Start the job from a node of QEMU to the target that is open; `none`: of what comes from now on. QmpRefusedError."""
+        names = {"target": self.name, "filter-node-name": self.filter}
+        await self._monitor.execute("blockdev-mirror", self._arguments(node, sync) | names)
 
     @property
     def _changes_later(self) -> bool:
@@ -184,11 +196,15 @@ class Mirror:
 
         Not forced, a job in sync leaves a target that is whole.
         """
+        await self.stop(force=force)
+        await self._delete_node()
+
+    async def stop(self, *, force: bool) -> None:
+        """End the job; the target stays open. RefusedError if that takes too long."""
         await self._cancel(force=force)
         deadline = trio.current_time() + ENDING_S
         while trio.current_time() < deadline:
             if await self.look() is None:
-                await self._delete_node()
                 return
             await trio.sleep(ENDING_LOOK_S)
         raise RefusedError(f"QEMU does not end the job {self.name}", hint="it is asked again by itself")

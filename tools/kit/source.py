@@ -4,6 +4,7 @@ guest --NBD--> qemu-storage-daemon --raw--> source.raw
                       \\--blockdev-mirror--> cdpserver's target
 """
 
+import subprocess
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -27,12 +28,13 @@ def nbd_server(uri: str) -> tuple[dict[str, Any], str]:
 
 
 class Source:
-    """A raw file as the disk of a qemu-storage-daemon, which serves it over NBD to whoever plays the guest."""
+    """A file as the disk of a qemu-storage-daemon, which serves it over NBD to whoever plays the guest."""
 
-    def __init__(self, directory: Path, size: int) -> None:
-        self.image = directory / "source.raw"
-        with open(self.image, "xb") as image:
-            image.truncate(size)
+    def __init__(self, directory: Path, size: int, *, format: str = "raw") -> None:
+        self.format = format
+        self.image = directory / f"source.{format}"
+        command = ["qemu-img", "create", "-q", "-f", format, str(self.image), str(size)]
+        subprocess.run(command, check=True)
         self._socket, self.monitor = directory / "source.sock", directory / "qsd.qmp"
         self.uri = f"nbd+unix:///disk?socket={self._socket}"
         self.start()
@@ -46,7 +48,7 @@ class Source:
             [
                 "qemu-storage-daemon",
                 *("--blockdev", f"driver=file,node-name=file0,filename={self.image},discard=unmap"),
-                *("--blockdev", "driver=raw,node-name=disk0,file=file0,discard=unmap"),
+                *("--blockdev", f"driver={self.format},node-name=disk0,file=file0,discard=unmap"),
                 *("--nbd-server", f"addr.type=unix,addr.path={socket},max-connections=0"),
                 *("--export", "type=nbd,id=guest,node-name=disk0,name=disk,writable=on"),
                 *("--chardev", f"socket,id=monitor,path={monitor},server=on,wait=off"),

@@ -178,11 +178,20 @@ class LastBasePoint(Answer):
 
 
 class Resync(Answer):
-    """A copy under way."""
+    """A copy of a disk, or of what changed of it; the last one, or the one under way."""
 
-    method: str
+    method: str = Field(
+        description="full: the whole disk, compared here; bitmap: what a dirty bitmap marks; job: what QEMU's job had kept."
+    )
+    why: str
+    under_way: bool
     done_bytes: Count
     total_bytes: Count
+    sent_bytes: Count
+    journalled_bytes: Count | None = Field(
+        description="Payload that the journal took meanwhile; unknown where a worker ended."
+    )
+    pause_ns: Count = Field(description="For how long the guest was held.")
 
 
 class VmDisk(Answer):
@@ -195,6 +204,9 @@ class VmDisk(Answer):
     reason: str
     uri: str
     resync: Resync | None
+    bitmap: str = Field(
+        description="The dirty bitmap at the source that the target is anchored to: a resync sends what that marks."
+    )
 
 
 class Vm(Answer):
@@ -228,7 +240,9 @@ class SeenDisk(Answer):
     rpo_ns: Count | None = Field(
         description="What would be lost now: the age of the newest write that is whole, in order and durable."
     )
-    resync: Resync | None = Field(description="The copy under way, of a disk that the service protects.")
+    resync: Resync | None = Field(
+        description="The last copy of a disk that the service protects, or the one under way."
+    )
     lag_ns: Count = Field(description="Age of the newest instant whose content is complete; 0 in sync.")
     durable_lag_ns: Count | None = Field(
         description="Age of the oldest acknowledged write that is not durable. Unknown while the target does not answer."

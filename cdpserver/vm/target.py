@@ -1,0 +1,76 @@
+"""What the controller of a VM asks and says of our side of a mirror, wherever that is."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class TargetState:
+    """What our side says of a disk.
+
+    session       0 has not begun
+    last_seq      of the newest record; 0 before its history begins
+    gap_ns        time of the last gap, 0 without one
+    anchor        the source's dirty bitmap that it is anchored to, or was; "" for none
+    anchored      nothing but the source's mirror has written since
+    payload_bytes put into the journal since it was opened
+    """
+
+    session: int
+    synced: bool
+    last_seq: int = 0
+    gap_ns: int = 0
+    anchor: str = ""
+    anchored: bool = False
+    payload_bytes: int = 0
+
+    @classmethod
+    def read(cls, said: dict[str, Any]) -> "TargetState":
+        """From what a worker says of a disk."""
+        return cls(
+            session=int(said.get("session", 0)),
+            synced=bool(said.get("synced")),
+            last_seq=int(said.get("last_seq", 0)),
+            gap_ns=int(said.get("gap_until_ns", 0)),
+            anchor=str(said.get("anchor", "")),
+            anchored=bool(said.get("anchored")),
+            payload_bytes=int(said.get("payload_bytes", 0)),
+        )
+
+
+class Target(Protocol):
+    """Our side of a mirror. Every method but `hung_s` may raise CdpError."""
+
+    async def identity(self, disk: str) -> tuple[str, str]:
+        """(uuid of its timeline, URI that a mirror on this host writes to)."""
+        ...
+
+    async def check_size(self, disk: str, size: int) -> None:
+        """The disk has this size from here on. RefusedError if that would lose something."""
+        ...
+
+    async def state(self, disk: str) -> TargetState:
+        """What it says of itself."""
+        ...
+
+    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+        """The mirror is in sync and write-blocking. RefusedError for a session that is over.
+
+        With `bitmap` said again: from now on source and target differ where that marks, and nowhere else.
+        """
+        ...
+
+    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+        """Writes of the guest did not arrive: a gap, from at most `ago_s` ago, and points are unordered after it.
+
+        Nothing if that is on record, or if the disk was not in sync before.
+        """
+        ...
+
+    def hung_s(self, disk: str) -> float:
+        """For how long the target has not answered; 0.0 if it does, or is not there to answer."""
+        ...
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Put an event on record."""
+        ...
