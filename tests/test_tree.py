@@ -56,6 +56,7 @@ STAGES = (
     ),
     ("cdpserver.retention",),
     ("cdpserver.held", "cdpserver.files"),
+    ("cdpserver.repository",),
     ("cdpserver.target",),
     ("cdpserver.vm",),
     ("nbdplugin",),

@@ -1,0 +1,122 @@
+"""Is everything there, and what it should be? Damage is told as backups, disks and byte ranges."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cdpserver.errors import CdpError, CorruptError, NotFoundError
+from cdpserver.progress import Progress, nobody
+from cdpserver.repository.content import ChunkList
+from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID
+from cdpserver.repository.record import BackedUpDisk, Backup
+from cdpserver.repository.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes [start, end) of a disk of a backup cannot be restored; a whole backup that cannot be read has no disk."""
+
+    backup: str
+    disk: str
+    start: int
+    end: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was looked at, and what is wrong."""
+
+    backups: int = 0
+    packs: int = 0
+    chunks: int = 0
+    read_bytes: int = 0
+    damage: list[Damage] = field(default_factory=list)
+    packs_damaged: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong."""
+        return not self.damage and not self.packs_damaged
+
+
+def check(repository: Repository, *, read_data: bool = True, progress: Progress = nobody) -> Checked:
+    """Has every chunk that a backup names a place? With `read_data` each is read and compared with its id, once."""
+    found = Checked()
+    found.packs_damaged = sorted(repository.refresh())
+    found.packs = sum(1 for _ in repository.place.names("packs"))
+    verdicts: dict[bytes, str] = {}
+    ids = repository.backup_ids()
+    for number, id_ in enumerate(ids):
+        progress(number / max(len(ids), 1))
+        found.backups += 1
+        try:
+            backup = repository.backup(id_)
+        except NotFoundError:
+            continue  # removed meanwhile
+        except CorruptError as error:
+            found.damage.append(Damage(id_, "", 0, 0, error.message))
+            continue
+        for disk in backup.disks:
+            _check_disk(repository, backup, disk, read_data, verdicts, found)
+    progress(1.0)
+    return found
+
+
+def _check_disk(
+    repository: Repository,
+    backup: Backup,
+    disk: BackedUpDisk,
+    read_data: bool,
+    verdicts: dict[bytes, str],
+    found: Checked,
+) -> None:
+    try:
+        chunks = ChunkList(repository, disk)
+    except CorruptError as error:
+        found.damage.append(Damage(backup.id, disk.name, 0, disk.size, error.message))
+        return
+    step = repository.chunk_size
+    for start, ids, reason in _pages(chunks):
+        if reason:
+            end = min(disk.size, (start + PAGE_IDS) * step)
+            _say(found, Damage(backup.id, disk.name, start * step, end, reason))
+            continue
+        for offset in range(0, len(ids), ID_SIZE):
+            id_ = ids[offset : offset + ID_SIZE]
+            chunk = start + offset // ID_SIZE
+            if id_ == ZERO_ID:
+                continue
+            if id_ not in verdicts:
+                verdicts[id_] = _look(repository, id_, chunks.length(chunk), read_data, found)
+            if verdicts[id_]:
+                at = chunk * step
+                _say(found, Damage(backup.id, disk.name, at, at + chunks.length(chunk), verdicts[id_]))
+
+
+def _pages(chunks: ChunkList) -> Iterator[tuple[int, bytes, str]]:
+    """(first chunk, ids, what is wrong with the page)."""
+    for number in range(len(chunks.disk.pages)):
+        try:
+            yield number * PAGE_IDS, chunks.page(number), ""
+        except CdpError as error:
+            yield number * PAGE_IDS, b"", error.message
+
+
+def _look(repository: Repository, id_: bytes, length: int, read_data: bool, found: Checked) -> str:
+    found.chunks += 1
+    if not read_data:
+        return "" if repository.index.find(id_) else "a chunk is missing"
+    try:
+        found.read_bytes += len(repository.load(id_, length))
+    except CorruptError as error:
+        return error.message
+    return ""
+
+
+def _say(found: Checked, damage: Damage) -> None:
+    """Neighbours with the same reason are one range."""
+    last = found.damage[-1] if found.damage else None
+    if last is not None and (last.backup, last.disk, last.end) == (damage.backup, damage.disk, damage.start):
+        found.damage[-1] = Damage(last.backup, last.disk, last.start, damage.end, last.reason)
+    else:
+        found.damage.append(damage)

@@ -1,0 +1,125 @@
+"""Chunks that no backup names any more go, pack by pack; safe beside running backups (sessions.py says why)."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cdpserver.progress import Progress, nobody
+from cdpserver.repository import sessions
+from cdpserver.repository.content import ChunkList
+from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL, ZERO_ID, Entry
+from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.repository import Repository
+
+WASTE = 0.25
+"""Share of a pack that may be unused before the rest of it is written anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A pack that is to go, and how much of it is still used and is written anew before."""
+
+    pack: str
+    bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a run did. `waiting` packs go when the backups that run now have ended."""
+
+    doomed: tuple[Unused, ...]
+    deleted: int
+    waiting: int
+    freed_bytes: int
+
+
+def live_ids(repository: Repository) -> set[bytes]:
+    """Every chunk that a backup names. CorruptError if a backup or page cannot be read: then nothing is known to be unused."""
+    ids: set[bytes] = set()
+    for id_ in repository.backup_ids():
+        for disk in repository.backup(id_).disks:
+            chunks = ChunkList(repository, disk)
+            for number, page in enumerate(disk.pages):
+                if page == ZERO_ID or page in ids:
+                    continue  # the same page was read already
+                ids.add(page)
+                content = chunks.page(number)
+                ids.update(content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE))
+    ids.discard(ZERO_ID)
+    return ids
+
+
+def unused(repository: Repository) -> list[Unused]:
+    """Packs worth deleting now; nothing is changed. Those of running sessions are left alone."""
+    packs = dict(repository.place.names("packs"))
+    running = sessions.running(repository.place)
+    repository.refresh()
+    live = live_ids(repository)
+    found = []
+    for pack, length in sorted(packs.items()):
+        if sessions.session_of(pack) in running:
+            continue
+        entries = repository.entries(pack, length)
+        kept = sum(e.stored for e in _read_here(repository, pack, entries, live))
+        overhead = HEAD.size + TAIL.size + len(entries) * ROW.size
+        if not kept or length - overhead - kept > WASTE * length:
+            found.append(Unused(pack, length, kept))
+    return found
+
+
+def _read_here(repository: Repository, pack: str, entries: list[Entry], live: set[bytes]) -> Iterator[Entry]:
+    """The used entries of a pack that count as this one's: a chunk in several packs counts for the first."""
+    for entry in entries:
+        places = repository.index.find(entry.id) if entry.id in live else []
+        if places and places[0][0] == pack:
+            yield entry
+
+
+def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
+    """Doom, move what is still used, delete. Killed anywhere, the next run goes on. RefusedError while another one runs."""
+    place = repository.place
+    with sessions.session(place, sessions.GC):
+        found = unused(repository)
+        known = [pack for pack in sessions.doomed(place) if sessions.waits_for(place, pack) is None]
+        sessions.doom(place, sorted({item.pack for item in found} | set(known)))
+        repository.refresh()
+        packs = dict(place.names("packs"))
+        running = sessions.running(place)
+        going, waiting = [], 0
+        for pack in sorted(repository.doomed):
+            before = sessions.waits_for(place, pack)
+            if pack not in packs:
+                sessions.spare(place, pack)
+            elif before is None or before & running:
+                waiting += 1
+            else:
+                going.append(pack)
+        freed = _delete(repository, going, packs, progress) if going else 0
+    return Swept(tuple(found), len(going), waiting, freed)
+
+
+def _delete(repository: Repository, going: list[str], lengths: dict[str, int], progress: Progress) -> int:
+    """The bytes that came back."""
+    live = live_ids(repository)  # once more: who began before the packs were doomed may name what is in them
+    leaving = set(going)
+    moved: set[bytes] = set()
+    with PackWriter(repository, sessions.new_id(time.time_ns())) as writer:
+        for number, pack in enumerate(going):
+            progress(number / len(going))
+            for entry in repository.entries(pack, lengths[pack]):
+                elsewhere = {name for name, _ in repository.index.find(entry.id)} - leaving
+                if entry.id in live and not elsewhere and entry.id not in moved:
+                    moved.add(entry.id)
+                    content = repository.load(entry.id, entry.raw)
+                    writer.add(
+                        entry.id, entry.kind, entry.raw, repository.seal(entry.id, entry.kind, content)
+                    )
+        writer.flush()
+    for pack in going:
+        repository.place.delete(pack)
+        repository.index.forget({pack})
+        sessions.spare(repository.place, pack)
+    progress(1.0)
+    repository.refresh()
+    return sum(lengths[pack] for pack in going) - writer.stored_bytes

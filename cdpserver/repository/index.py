@@ -1,0 +1,106 @@
+"""Which pack holds a chunk, in LMDB: disposable, made anew from the packs.
+
+It is kept on this machine, not in the repository, since LMDB must not be on a network file system. What another machine stored or
+deleted is seen by comparing the list of packs.
+Threads: as LMDB; a write transaction begins and ends in one call.
+"""
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import lmdb
+
+from cdpserver.repository.format import Entry, Kind
+
+MAP_BYTES = 64 << 30
+"""Address space: a thousand million chunks."""
+
+PLACE = struct.Struct("<IQIIBB")
+"""Pack number, place, stored bytes, raw bytes, kind, codec."""
+
+NUMBER = struct.Struct(">I")
+
+
+class Index:
+    """Chunk id -> entry and pack."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes it where there is none, and makes one that is damaged anew, empty."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._open(path)
+        except lmdb.Error:
+            for name in (path, Path(f"{path}-lock")):
+                name.unlink(missing_ok=True)
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self._env = lmdb.open(
+            str(path), subdir=False, map_size=MAP_BYTES, max_dbs=3, sync=False, mode=0o600, max_readers=512
+        )
+        self._chunks = self._env.open_db(b"chunks", dupsort=True, dupfixed=True)
+        """Two backups at once may store the same chunk, and `gc` moves some: a chunk can be in several packs."""
+        self._packs = self._env.open_db(b"packs")
+        """Pack name -> its number."""
+        self._names = self._env.open_db(b"names")
+        """Pack number -> its name."""
+
+    def packs(self) -> set[str]:
+        """The packs that it knows."""
+        with self._env.begin(db=self._packs) as txn:
+            return {bytes(key).decode() for key, _ in txn.cursor()}
+
+    def add(self, pack: str, entries: Iterable[Entry]) -> None:
+        """All chunks of a pack."""
+        with self._env.begin(write=True) as txn:
+            value = txn.get(pack.encode(), db=self._packs)
+            if value is None:
+                cursor = txn.cursor(db=self._names)
+                number = NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else 1
+                txn.put(pack.encode(), NUMBER.pack(number), db=self._packs)
+                txn.put(NUMBER.pack(number), pack.encode(), db=self._names)
+            else:
+                number = NUMBER.unpack(value)[0]
+            for e in entries:
+                row = PLACE.pack(number, e.place, e.stored, e.raw, e.kind, e.codec)
+                txn.put(e.id, row, db=self._chunks, dupdata=True)
+
+    def forget(self, packs: set[str]) -> None:
+        """Packs that are gone, with their chunks."""
+        with self._env.begin(write=True) as txn:
+            numbers = set()
+            for pack in packs:
+                value = txn.pop(pack.encode(), db=self._packs)
+                if value is not None:
+                    numbers.add(NUMBER.unpack(value)[0])
+                    txn.delete(value, db=self._names)
+            cursor = txn.cursor(db=self._chunks)
+            lost = [(key, value) for key, value in cursor if PLACE.unpack(value)[0] in numbers]
+            for key, value in lost:
+                txn.delete(key, value, db=self._chunks)
+
+    def find(self, id_: bytes) -> list[tuple[str, Entry]]:
+        """(pack, entry) of each place where the chunk is, always in the same order."""
+        found = []
+        with self._env.begin() as txn:
+            cursor = txn.cursor(db=self._chunks)
+            if not cursor.set_key(id_):
+                return []
+            for value in list(cursor.iternext_dup()):
+                number, place, stored, raw, kind, codec = PLACE.unpack(value)
+                name = txn.get(NUMBER.pack(number), db=self._names)
+                if name is not None:
+                    found.append((bytes(name).decode(), Entry(id_, place, stored, raw, Kind(kind), codec)))
+        return found
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        self._env.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

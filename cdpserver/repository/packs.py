@@ -1,0 +1,70 @@
+"""Chunks on their way into packs: gathered in memory, put whole, then known to the index.
+
+A pack is called after the session that wrote it, so that `gc` leaves it alone while that runs.
+"""
+
+from typing import Self
+
+from cdpserver.repository.format import ENTRY_SIZE, HEAD, Entry, Kind, pack_end, pack_entry, pack_head
+from cdpserver.repository.repository import Repository
+from cdpserver.repository.sessions import pack_name
+
+PACK_BYTES = 32 << 20
+"""A pack is put when it has so much: what one request to an object store carries well, and what is held in memory."""
+
+
+class PackWriter:
+    """Writes chunks for one backup. Threads: one."""
+
+    def __init__(self, repository: Repository, session: str) -> None:
+        """For the session of that id, which is held."""
+        self._repository = repository
+        self._session = session
+        self._number = 0
+        self._begin()
+        self.stored_bytes = 0
+        """Bytes of the packs that were put."""
+        self._claimed: set[bytes] = set()
+        """Chunks that are on their way, and not durable yet."""
+
+    def _begin(self) -> None:
+        self._parts = [pack_head(self._repository.config.id)]
+        self._length = HEAD.size
+        self._entries: list[Entry] = []
+
+    def claim(self, id_: bytes) -> bool:
+        """Is the chunk to be stored? True once: whoever asked adds it."""
+        if id_ in self._claimed or self._repository.has(id_):
+            return False
+        self._claimed.add(id_)
+        return True
+
+    def add(self, id_: bytes, kind: Kind, raw: int, sealed: tuple[bytes, int]) -> None:
+        """One chunk; durable after `flush`."""
+        stored, codec = sealed
+        entry = Entry(id_, self._length + ENTRY_SIZE, len(stored), raw, kind, codec)
+        self._parts += (pack_entry(entry), stored)
+        self._length += ENTRY_SIZE + len(stored)
+        self._entries.append(entry)
+        if self._length >= PACK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what was gathered. NoSpaceError, BrokenError: nothing of it is known then."""
+        if not self._entries:
+            return
+        self._number += 1
+        pack = pack_name(self._session, self._number)
+        data = b"".join([*self._parts, pack_end(self._entries, self._length)])
+        self._repository.place.put(pack, data)
+        self._repository.index.add(pack, self._entries)
+        self._claimed.difference_update(entry.id for entry in self._entries)
+        self.stored_bytes += len(data)
+        self._begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What was not flushed was never there."""
+        self._begin()

@@ -1,0 +1,189 @@
+"""Where a repository's objects are: names to bytes that appear whole or not at all.
+
+    repo.json            what the repository is
+    packs/ab/<id>        chunks, some dozens of MiB of them in one object
+    backups/<id>         one backup each; its name appearing is what makes it one
+    locks/<id>           an operator's hold on a backup
+    sessions/<id>        a backup that is under way, held by who runs it
+    doomed/<id>          a pack that is about to be deleted
+
+A Place promises no more than object stores have: put whole, get, get a range, list, delete. What a name holds never changes but
+by `put` of the whole.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from cdpserver import durable
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+
+_NAME = re.compile(r"[a-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}")
+
+PATIENCE_S = 0.5
+"""Who only looks whether a name is held holds it for a moment."""
+
+
+class Place(Protocol):
+    """All methods: BrokenError where the place fails, NoSpaceError where it is full. Threads: any."""
+
+    where: str
+    """For people."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Durable on return; who reads sees the old content, or none, or all of the new."""
+
+    def get(self, name: str) -> bytes:
+        """All of it. FileNotFoundError."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly these bytes. FileNotFoundError; CorruptError where the object is shorter."""
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of the objects below the folder `prefix`, in any order."""
+
+    def delete(self, name: str) -> None:
+        """Gone on return; one that is not there is no error."""
+
+    def hold(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Put `name` and hold it while the context lasts, at most until this process ends; then delete it. RefusedError."""
+
+    def held(self, name: str) -> bool:
+        """Does somebody hold it now? One whose holder is dead is deleted."""
+
+
+def check_name(name: str) -> str:
+    """Names come from listings and from operators: nothing that leads elsewhere."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise NotFoundError(f"not a name in a repository: {name[:80]!r}")
+    return name
+
+
+class DirectoryPlace:
+    """A directory: a local disk, an array, or a mounted NAS."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.where = str(self.path)
+
+    def _at(self, name: str) -> Path:
+        return self.path / check_name(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self._at(name)
+        if not path.parent.is_dir():
+            self._make_parents(path.parent)
+        durable.write_whole(path, data, 0o600)
+
+    def _make_parents(self, folder: Path) -> None:
+        missing = [p for p in (folder, *folder.parents) if self.path in (p, *p.parents) and not p.exists()]
+        for parent in reversed(missing):  # the topmost first
+            with contextlib.suppress(FileExistsError):  # another writer was first
+                durable.make_dir(parent, 0o700)
+
+    def get(self, name: str) -> bytes:
+        with durable.io_errors("read", self._at(name)):
+            return self._at(name).read_bytes()
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        path = self._at(name)
+        with durable.io_errors("read", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(fd, length, offset)
+            finally:
+                os.close(fd)
+        if len(data) < length:
+            raise CorruptError(
+                f"{path} ends before {offset + length}", hint="cdp repo check says which backups that touches"
+            )
+        return data
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        with durable.io_errors("list", self.path / prefix):
+            yield from self._names(prefix)
+
+    def _names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        try:
+            entries = sorted(os.scandir(self.path / prefix), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if not _NAME.fullmatch(name):
+                continue  # a temporary that a crash left, or a foreign file
+            if entry.is_dir():
+                yield from self._names(name)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    yield name, entry.stat().st_size
+
+    def delete(self, name: str) -> None:
+        path = self._at(name)
+        with durable.io_errors("delete", path):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return
+        durable.fsync_dir(path.parent)
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        path = self._at(name)
+        self._make_parents(path.parent)
+        fd = self._locked(path)
+        try:
+            yield
+        finally:
+            self.delete(name)
+            os.close(fd)
+
+    def _locked(self, path: Path) -> int:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with durable.io_errors("write", path):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if _try_lock(fd):
+                if _is(path, fd):
+                    return fd
+            elif time.monotonic() > deadline:
+                os.close(fd)
+                raise RefusedError(f"{path} is held by another process", hint="try again when it has ended")
+            os.close(fd)
+            time.sleep(0.01)
+
+    def held(self, name: str) -> bool:
+        path = self._at(name)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            if not _try_lock(fd):
+                return True
+            if _is(path, fd):
+                self.delete(name)
+            return False
+        finally:
+            os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is(path: Path, fd: int) -> bool:
+    """Does the name still lead to the open file?"""
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False

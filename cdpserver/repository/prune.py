@@ -1,0 +1,69 @@
+"""Which backups a rule keeps: one of each hour, day, week and month, as for base points; and the reason for each. Pure.
+
+The newest of a slot is kept. A backup that is locked, or younger than the repository's immutable time, is kept whatever the
+rule says.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cdpserver.names import format_time
+from cdpserver.repository.record import Backup
+from cdpserver.retention.slots import Rule, slot_of
+
+NAMES = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Keep or drop, and why."""
+
+    backup: Backup
+    keep: bool
+    reason: str
+
+
+def plan(
+    backups: Sequence[Backup],
+    rules: Sequence[Rule],
+    now_ns: int,
+    *,
+    locked: Mapping[str, str],
+    immutable_ns: int = 0,
+    keep_last: int = 1,
+) -> list[Verdict]:
+    """A verdict for each backup, oldest first. Backups of different names (disks, VMs) don't take each other's slots."""
+    verdicts = []
+    names = sorted({_of(backup) for backup in backups})
+    for name in names:
+        mine = sorted(
+            (b for b in backups if _of(b) == name), key=lambda b: (b.created_ns, b.id), reverse=True
+        )
+        taken: set[tuple[str, int]] = set()
+        for number, backup in enumerate(mine):
+            reasons = []
+            if number < keep_last:
+                reasons.append("the newest" if number == 0 else f"one of the newest {keep_last}")
+            for rule in rules:
+                slot = (rule.unit, slot_of(rule.unit, backup.created_ns))
+                if rule.covers(backup.created_ns, now_ns) and slot not in taken:
+                    taken.add(slot)
+                    reasons.append(f"the newest of its {NAMES[rule.unit]}")
+            held = hold(backup, now_ns, locked=locked, immutable_ns=immutable_ns)
+            reasons += [held] if held else []
+            verdicts.append(Verdict(backup, bool(reasons), ", ".join(reasons) or "no rule keeps it"))
+    return sorted(verdicts, key=lambda v: (v.backup.created_ns, v.backup.id))
+
+
+def hold(backup: Backup, now_ns: int, *, locked: Mapping[str, str], immutable_ns: int) -> str:
+    """Why a backup cannot be removed at all; empty if it can."""
+    if backup.id in locked:
+        return f"locked: {locked[backup.id]}" if locked[backup.id] else "locked"
+    until = backup.created_ns + immutable_ns
+    if immutable_ns and now_ns < until:
+        return f"immutable until {format_time(until)}"
+    return ""
+
+
+def _of(backup: Backup) -> str:
+    return backup.name.partition("@")[0]

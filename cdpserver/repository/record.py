@@ -1,0 +1,95 @@
+"""What is known of one backup: which disks, as of when, how it was made, and where their content is."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import msgpack
+
+from cdpserver.errors import CorruptError
+from cdpserver.repository.format import ID_SIZE
+
+FULL, INCREMENTAL = "full", "incremental"
+
+
+@dataclass(frozen=True, slots=True)
+class BackedUpDisk:
+    """One disk of a backup. `pages` are the ids of its list's pages: every backup has the whole list, and stands on no other."""
+
+    name: str
+    timeline: str
+    seq: int
+    time_ns: int
+    size: int
+    grade: str
+    pages: tuple[bytes, ...]
+    chunks: int
+    """Chunks that are not zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """A backup as `backups/ID` holds it."""
+
+    id: str
+    kind: str
+    reason: str
+    created_ns: int
+    name: str
+    """The disk, VM or group that was backed up, with the instant: `web/vda@seq:12`."""
+    disks: tuple[BackedUpDisk, ...]
+    parent: str = ""
+    """The backup that an incremental one was compared with; it may be gone."""
+    increments: int = 0
+    """Incremental ones since a full one was read, this one included."""
+    read_bytes: int = 0
+    new_bytes: int = 0
+    stored_bytes: int = 0
+    seconds: float = 0.0
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def pack(self) -> bytes:
+        """As msgpack; who reads an unknown key passes over it."""
+        value = asdict(self)
+        for disk in value["disks"]:
+            disk["pages"] = b"".join(disk["pages"])
+        packed: bytes = msgpack.packb(value)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """CorruptError for anything that `pack` did not make."""
+        try:
+            value = msgpack.unpackb(data, max_map_len=1 << 16)
+            disks = tuple(_disk(disk) for disk in value["disks"])
+            found = cls(**{**{k: value[k] for k in cls.__slots__ if k in value}, "disks": disks})
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+            raise CorruptError(f"the backup cannot be read: {error}") from None
+        if found.kind not in (FULL, INCREMENTAL) or not found.disks:
+            raise CorruptError("the backup says nothing that can be")
+        return found
+
+    def show(self) -> dict[str, Any]:
+        """For people and programs, without the lists of pages."""
+        shown = asdict(self)
+        for disk in shown["disks"]:
+            del disk["pages"]
+        shown["size"] = sum(disk.size for disk in self.disks)
+        return shown
+
+    def disk(self, name: str | None) -> BackedUpDisk | None:
+        """The disk of that name (in full, or without its VM); without a name, the only one."""
+        if name is None:
+            return self.disks[0] if len(self.disks) == 1 else None
+        return next((d for d in self.disks if name in (d.name, d.name.rpartition("/")[2])), None)
+
+
+def _disk(value: dict[str, Any]) -> BackedUpDisk:
+    pages = value["pages"]
+    if not isinstance(pages, bytes) or len(pages) % ID_SIZE:
+        raise ValueError("a list of pages that is none")
+    ids = tuple(pages[at : at + ID_SIZE] for at in range(0, len(pages), ID_SIZE))
+    known = {key: value[key] for key in BackedUpDisk.__slots__ if key in value}
+    disk = BackedUpDisk(**{**known, "pages": ids})
+    if not isinstance(disk.size, int) or disk.size < 0:
+        raise ValueError("a disk without a size")
+    return disk

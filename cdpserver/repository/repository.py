@@ -1,0 +1,300 @@
+"""A repository: made, opened, and its chunks and backups read and written.
+
+Invariants: a pack is durable before a chunk in it is known; a backup's name appears after all of its chunks are durable. A name
+that is there is a whole backup, and one that was killed leaves at most chunks that `gc` takes away.
+A chunk in a doomed pack counts as not there: who finds it so stores it anew (gc.py says why that is safe).
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from blake3 import blake3
+
+from cdpserver.durable import take_int, take_str
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.names import format_size, show
+from cdpserver.repository import format, sessions
+from cdpserver.repository.format import Entry, Kind
+from cdpserver.repository.index import Index
+from cdpserver.repository.place import Place
+from cdpserver.repository.record import Backup
+from cdpserver.repository.seal import Keys, Sealer, derive_keys
+
+VERSION = 1
+CONFIG = "repo.json"
+CHECK = "cdp repo check says what that touches"
+
+DEFAULT_CHUNK = 1 << 20
+
+BACKUP_MAGIC = b"cdpback1"
+BACKUP_ID = b"backup".ljust(32, b"\0")
+
+PLAIN, AES = "none", "aes-256-gcm"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What repo.json says; it never changes."""
+
+    id: bytes
+    chunk_size: int
+    cipher: str
+    salt: bytes
+    proof: bytes
+    created_ns: int
+    immutable_ns: int
+
+    def show(self) -> dict[str, Any]:
+        """As `cdp repo show` prints it, and as it is stored."""
+        return {
+            "version": VERSION,
+            "id": self.id.hex(),
+            "chunk_size": self.chunk_size,
+            "cipher": self.cipher,
+            "salt": self.salt.hex(),
+            "proof": self.proof.hex(),
+            "created_ns": self.created_ns,
+            "immutable_ns": self.immutable_ns,
+        }
+
+
+def check_chunk_size(size: int) -> int:
+    """A power of two within the limits. UsageError."""
+    if not format.MIN_CHUNK <= size <= format.MAX_CHUNK or size & (size - 1):
+        raise UsageError(
+            f"{size} bytes cannot be a chunk's size",
+            hint=f"a power of two from {format_size(format.MIN_CHUNK)} to {format_size(format.MAX_CHUNK)}",
+        )
+    return size
+
+
+def create(
+    place: Place, *, chunk_size: int = DEFAULT_CHUNK, secret: bytes | None = None, immutable_ns: int = 0
+) -> Config:
+    """Make a repository in an empty place. RefusedError where there is something already."""
+    check_chunk_size(chunk_size)
+    try:
+        place.get(CONFIG)
+    except FileNotFoundError:
+        pass
+    else:
+        raise RefusedError(f"{place.where} is a repository already", hint=f"cdp repo show {place.where}")
+    if any(True for _ in place.names("packs")) or any(True for _ in place.names("backups")):
+        raise RefusedError(
+            f"{place.where} has packs or backups, but no {CONFIG}",
+            hint=f"put {CONFIG} back, or choose an empty place",
+        )
+    salt = secrets.token_bytes(16)
+    proof = derive_keys(secret, salt).proof if secret is not None else b""
+    cipher = PLAIN if secret is None else AES
+    config = Config(secrets.token_bytes(16), chunk_size, cipher, salt, proof, time.time_ns(), immutable_ns)
+    place.put(CONFIG, _config_bytes(config))
+    return config
+
+
+def _config_bytes(config: Config) -> bytes:
+    import json
+
+    return json.dumps(config.show(), indent=1).encode() + b"\n"
+
+
+def load_config(place: Place) -> Config:
+    """NotFoundError where there is no repository; CorruptError, RefusedError for one of a newer version."""
+    import json
+
+    try:
+        data = place.get(CONFIG)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(
+            f"there is no repository in {place.where}", hint=f"cdp repo init {place.where} makes one"
+        ) from None
+    path = Path(place.where) / CONFIG
+    try:
+        value = json.loads(data)
+        version = take_int(value, "version", path, least=1)
+        if version > VERSION:
+            raise RefusedError(
+                f"{place.where} is of version {version}, and this program knows {VERSION}",
+                hint="use a newer program",
+            )
+        config = Config(
+            bytes.fromhex(take_str(value, "id", path)),
+            take_int(value, "chunk_size", path),
+            take_str(value, "cipher", path),
+            bytes.fromhex(take_str(value, "salt", path)),
+            bytes.fromhex(take_str(value, "proof", path)),
+            take_int(value, "created_ns", path),
+            take_int(value, "immutable_ns", path),
+        )
+        check_chunk_size(config.chunk_size)
+        if len(config.id) != 16 or config.cipher not in (PLAIN, AES):
+            raise ValueError("an id or a cipher that cannot be")
+    except (ValueError, AttributeError, UsageError) as error:
+        raise CorruptError(f"{path} is damaged: {error}", hint="put it back from a copy") from None
+    return config
+
+
+def default_cache() -> Path:
+    """Where indexes are kept on this machine."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "cdpserver"
+
+
+class Repository:
+    """An open repository. Threads: `load` any; the rest one."""
+
+    def __init__(self, place: Place, *, secret: bytes | None = None, cache: Path | None = None) -> None:
+        """RefusedError for a wrong key, or none where one is needed."""
+        self.place = place
+        self.config = load_config(place)
+        self._sealer = Sealer(self._keys(secret))
+        folder = cache if cache is not None else default_cache()
+        self.index = Index(folder / f"repo-{self.config.id.hex()}.mdb")
+        self.doomed: frozenset[str] = frozenset()
+        try:
+            self.refresh()
+        except BaseException:
+            self.index.close()
+            raise
+
+    def _keys(self, secret: bytes | None) -> Keys | None:
+        if self.config.cipher == PLAIN:
+            return None
+        if secret is None:
+            raise RefusedError(f"{self.place.where} is encrypted", hint="give --key-file or --key-command")
+        keys = derive_keys(secret, self.config.salt)
+        if keys.proof != self.config.proof:
+            raise RefusedError(f"this is not the key of {self.place.where}", hint="give the right --key-file")
+        return keys
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes of a chunk; the last one of a disk may be shorter."""
+        return self.config.chunk_size
+
+    # -- packs
+
+    def refresh(self) -> list[str]:
+        """Take in what others stored and deleted; the packs that cannot be read."""
+        # In this order: what another process stores meanwhile is not known yet, so it is not taken for gone.
+        known = self.index.packs()
+        there = dict(self.place.names("packs"))
+        if gone := known - there.keys():
+            self.index.forget(gone)
+        unreadable = []
+        for pack in sorted(there.keys() - known):
+            try:
+                self.index.add(pack, self.entries(pack, there[pack]))
+            except FileNotFoundError:
+                continue
+            except CorruptError:
+                unreadable.append(pack)
+        self.doomed = frozenset(sessions.doomed(self.place))
+        return unreadable
+
+    def entries(self, pack: str, length: int) -> list[Entry]:
+        """What a pack holds, from the rows at its end, else from the entries in it."""
+        try:
+            tail_at = length - format.TAIL.size
+            if tail_at < format.HEAD.size:
+                raise CorruptError(f"{pack} is cut short")
+            place, count, crc = format.parse_tail(self.place.read(pack, tail_at, format.TAIL.size), length)
+            return format.parse_rows(self.place.read(pack, place, count * format.ROW.size), place, crc)
+        except CorruptError:
+            return list(format.scan(self.place.get(pack), self.config.id))
+
+    def has(self, id_: bytes) -> bool:
+        """Is the chunk stored, and will it stay?"""
+        if id_ == format.ZERO_ID:
+            return True
+        return any(pack not in self.doomed for pack, _ in self.index.find(id_))
+
+    def id(self, content: bytes | bytearray | memoryview) -> bytes:
+        """What the content is called here."""
+        return self._sealer.id(content)
+
+    def seal(self, id_: bytes, kind: Kind, content: bytes | bytearray | memoryview) -> tuple[bytes, int]:
+        """(stored bytes, codec), for a PackWriter."""
+        return self._sealer.seal(id_, kind, content)
+
+    def load(self, id_: bytes, length: int) -> bytes:
+        """A chunk's content, verified. CorruptError if it is missing, damaged, or not of `length` bytes."""
+        if id_ == format.ZERO_ID:
+            return bytes(length)
+        try:
+            return self._load(id_, length)
+        except CorruptError:
+            self.refresh()  # `gc` may have moved it since
+            return self._load(id_, length)
+
+    def _load(self, id_: bytes, length: int) -> bytes:
+        """From the first pack that has it whole."""
+        failed = CorruptError(f"chunk {id_.hex()[:16]} is missing from {self.place.where}", hint=CHECK)
+        for pack, entry in self.index.find(id_):
+            try:
+                stored = self.place.read(pack, entry.place, entry.stored)
+                content = self._sealer.open(id_, entry.kind, entry.codec, entry.raw, stored)
+            except FileNotFoundError:
+                failed = CorruptError(f"{pack} is missing from {self.place.where}", hint=CHECK)
+            except CorruptError as error:
+                failed = CorruptError(f"{error.message} (in {pack})", hint=CHECK)
+            else:
+                if len(content) != length:
+                    raise CorruptError(
+                        f"chunk {id_.hex()[:16]} has {entry.raw} bytes, not {length}", hint=CHECK
+                    )
+                return content
+        raise failed
+
+    # -- backups
+
+    def backup_ids(self) -> list[str]:
+        """Of all backups, oldest first: an id begins with its time."""
+        return sorted(name.split("/", 1)[1] for name, _ in self.place.names("backups"))
+
+    def backup(self, id_: str) -> Backup:
+        """NotFoundError, CorruptError."""
+        try:
+            data = self.place.get(f"backups/{id_}")
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"there is no backup {show(id_)} in {self.place.where}",
+                hint=f"cdp backup list --repo {self.place.where}",
+            ) from None
+        head, body = data[:41], data[41:]
+        if len(head) < 41 or head[:8] != BACKUP_MAGIC or blake3(head[8:9] + body).digest() != head[9:]:
+            raise CorruptError(f"backup {id_} is damaged", hint=CHECK)
+        content = self._sealer.open_named(BACKUP_ID, id_, head[8], body)
+        found = Backup.unpack(content)
+        if found.id != id_:
+            raise CorruptError(f"backup {id_} says that it is {show(found.id)}", hint=CHECK)
+        return found
+
+    def backups(self) -> Iterator[Backup]:
+        """All that can be read, oldest first; `cdp repo check` names the others."""
+        for id_ in self.backup_ids():
+            try:
+                yield self.backup(id_)
+            except (CorruptError, NotFoundError):
+                continue
+
+    def write_backup(self, backup: Backup) -> None:
+        """Now it is one. All of its chunks are durable."""
+        codec, body = self._sealer.seal_named(BACKUP_ID, backup.id, backup.pack())
+        head = bytes([codec])
+        self.place.put(f"backups/{backup.id}", BACKUP_MAGIC + head + blake3(head + body).digest() + body)
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        self.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

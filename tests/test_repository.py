@@ -1,0 +1,567 @@
+"""A backup repository: what goes in comes out, is stored once, and damage is found, named and never given out.
+
+The oracle is the model of tests/core.py: every backup is compared with the disk as the model says it was.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.repository import format, gc, prune, seal, sessions
+from cdpserver.repository.check import check
+from cdpserver.repository.content import Content
+from cdpserver.repository.format import ZERO_ID, Entry, Kind
+from cdpserver.repository.index import Index
+from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.record import FULL, INCREMENTAL, Backup
+from cdpserver.repository.repository import Repository, create, load_config
+from cdpserver.repository.source import PointSource
+from cdpserver.repository.take import MAX_INCREMENTS, back_up, chunks_of
+from cdpserver.retention.slots import HOUR_NS, parse_slots
+from tests.core import Line, World, scratch
+from tests.model import BLOCK
+
+CHUNK = 64 << 10
+SIZE = 40 * CHUNK + 5 * 512
+KEY = b"a key that is long enough"
+
+
+@dataclass
+class Case:
+    """A disk, its model, and a repository."""
+
+    world: World
+    line: Line
+    path: Path
+    secret: bytes | None = None
+    taken: dict[str, int] = field(default_factory=dict)
+    """Backup -> seq."""
+
+    @contextlib.contextmanager
+    def repository(self, cache: str = "cache") -> Iterator[Repository]:
+        """Opened anew, as another command does."""
+        with Repository(
+            DirectoryPlace(self.path / "repo"), secret=self.secret, cache=self.path / cache
+        ) as opened:
+            yield opened
+
+    def back_up(self, *, full: bool = False, seq: int | None = None, most: int = MAX_INCREMENTS) -> Backup:
+        """The disk as it is now, or at `seq`."""
+        self.line.writer.commit()
+        at = self.line.last_seq if seq is None else seq
+        with self.repository() as repository, self.line.view(at) as view:
+            source = PointSource(view, name="d1", time_ns=self.world.now_ns)
+            made = back_up(repository, [source], f"d1@seq:{at}", full=full, max_increments=most)
+        self.taken[made.id] = at
+        return made
+
+    def verify(self, cache: str = "cache") -> None:
+        """Every backup that is there is what the disk was."""
+        with self.repository(cache) as repository:
+            for id_ in repository.backup_ids():
+                self.compare(repository, repository.backup(id_))
+
+    def compare(self, repository: Repository, backup: Backup) -> None:
+        """One backup: content by pieces of odd sizes, and block status."""
+        seq = self.taken[backup.id]
+        content = Content(repository, backup.disks[0])
+        size = self.line.model.size_at(seq)
+        assert content.size == size
+        step = 3 * CHUNK + 777
+        for at in range(0, size, step):
+            length = min(step, size - at)
+            assert content.read(at, length) == self.line.model.read(seq, at, length)
+        for start, end, zero in content.status(0, size, one=False):
+            assert not zero or self.line.model.is_zero(seq, start, end)
+
+    def write(self, seed: int, count: int = 10) -> None:
+        """Some blocks, as a guest does."""
+        dice = random.Random(seed)
+        for _ in range(count):
+            self.world.now_ns += 100_000_000
+            self.line.write(dice.randrange(SIZE // BLOCK) * BLOCK, dice.randbytes(BLOCK))
+
+
+@pytest.fixture(params=["plain", "encrypted"])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    """A disk of 40 chunks with some history, and an empty repository."""
+    monkeypatch.setattr(seal, "SCRYPT_N", 1 << 8)  # a repository is opened hundreds of times here
+    with scratch() as path:
+        world = World(path)
+        line = world.add(SIZE)
+        line.write(0, b"base" * 4096)
+        line.synced()
+        secret = KEY if request.param == "encrypted" else None
+        made = Case(world, line, path, secret)
+        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK, secret=secret)
+        made.write(1, 30)
+        yield made
+        world.close()
+
+
+# --- backups
+
+
+def test_full_then_incremental(case: Case) -> None:
+    """The second reads what changed and nothing else; both are whole."""
+    first = case.back_up()
+    assert (first.kind, first.reason) == (FULL, "there is no backup of it in this repository")
+    assert 0 < first.stored_bytes < 2 * first.new_bytes
+    assert first.read_bytes < SIZE, "zeros are not read"
+    case.line.write(7 * CHUNK, os.urandom(BLOCK))
+    case.line.cut()
+    case.line.write(9 * CHUNK, os.urandom(BLOCK))
+    second = case.back_up()
+    assert (second.kind, second.parent, second.increments) == (INCREMENTAL, first.id, 1)
+    assert second.read_bytes == second.new_bytes == 2 * CHUNK
+    third = case.back_up()
+    assert (third.kind, third.read_bytes, third.stored_bytes) == (INCREMENTAL, 0, 0)
+    case.verify()
+    case.verify("another machine's cache")
+
+
+def test_no_backup_stands_on_another(case: Case) -> None:
+    """The first may go, and the rest is whole after gc."""
+    made = [case.back_up()]
+    for number in range(4):
+        case.write(100 + number)
+        made.append(case.back_up())
+    with case.repository() as repository:
+        for backup in made[:-1]:
+            repository.place.delete(f"backups/{backup.id}")
+        assert gc.sweep(repository).waiting == 0
+        assert check(repository).sound
+    case.verify()
+    case.verify("another machine's cache")
+
+
+def test_zeros_and_the_same_cost_nothing(case: Case) -> None:
+    case.back_up()
+    case.line.zero(0, SIZE // CHUNK * CHUNK)
+    case.line.write(0, b"base" * 4096)
+    before = case.back_up()
+    assert before.disks[0].chunks <= 2
+    assert before.stored_bytes < 2 * CHUNK
+    case.verify()
+
+
+def test_a_full_one_after_so_many(case: Case) -> None:
+    kinds = []
+    for number in range(5):
+        case.write(number, 2)
+        kinds.append(case.back_up(most=2).kind)
+    assert kinds == [FULL, INCREMENTAL, INCREMENTAL, FULL, INCREMENTAL]
+    assert case.back_up(full=True).reason == "a full one was asked for"
+    case.verify()
+
+
+def test_a_resized_disk_is_read_whole(case: Case) -> None:
+    case.back_up()
+    case.line.grow(SIZE + 3 * CHUNK)
+    case.line.write(SIZE - 1024, os.urandom(2 * BLOCK))
+    grown = case.back_up()
+    assert (grown.kind, grown.reason) == (FULL, "the disk was resized")
+    case.verify()
+
+
+def test_an_older_instant_is_compared_with_an_older_backup(case: Case) -> None:
+    first = case.back_up()
+    case.write(2)
+    middle = case.line.last_seq
+    case.write(3)
+    case.back_up()
+    late = case.back_up(seq=middle)
+    assert (late.kind, late.parent) == (INCREMENTAL, first.id)
+    case.verify()
+
+
+def test_as_much_changed_as_a_full_one_reads(case: Case) -> None:
+    case.back_up()
+    for at in range(0, SIZE, CHUNK):
+        case.line.write(at, os.urandom(min(CHUNK, SIZE - at)))
+    made = case.back_up()
+    assert (made.kind, made.reason.split(" since")[0]) == (FULL, "as much changed")
+    case.verify()
+
+
+def test_a_damaged_parent_means_a_full_one(case: Case) -> None:
+    first = case.back_up()
+    path = case.path / "repo/backups" / first.id
+    path.write_bytes(path.read_bytes()[:-1])
+    assert case.back_up().reason == "there is no backup of it in this repository"
+    with case.repository() as repository:
+        assert [d.backup for d in check(repository).damage] == [first.id]
+
+
+@pytest.mark.parametrize("case", ["plain"], indirect=True)
+def test_many_increments(case: Case) -> None:
+    """200 of them, each whole, and the packs of a few."""
+    for number in range(200):
+        case.write(number, 1)
+        case.back_up()
+    case.verify()
+
+
+# --- keys, configuration, bad input
+
+
+def test_a_wrong_key_and_no_key(tmp_path: Path) -> None:
+    place = DirectoryPlace(tmp_path / "repo")
+    create(place, chunk_size=CHUNK, secret=KEY)
+    with pytest.raises(RefusedError, match="is encrypted"):
+        Repository(place, cache=tmp_path)
+    with pytest.raises(RefusedError, match="not the key"):
+        Repository(place, secret=b"another", cache=tmp_path)
+    with pytest.raises(RefusedError, match="empty"):
+        Repository(place, secret=b" \n", cache=tmp_path)
+    Repository(place, secret=KEY + b"\n", cache=tmp_path).close()
+
+
+def test_what_init_refuses(tmp_path: Path) -> None:
+    place = DirectoryPlace(tmp_path / "repo")
+    for size in (0, 4096, 3 << 20, 128 << 20):
+        with pytest.raises(UsageError, match="power of two"):
+            create(place, chunk_size=size)
+    with pytest.raises(NotFoundError, match="no repository"):
+        load_config(place)
+    create(place)
+    with pytest.raises(RefusedError, match="repository already"):
+        create(place)
+    (tmp_path / "repo/repo.json").unlink()
+    place.put("packs/ab/x", b"")
+    with pytest.raises(RefusedError, match=r"no repo\.json"):
+        create(place)
+
+
+@given(data=st.binary(max_size=300), at=st.integers(0, 400))
+def test_a_damaged_configuration_is_said(data: bytes, at: int) -> None:
+    with scratch() as path:
+        place = DirectoryPlace(path)
+        create(place)
+        whole = place.get("repo.json")
+        place.put("repo.json", whole[:at] + data + whole[at + len(data) :])
+        try:
+            load_config(place)
+        except (CorruptError, RefusedError):
+            return
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../x", "a/../b", "packs/.hidden", "a/b/c/d", "packs/\n"]
+)
+def test_names_lead_nowhere_else(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NotFoundError):
+        DirectoryPlace(tmp_path).get(name)
+
+
+# --- damage
+
+
+def test_every_kind_of_file_flipped_and_cut(case: Case) -> None:
+    """Found, named, and nothing that is damaged is ever given out."""
+    for number in range(3):
+        case.write(10 + number)
+        case.back_up()
+    dice = random.Random(5)
+    files = [
+        p for folder in ("packs", "backups") for p in (case.path / "repo" / folder).rglob("*") if p.is_file()
+    ]
+    assert len(files) == 6
+    for number, path in enumerate([*files, *files]):
+        whole = path.read_bytes()
+        for _ in range(12):
+            at = dice.randrange(len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << dice.randrange(8))]) + whole[at + 1 :])
+            damaged(case, f"cache-{number}", unused=at >= len(whole) - format.TAIL.size)
+        path.write_bytes(whole[: dice.randrange(len(whole))])
+        damaged(case, f"cut-{number}", unused=False)
+        path.write_bytes(whole)
+    case.verify()
+
+
+def damaged(case: Case, cache: str, *, unused: bool) -> None:
+    """Whatever can be read is right; what cannot is said. `unused`: the damage may be in what is there twice."""
+    with case.repository(f"{cache}-{random.random()}") as repository:
+        found = check(repository)
+        assert not found.sound or unused or all_readable(case, repository)
+        for backup in repository.backups():
+            with contextlib.suppress(CorruptError):
+                case.compare(repository, backup)
+
+
+def all_readable(case: Case, repository: Repository) -> bool:
+    """Damage of rows or heads that are there twice touches nothing."""
+    for backup in list(repository.backups()):
+        case.compare(repository, backup)
+    return len(list(repository.backups())) == len(case.taken)
+
+
+def test_packs_deleted_and_swapped(case: Case) -> None:
+    """A pack that is gone, or holds another one's content, touches the backups that need it, and they are named."""
+    first = case.back_up()
+    case.line.write(3 * CHUNK, os.urandom(BLOCK))
+    second = case.back_up()
+    one, other = (next((case.path / "repo/packs").rglob(f"{b.id}-*")) for b in (first, second))
+    contents = one.read_bytes(), other.read_bytes()
+    other.unlink()
+    with case.repository("c1") as repository:
+        found = check(repository)
+        assert {d.backup for d in found.damage} == {second.id}
+        assert [(d.disk, d.start, d.end) for d in found.damage] == [("d1", 0, SIZE)], (
+            "its list is in that pack"
+        )
+        case.compare(repository, repository.backup(first.id))
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    case.verify("c2")
+    other.write_bytes(contents[1])
+    with case.repository("c3") as repository:
+        assert {d.backup for d in check(repository, read_data=False).damage} == {first.id, second.id}
+    one.write_bytes(contents[0])
+    case.verify("c4")
+
+
+def test_payloads_swapped_in_a_pack_are_refused(case: Case) -> None:
+    """Two chunks of random bytes are stored in the same length: their ids say that they changed places."""
+    for number in (3, 5):
+        case.line.write(number * CHUNK, os.urandom(CHUNK))
+    backup = case.back_up()
+    path = next((case.path / "repo/packs").rglob(f"{backup.id}-*"))
+    data = bytearray(path.read_bytes())
+    entries = format.scan(bytes(data), load_config(DirectoryPlace(case.path / "repo")).id)
+    left, right = [e for e in entries if e.kind == Kind.DATA and e.stored >= CHUNK][:2]
+    assert left.stored == right.stored
+    content = bytes(data[left.place : left.place + left.stored])
+    data[left.place : left.place + left.stored] = data[right.place : right.place + right.stored]
+    data[right.place : right.place + right.stored] = content
+    path.write_bytes(bytes(data))
+    with case.repository() as repository:
+        assert [(d.start, d.end) for d in check(repository).damage] == [
+            (3 * CHUNK, 4 * CHUNK),
+            (5 * CHUNK, 6 * CHUNK),
+        ]
+
+
+def test_the_index_is_disposable(case: Case) -> None:
+    """Deleted or full of junk, it is made anew; rows of a pack may be damaged, the entries say the same."""
+    case.back_up()
+    for path in (case.path / "cache").iterdir():
+        path.unlink()
+    case.verify()
+    for path in (case.path / "cache").glob("*.mdb"):
+        path.write_bytes(b"junk" * 5000)
+    case.verify()
+    pack = next(p for p in (case.path / "repo/packs").rglob("*") if p.is_file())
+    pack.write_bytes(pack.read_bytes()[: -format.TAIL.size - 10])
+    case.verify("anew")
+
+
+# --- gc, sessions, two writers
+
+
+def test_gc_beside_a_running_backup(case: Case) -> None:
+    """What a backup that runs builds on is not deleted under it, whenever it began."""
+    first = case.back_up()
+    case.line.write(2 * CHUNK, os.urandom(CHUNK))
+    second = case.back_up()
+    with case.repository() as repository:
+        place = repository.place
+        pack = next(name for name, _ in place.names("packs") if second.id in name)
+        with sessions.session(place, "old"), PackWriter(repository, "old") as writer:
+            # It began before the pack was doomed, and builds on a chunk in it.
+            mine = repository.entries(pack, dict(place.names("packs"))[pack])
+            place.delete(f"backups/{second.id}")
+            with case.repository("gc's") as other:
+                swept = gc.sweep(other)
+                assert (swept.deleted, swept.waiting) == (0, 1)
+            assert not writer.claim(mine[0].id)
+            with sessions.session(place, "young"), case.repository("young's") as young:
+                assert not young.has(mine[0].id), "a backup that begins now builds on nothing that is doomed"
+            # It ends, and is a backup that needs the chunk.
+            repository.write_backup(second)
+        with case.repository("gc's") as other:
+            swept = gc.sweep(other)
+            assert (swept.deleted, swept.waiting) == (1, 0), "moved, then deleted"
+    case.verify()
+    case.verify("anew")
+    assert first.id in case.taken
+
+
+def test_gc_leaves_a_session_its_packs(case: Case) -> None:
+    """Stored, and not yet named by a backup."""
+    with case.repository() as repository:
+        content = os.urandom(CHUNK)
+        id_ = repository.id(content)
+        with sessions.session(repository.place, "one"), PackWriter(repository, "one") as writer:
+            assert writer.claim(id_)
+            assert not writer.claim(id_)
+            writer.add(id_, Kind.DATA, CHUNK, repository.seal(id_, Kind.DATA, content))
+            writer.flush()
+            with case.repository("gc's") as other:
+                assert gc.sweep(other) == gc.Swept((), 0, 0, 0)
+            assert repository.load(id_, CHUNK) == content
+        with case.repository("gc's") as other:
+            assert gc.sweep(other).deleted == 1
+        with pytest.raises(CorruptError, match="missing"):
+            repository.load(id_, CHUNK)
+
+
+def test_one_gc_at_a_time(case: Case) -> None:
+    with (
+        case.repository() as repository,
+        sessions.session(repository.place, sessions.GC),
+        case.repository("other") as other,
+        pytest.raises(RefusedError, match="held by another"),
+    ):
+        gc.sweep(other)
+
+
+def test_gc_goes_on_where_it_was_killed(case: Case) -> None:
+    """Doomed, and nothing noted; or noted, and not deleted."""
+    first = case.back_up()
+    case.line.write(2 * CHUNK, os.urandom(CHUNK))
+    case.back_up()
+    with case.repository() as repository:
+        place = repository.place
+        place.delete(f"backups/{first.id}")
+        pack = next(name for name, _ in place.names("packs") if first.id in name)
+        place.put("doomed/" + pack.removeprefix("packs/").replace("/", "."), b"{}\n")
+        sessions.doom(place, [pack])
+        assert sessions.waits_for(place, pack) == set()
+        gc.sweep(repository)
+        assert not list(place.names("doomed"))
+        assert pack not in dict(place.names("packs"))
+    case.verify()
+
+
+def test_two_backups_at_once_store_what_they_need(case: Case) -> None:
+    """Neither knows of the other's packs; both are whole, also when one of them goes."""
+    with (
+        case.repository() as one,
+        case.repository("other") as other,
+        case.line.view(case.line.last_seq) as view,
+    ):
+        source = PointSource(view, name="d1", time_ns=case.world.now_ns)
+        a = back_up(one, [source], "d1@a")
+        other.index.forget(other.index.packs())
+        b = back_up(other, [source], "d1@b", full=True)
+        case.taken |= {a.id: view.seq, b.id: view.seq}
+    case.verify()
+    with case.repository() as repository:
+        repository.place.delete(f"backups/{a.id}")
+        gc.sweep(repository)
+    case.verify("anew")
+
+
+# --- formats
+
+
+@given(
+    entries=st.lists(
+        st.tuples(
+            st.binary(min_size=32, max_size=32), st.binary(min_size=1, max_size=200), st.sampled_from(Kind)
+        ),
+        max_size=20,
+    )
+)
+def test_packs_say_the_same_twice(entries: list[tuple[bytes, bytes, Kind]]) -> None:
+    """Rows and entries; cut anywhere, what the scan finds is a prefix."""
+    repo_id, parts, at, made = bytes(16), [format.pack_head(bytes(16))], format.HEAD.size, []
+    for id_, payload, kind in entries:
+        entry = Entry(id_, at + format.ENTRY_SIZE, len(payload), len(payload), kind, 0)
+        made.append(entry)
+        parts += [format.pack_entry(entry), payload]
+        at += format.ENTRY_SIZE + len(payload)
+    data = b"".join([*parts, format.pack_end(made, at)])
+    assert list(format.scan(data, repo_id)) == made
+    place, count, crc = format.parse_tail(data[-format.TAIL.size :], len(data))
+    assert format.parse_rows(data[place : place + count * format.ROW.size], place, crc) == made
+    for cut in range(format.HEAD.size, len(data), 37):
+        found = list(format.scan(data[:cut], repo_id))
+        assert found == made[: len(found)]
+
+
+@given(data=st.binary(max_size=400))
+def test_junk_is_corrupt_and_nothing_else(data: bytes) -> None:
+    with pytest.raises(CorruptError):
+        Backup.unpack(data)
+    with contextlib.suppress(CorruptError):
+        list(format.scan(format.pack_head(bytes(16)) + data, bytes(16)))
+    with pytest.raises(CorruptError):
+        list(format.scan(data, bytes(16)))
+    if len(data) >= format.TAIL.size:
+        with pytest.raises(CorruptError):
+            format.parse_tail(data[-format.TAIL.size :], len(data))
+
+
+@given(ranges=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 40)), max_size=20))
+def test_chunks_of_ranges(ranges: list[tuple[int, int]]) -> None:
+    at, disjoint = 0, []
+    for skip, length in ranges:
+        disjoint.append((at + skip, at + skip + length))
+        at += skip + length
+    expected = sorted(
+        {n for start, end in disjoint for n in range(start // 16, -(-end // 16)) if end > start}
+    )
+    assert list(chunks_of(disjoint, 16)) == expected
+
+
+# --- how long they are kept
+
+
+def backup_at(hours: float, name: str = "web/vda") -> Backup:
+    return Backup(f"{hours:09.2f}", FULL, "", int(hours * HOUR_NS), name, ())
+
+
+@settings(max_examples=50)
+@given(
+    hours=st.lists(st.integers(0, 4000), unique=True, max_size=40),
+    rules=st.sampled_from(["none", "24h", "7d 4w", "12m"]),
+)
+def test_the_newest_of_each_slot_stays(hours: list[int], rules: str) -> None:
+    now = 4000 * HOUR_NS
+    backups = [backup_at(hour) for hour in hours]
+    verdicts = prune.plan(backups, parse_slots(rules), now, locked={}, immutable_ns=10 * HOUR_NS)
+    assert [v.backup.created_ns for v in verdicts] == sorted(b.created_ns for b in backups)
+    if backups:
+        assert verdicts[-1].keep
+    for verdict in verdicts:
+        young = verdict.backup.created_ns + 10 * HOUR_NS > now
+        assert verdict.keep or not young
+        assert verdict.keep == (verdict.reason != "no rule keeps it")
+    kept = [v.backup for v in verdicts if v.keep]
+    again = prune.plan(kept, parse_slots(rules), now, locked={}, immutable_ns=10 * HOUR_NS)
+    assert all(v.keep for v in again), "a second pass finds nothing more"
+
+
+def test_locked_ones_stay_and_names_don_t_share_slots() -> None:
+    backups = [backup_at(1), backup_at(2), backup_at(1.5, "db/vda")]
+    verdicts = prune.plan(backups, (), 100 * HOUR_NS, locked={backups[0].id: "audit"})
+    assert [(v.keep, v.reason) for v in verdicts] == [
+        (True, "locked: audit"),
+        (True, "the newest"),
+        (True, "the newest"),
+    ]
+    assert not prune.plan(backups, (), 100 * HOUR_NS, locked={})[0].keep
+
+
+def test_an_index_is_shared_by_processes(tmp_path: Path) -> None:
+    """Places of a chunk in several packs; forgetting one leaves the other."""
+    with Index(tmp_path / "i.mdb") as index:
+        entry = Entry(b"x" * 32, 100, 10, 20, Kind.DATA, 1)
+        index.add("packs/aa/one", [entry])
+        index.add("packs/aa/two", [entry])
+        index.add("packs/aa/two", [entry])
+        assert [pack for pack, _ in index.find(entry.id)] == ["packs/aa/one", "packs/aa/two"]
+        index.forget({"packs/aa/one", "packs/aa/none"})
+        assert index.find(entry.id) == [("packs/aa/two", entry)]
+        assert index.find(ZERO_ID) == []
