@@ -21,6 +21,7 @@ from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
 from recovery.protect_tree import add_protect
 from recovery.recover_tree import add_recover
+from recovery.repo_tree import add_repositories
 from recovery.retention_tree import add_capacity, add_locks, add_retention
 from recovery.tree import Commands, lazy
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_mount(commands)
     _add_fork(commands)
     add_recover(commands)
+    add_repositories(commands)
     add_retention(commands)
     add_capacity(commands)
     _add_events(commands)

@@ -5,10 +5,11 @@ import os
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cdpserver import durable, qemu
 from cdpserver.copying.compare import WORKERS as COMPARERS
@@ -36,12 +37,28 @@ hurt, and some of the others."""
 CLIENTS = WORKERS + COMPARERS + 2
 
 
+Origin: TypeAlias = Callable[[Unfinished | None], AbstractContextManager[Opened]]
+"""Opens what is written out; it is told of an interrupted export of it that goes on."""
+
+
 def export(options: Namespace) -> None:
     """Copy, and verify if asked. NoSpaceError, RefusedError, CorruptError; the same command goes on."""
+
+    def origin(left: Unfinished | None) -> AbstractContextManager[Opened]:
+        if left is not None and left.point == options.point:
+            # An interrupted `latest` goes on with the instant that it began with.
+            return opened(options, f"{parse_point(options.point)[0]}@seq:{left.seq}")
+        return opened(options, options.point)
+
+    write_out(options, origin)
+
+
+def write_out(options: Namespace, origin: Origin) -> None:
+    """What `origin` opens, to `options.output`, as `export` does."""
     output = Output.parse(options.output)
     if options.format != "raw" and output.kind != "file":
         raise UsageError("a device or an NBD server takes raw content", hint="leave --format out")
-    work = _Export(options, output)
+    work = _Export(options, output, origin)
     if output.kind != "nbd" and output.path.exists() and not options.force and not work.resumes:
         if not options.verify:
             raise RefusedError(
@@ -68,8 +85,9 @@ def _told(result: dict[str, Any]) -> str:
 
 
 class _Export:
-    def __init__(self, options: Namespace, output: Output) -> None:
+    def __init__(self, options: Namespace, output: Output, origin: Origin) -> None:
         self._options = options
+        self._origin = origin
         self._output = output
         self._left = None if options.force else load(output.side)
         self._copied = 0
@@ -80,17 +98,10 @@ class _Export:
         """Was an export to this place interrupted?"""
         return self._left is not None
 
-    @property
-    def _point(self) -> str:
-        """What is exported: an interrupted `latest` goes on with the instant that it began with."""
-        if self._left is not None and self._left.point == self._options.point:
-            return f"{parse_point(self._options.point)[0]}@seq:{self._left.seq}"
-        return str(self._options.point)
-
     def compare_only(self) -> dict[str, Any]:
         """Compare what is there."""
         path = self._output.path
-        with opened(self._options, self._point) as point, moving(f"comparing {path.name}") as bar:
+        with self._origin(self._left) as point, moving(f"comparing {path.name}") as bar:
             with _serving(path, self._options.format) as uri:
                 compared = _verify(point.uri, uri, self._output.text, bar)
             return self._result(point, "compared") | {"compared_bytes": compared, "verified": True}
@@ -121,7 +132,7 @@ class _Export:
 
     def _attempt(self, partial: Partial | None) -> dict[str, Any]:
         started = time.monotonic()
-        with opened(self._options, self._point) as point:
+        with self._origin(self._left) as point:
             source = Connection(point.uri)
             try:
                 extents = source.data()

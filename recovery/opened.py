@@ -48,8 +48,8 @@ def opened(options: Namespace, point: str) -> Iterator[Opened]:
         if not os.access(state.path / "timelines", os.R_OK | os.X_OK):
             raise
         say(f"{error.message}: reading {state.path} without it")
-        with _alone(state, point) as alone:
-            yield alone
+        with _alone(state, point) as found_alone:
+            yield found_alone
         return
     uri = str(found.get("uri_unix") or found["uri"])
     yield Opened(disk, str(found["timeline"]), int(found["seq"]), int(found["time_ns"]), uri)
@@ -74,16 +74,17 @@ def _alone(state: StateDir, point: str) -> Iterator[Opened]:
         position = Timeline(history).resolve(when, now_ns=Clock.load(state.clock).now_ns())
     with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
         socket = Path(directory) / "nbd"
-        with _served(state, socket):
+        with alone("export", [f"state_dir={state.path}", "alone=1"], socket):
             uri = f"nbd+unix:///{disk}@seq:{position.seq}?socket={socket}"
             yield Opened(disk, entry.id, position.seq, position.time_ns, uri)
 
 
 @contextlib.contextmanager
-def _served(state: StateDir, socket: Path) -> Iterator[None]:
+def alone(name: str, parameters: list[str], socket: Path) -> Iterator[None]:
+    """The plugin nbdplugin/NAME.py served read-only on `socket`, by a process that ends with this one."""
     found = importlib.util.find_spec("nbdplugin")
     assert found is not None and found.submodule_search_locations
-    plugin = Path(found.submodule_search_locations[0]) / "export.py"
+    plugin = Path(found.submodule_search_locations[0]) / f"{name}.py"
     # nbdkit finds its Python by PATH. It is not to hear the terminal's Ctrl-C before we have ended.
     path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     command = [
@@ -100,7 +101,7 @@ def _served(state: StateDir, socket: Path) -> Iterator[None]:
     ]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*command, f"state_dir={state.path}", "alone=1"],
+            [*command, *parameters],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

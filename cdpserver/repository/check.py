@@ -62,6 +62,17 @@ def check(repository: Repository, *, read_data: bool = True, progress: Progress 
     return found
 
 
+def check_backup(repository: Repository, backup: Backup, *, progress: Progress = nobody) -> Checked:
+    """One backup, every chunk of it read."""
+    found = Checked(backups=1)
+    verdicts: dict[bytes, str] = {}
+    for number, disk in enumerate(backup.disks):
+        progress(number / len(backup.disks))
+        _check_disk(repository, backup, disk, True, verdicts, found)
+    progress(1.0)
+    return found
+
+
 def _check_disk(
     repository: Repository,
     backup: Backup,

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.names import show
 
 _NAME = re.compile(r"[a-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}")
 
@@ -60,7 +61,9 @@ class Place(Protocol):
 def check_name(name: str) -> str:
     """Names come from listings and from operators: nothing that leads elsewhere."""
     if not _NAME.fullmatch(name) or ".." in name:
-        raise NotFoundError(f"not a name in a repository: {name[:80]!r}")
+        raise NotFoundError(
+            f"not a name in a repository: {show(name)}", hint="cdp backup list shows the names"
+        )
     return name
 
 

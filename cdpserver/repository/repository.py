@@ -78,11 +78,7 @@ def create(
 ) -> Config:
     """Make a repository in an empty place. RefusedError where there is something already."""
     check_chunk_size(chunk_size)
-    try:
-        place.get(CONFIG)
-    except FileNotFoundError:
-        pass
-    else:
+    if _is_there(place, CONFIG):
         raise RefusedError(f"{place.where} is a repository already", hint=f"cdp repo show {place.where}")
     if any(True for _ in place.names("packs")) or any(True for _ in place.names("backups")):
         raise RefusedError(
@@ -95,6 +91,14 @@ def create(
     config = Config(secrets.token_bytes(16), chunk_size, cipher, salt, proof, time.time_ns(), immutable_ns)
     place.put(CONFIG, _config_bytes(config))
     return config
+
+
+def _is_there(place: Place, name: str) -> bool:
+    try:
+        place.get(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _config_bytes(config: Config) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cdpserver.errors import CorruptError, UsageError
+from cdpserver.errors import CorruptError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
@@ -108,8 +108,7 @@ def back_up(
     progress: Progress = nobody,
 ) -> Backup:
     """All `sources` as one backup called `name`. NoSpaceError, BrokenError: then there is no backup."""
-    if not sources:
-        raise UsageError("nothing to back up")
+    assert sources
     started = time.monotonic()
     created_ns = time.time_ns()
     id_ = sessions.new_id(created_ns)

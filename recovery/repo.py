@@ -1,0 +1,184 @@
+"""`cdp repo`: repositories made, shown, verified, pruned and swept."""
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cdpserver.errors import CdpError
+from cdpserver.names import format_bytes
+from cdpserver.repository import gc as collecting
+from cdpserver.repository import prune as pruning
+from cdpserver.repository.check import check as verify
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.repository import DEFAULT_CHUNK, Repository, create, load_config
+from cdpserver.retention.slots import parse_slots
+from recovery.bar import moving
+from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
+from recovery.repositories import known, note, opened_repository, path_of, read_key
+
+DAMAGED = 4
+
+
+def init(options: Namespace) -> None:
+    """Make one."""
+    path = path_of(options)
+    config = create(
+        DirectoryPlace(path),
+        chunk_size=options.chunk_size or DEFAULT_CHUNK,
+        secret=read_key(options),
+        immutable_ns=options.immutable or 0,
+    )
+    note(path, config.id.hex())
+    shown = {"path": str(path.absolute()), **config.show()}
+    del shown["salt"], shown["proof"]
+    if options.json:
+        answer_json(shown)
+        return
+    answer(
+        f"{path}: repository {config.id.hex()}, chunks of {format_bytes(config.chunk_size)}, cipher {config.cipher}"
+    )
+    if config.cipher != "none":
+        say("keep a copy of the key elsewhere: without it nothing can be restored")
+
+
+def list_(options: Namespace) -> None:
+    """Those that were used here, and whether they are there."""
+    rows = []
+    for path, id_ in sorted(known().items()):
+        row: dict[str, Any] = {"path": path, "id": id_, "state": "there"}
+        try:
+            config = load_config(DirectoryPlace(Path(path)))
+            row |= {"chunk_size": config.chunk_size, "cipher": config.cipher}
+            if config.id.hex() != id_:
+                row["state"] = "another repository"
+        except CdpError as error:
+            row["state"] = error.kind
+        rows.append(row)
+    if options.json:
+        answer_json(rows)
+        return
+    answer_table(
+        (Column("path"), Column("state"), Column("cipher"), Column("id")),
+        rows,
+        nothing="no repository was used here",
+    )
+
+
+def show(options: Namespace) -> None:
+    """What it is, and what it holds."""
+    with opened_repository(options) as repository:
+        ids = repository.backup_ids()
+        packs = dict(repository.place.names("packs"))
+        shown = {
+            "path": repository.place.where,
+            "id": repository.config.id.hex(),
+            "chunk_size": repository.chunk_size,
+            "cipher": repository.config.cipher,
+            "immutable_ns": repository.config.immutable_ns,
+            "created_ns": repository.config.created_ns,
+            "backups": len(ids),
+            "packs": len(packs),
+            "stored_bytes": sum(packs.values()),
+        }
+    if options.json:
+        answer_json(shown)
+    else:
+        answer_fields({**shown, "stored_bytes": format_bytes(int(str(shown["stored_bytes"])))})
+
+
+def check(options: Namespace) -> int:
+    """Exit code 4 for damage."""
+    with opened_repository(options) as repository, moving(f"checking {repository.place.where}", 1000) as bar:
+        found = verify(
+            repository, read_data=not options.quick, progress=lambda done: bar(int(done * 1000), 1000)
+        )
+    if options.json:
+        answer_json({**asdict(found), "sound": found.sound})
+        return 0 if found.sound else DAMAGED
+    for pack in found.packs_damaged:
+        answer(f"{pack} cannot be read")
+    for damage in found.damage:
+        where = f"{damage.disk} [{damage.start}, {damage.end})" if damage.disk else "all of it"
+        answer(f"backup {damage.backup}: {where}: {damage.reason}")
+    said = f"{found.backups} backups, {found.packs} packs, {found.chunks} chunks"
+    say(f"{said}: {'sound' if found.sound else 'damaged'}")
+    return 0 if found.sound else DAMAGED
+
+
+def prune(options: Namespace) -> None:
+    """Remove what no rule keeps."""
+    rules = parse_slots(options.keep)
+    with opened_repository(options) as repository:
+        verdicts = pruning.plan(
+            list(repository.backups()),
+            rules,
+            time.time_ns(),
+            locked=locks(repository),
+            immutable_ns=repository.config.immutable_ns,
+            keep_last=options.keep_last,
+        )
+        rows = [
+            {
+                "what": "keep" if verdict.keep else "drop",
+                "id": verdict.backup.id,
+                "name": verdict.backup.name,
+                "created_ns": verdict.backup.created_ns,
+                "reason": verdict.reason,
+            }
+            for verdict in verdicts
+        ]
+        if not options.dry_run:
+            for verdict in verdicts:
+                if not verdict.keep:
+                    repository.place.delete(f"backups/{verdict.backup.id}")
+    if options.json:
+        answer_json(rows)
+        return
+    columns = (Column("what"), Column("id"), Column("name"), Column("reason"))
+    answer_table(columns, rows, nothing="there is no backup")
+    if not options.dry_run and any(row["what"] == "drop" for row in rows):
+        say(f"space comes back with: cdp repo gc {repository.place.where}")
+
+
+def gc(options: Namespace) -> None:
+    """Delete what no backup names."""
+    with opened_repository(options) as repository:
+        if options.dry_run:
+            found = collecting.unused(repository)
+            result: dict[str, Any] = {
+                "packs": len(found),
+                "deleted": 0,
+                "waiting": 0,
+                "freed_bytes": sum(item.bytes - item.kept_bytes for item in found),
+            }
+        else:
+            with moving(f"sweeping {repository.place.where}", 1000) as bar:
+                swept = collecting.sweep(repository, progress=lambda done: bar(int(done * 1000), 1000))
+            result = {
+                "packs": len(swept.doomed),
+                "deleted": swept.deleted,
+                "waiting": swept.waiting,
+                "freed_bytes": swept.freed_bytes,
+            }
+    if options.json:
+        answer_json(result)
+        return
+    would = "would come back" if options.dry_run else "came back"
+    answer(f"{format_bytes(result['freed_bytes'])} {would}; {result['deleted']} packs deleted")
+    if result["waiting"]:
+        say(f"{result['waiting']} packs wait for backups that are under way: run it again later")
+
+
+def locks(repository: Repository) -> dict[str, str]:
+    """Id of each locked backup, and the reason. A lock that cannot be read holds."""
+    found = {}
+    for name, _ in repository.place.names("locks"):
+        try:
+            reason = str(json.loads(repository.place.get(name)).get("reason", ""))
+        except (FileNotFoundError, ValueError, AttributeError):
+            reason = "the lock cannot be read"
+        found[name.removeprefix("locks/")] = reason
+    return found

@@ -1,0 +1,173 @@
+"""`cdp repo` and `cdp backup` as argparse knows them. Loaded by every command, so it is small."""
+
+from argparse import ArgumentParser
+
+from cdpserver import names
+from cdpserver.errors import UsageError
+from recovery.arguments import count, take_point, take_yes
+from recovery.tree import Commands, lazy
+
+REPO_VARIABLE = "CDP_REPO"
+
+
+def add_repositories(commands: Commands) -> None:
+    """`cdp repo`, `cdp backup`"""
+    _add_repo(commands)
+    _add_backup(commands)
+
+
+def _add_repo(commands: Commands) -> None:
+    repo = commands.group("repo", "Backup repositories: where backups are kept, off this machine.")
+    init = repo.leaf(
+        "init",
+        lazy("repo", "init"),
+        "Make a repository in an empty directory.",
+        "cdp repo init /mnt/nas/backups --chunk-size 1M --key-file backup.key",
+    )
+    init.add_argument("path", metavar="PATH")
+    init.add_argument(
+        "--chunk-size",
+        type=names.parse_size,
+        metavar="SIZE",
+        help="what is stored once: a power of two from 64K to 64M; default: 1M (docs/backup.md says why)",
+    )
+    init.add_argument(
+        "--immutable",
+        type=names.parse_duration,
+        metavar="SPAN",
+        help="no command removes a backup that is younger, such as 30d",
+    )
+    take_key(init)
+    listing = repo.leaf(
+        "list",
+        lazy("repo", "list_"),
+        "List the repositories that were used on this machine.",
+        "cdp repo list",
+    )
+    show = repo.leaf(
+        "show", lazy("repo", "show"), "Show what a repository is and holds.", "cdp repo show /mnt/nas/backups"
+    )
+    check = repo.leaf(
+        "check",
+        lazy("repo", "check"),
+        "Verify backups and chunks; damage is told as backups, disks and ranges.",
+        "cdp repo check /mnt/nas/backups",
+    )
+    check.add_argument(
+        "--quick", action="store_true", help="only whether everything has a place; read no data"
+    )
+    prune = repo.leaf(
+        "prune",
+        lazy("repo", "prune"),
+        "Remove the backups that a rule does not keep.",
+        "cdp repo prune /mnt/nas/backups --keep '7d 4w 12m' --dry-run",
+    )
+    prune.add_argument(
+        "--keep", required=True, metavar="RULE", help="one of each hour, day, week, month: '7d 4w 12m'"
+    )
+    prune.add_argument("--keep-last", type=count, default=1, metavar="N", help="and the newest N; default: 1")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would happen, and why")
+    gc = repo.leaf(
+        "gc",
+        lazy("repo", "gc"),
+        "Delete chunks that no backup needs. Safe beside running backups.",
+        "cdp repo gc /mnt/nas/backups",
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    for command in (show, check, prune, gc):
+        command.add_argument("path", metavar="PATH")
+        take_key(command)
+    del listing
+
+
+def _add_backup(commands: Commands) -> None:
+    backup = commands.group("backup", "Backups of points, in a repository.")
+    run = backup.leaf(
+        "run",
+        lazy("backup", "run"),
+        "Back up a point; only what changed since an earlier backup is read. Works without the server.",
+        "cdp backup run web/vda@latest --repo /mnt/nas/backups",
+    )
+    take_point(run)
+    run.add_argument("--full", action="store_true", help="read everything, whatever is known of changes")
+    run.add_argument(
+        "--max-increments",
+        type=count,
+        metavar="N",
+        help="a full one follows after so many incremental ones; default: 63",
+    )
+    listing = backup.leaf(
+        "list", lazy("backup", "list_"), "List the backups.", "cdp backup list --repo /mnt/nas/backups"
+    )
+    listing.add_argument("name", metavar="DISK", nargs="?", help="only those of this disk or VM")
+    show = backup.leaf(
+        "show", lazy("backup", "show"), "Show one backup.", "cdp backup show latest --repo /mnt/nas/backups"
+    )
+    verify = backup.leaf(
+        "verify",
+        lazy("backup", "verify"),
+        "Read one backup, and compare every chunk with its id.",
+        "cdp backup verify latest --repo /mnt/nas/backups",
+    )
+    remove = backup.leaf(
+        "remove",
+        lazy("backup", "remove"),
+        "Remove a backup; no other one needs it. Space comes back at cdp repo gc.",
+        "cdp backup remove latest --repo /mnt/nas/backups --yes",
+    )
+    take_yes(remove)
+    lock = backup.leaf(
+        "lock",
+        lazy("backup", "lock"),
+        "Keep a backup, whatever a rule says.",
+        "cdp backup lock latest --repo /mnt/nas/backups --reason audit",
+    )
+    lock.add_argument("--reason", default="", metavar="TEXT")
+    unlock = backup.leaf(
+        "unlock",
+        lazy("backup", "unlock"),
+        "Give a lock up.",
+        "cdp backup unlock latest --repo /mnt/nas/backups",
+    )
+    restore = backup.leaf(
+        "restore",
+        lazy("backup", "restore"),
+        "Write a disk of a backup to a file, a device or an NBD server; interrupted, the same command goes on.",
+        "cdp backup restore latest --repo /mnt/nas/backups --output vda.qcow2 --format qcow2 --verify",
+    )
+    restore.add_argument("--disk", metavar="DISK", help="of a backup of several: which one")
+    restore.add_argument(
+        "--output",
+        required=True,
+        metavar="OUTPUT",
+        help="a file, a block device, nbd://... or nbd+unix://...",
+    )
+    restore.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of a file; default: raw")
+    restore.add_argument(
+        "--sparse", action="store_true", help="also look for zeros inside chunks, and leave them out"
+    )
+    restore.add_argument("--verify", action="store_true", help="read back and compare")
+    restore.add_argument(
+        "--force", action="store_true", help="replace what is there; begin an interrupted one anew"
+    )
+    for command in (show, verify, remove, lock, unlock, restore):
+        command.add_argument(
+            "id", metavar="ID", type=_id, help="of cdp backup list, its beginning, or latest"
+        )
+    for command in (run, listing, show, verify, remove, lock, unlock, restore):
+        command.add_argument("--repo", metavar="PATH", help=f"the repository; else ${REPO_VARIABLE}")
+        take_key(command)
+
+
+def take_key(command: ArgumentParser) -> None:
+    """Where the key of an encrypted repository comes from; never from the command line itself."""
+    keys = command.add_mutually_exclusive_group()
+    keys.add_argument("--key-file", metavar="FILE", help="holds the key of an encrypted repository")
+    keys.add_argument("--key-command", metavar="COMMAND", help="prints the key, such as 'pass show backup'")
+
+
+def _id(text: str) -> str:
+    shown = text.removeprefix("backup:")
+    if not shown or not shown.replace("-", "").replace(".", "").isalnum() or not shown.isascii():
+        raise UsageError(f"not a backup: {names.show(text)}", hint="cdp backup list shows their ids")
+    return shown

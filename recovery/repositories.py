@@ -1,0 +1,102 @@
+"""Repositories as commands open them: by path, with a key; and those that were used on this machine."""
+
+import contextlib
+import os
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cdpserver import durable
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.names import show
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.record import Backup
+from cdpserver.repository.repository import Repository, default_cache
+from recovery.repo_tree import REPO_VARIABLE
+
+KEY_BYTES = 64 << 10
+KEY_COMMAND_S = 60.0
+
+
+def read_key(options: Namespace) -> bytes | None:
+    """The key's bytes; None if none is named. UsageError, RefusedError."""
+    if options.key_file is not None:
+        try:
+            with open(options.key_file, "rb") as file:
+                return file.read(KEY_BYTES)
+        except OSError as error:
+            raise UsageError(
+                f"the key file {show(options.key_file)} cannot be read: {error.strerror}",
+                hint="name the file that holds the key",
+            ) from None
+    if options.key_command is None:
+        return None
+    try:
+        done = subprocess.run(
+            options.key_command, shell=True, stdout=subprocess.PIPE, timeout=KEY_COMMAND_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise RefusedError(
+            f"the key command did not end in {KEY_COMMAND_S:.0f} s", hint="try it by hand"
+        ) from None
+    if done.returncode:
+        raise RefusedError(f"the key command ended with {done.returncode}", hint="try it by hand")
+    return done.stdout
+
+
+def path_of(options: Namespace) -> Path:
+    """The repository that the command is about."""
+    path = getattr(options, "path", None) or getattr(options, "repo", None) or os.environ.get(REPO_VARIABLE)
+    if not path:
+        raise UsageError("which repository?", hint=f"give --repo PATH, or set {REPO_VARIABLE}")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def opened_repository(options: Namespace) -> Iterator[Repository]:
+    """NotFoundError, RefusedError for a wrong key, CorruptError."""
+    path = path_of(options)
+    with Repository(DirectoryPlace(path), secret=read_key(options)) as repository:
+        note(path, repository.config.id.hex())
+        yield repository
+
+
+def find_backup(repository: Repository, text: str) -> Backup:
+    """By id, the beginning of one, or `latest`."""
+    ids = repository.backup_ids()
+    if text == "latest":
+        if not ids:
+            raise NotFoundError(
+                f"there is no backup in {repository.place.where}", hint="cdp backup run makes one"
+            )
+        return repository.backup(ids[-1])
+    found = [id_ for id_ in ids if id_.startswith(text)]
+    if len(found) > 1 and text not in found:
+        raise UsageError(f"{len(found)} backups begin with {show(text)}", hint="write more of the id")
+    return repository.backup(text if text in found or not found else found[0])
+
+
+# -- those that were used here
+
+
+def _list_path() -> Path:
+    return default_cache() / "repositories.json"
+
+
+def known() -> dict[str, Any]:
+    """Path -> id of the repositories that were used on this machine."""
+    try:
+        return durable.read_json(_list_path())
+    except (FileNotFoundError, CorruptError):
+        return {}
+
+
+def note(path: Path, id_: str) -> None:
+    """This one was used."""
+    there = known()
+    where = str(path.absolute())
+    if there.get(where) != id_:
+        _list_path().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        durable.write_json(_list_path(), {**there, where: id_})

@@ -1,0 +1,256 @@
+"""`cdp repo` and `cdp backup` against a real server: into a repository, killed on the way, and back."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpserver.errors import CdpError, NoSpaceError, NotFoundError, RefusedError, UsageError
+from cdpserver.repository import packs, seal
+from recovery import cli
+from tests.test_service import SIZE, Server, connected, read
+
+pytestmark = pytest.mark.real
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def server(short_path: Path) -> Iterator[Server]:
+    with Server(short_path / "s") as running:
+        uri = running.add()
+        with connected(uri) as client:
+            client.pwrite(os.urandom(3 * MIB), 0)
+        running.post("/v1/disks/d:synced", write_blocking=True)
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def place(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets and caches of ours in the test's own directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(short_path / "xdg"))
+    monkeypatch.setenv("CDP_REPO", str(short_path / "repo"))
+
+
+def cdp(server: Server, capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
+    """What a command answers in JSON."""
+    options = cli.parse(["--state-dir", str(server.state_dir), *map(str, arguments), "--json"])
+    assert (options.run(options) or 0) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def write(server: Server, data: bytes, offset: int) -> None:
+    with connected(str(server.get("/v1/disks/d")["uri"])) as client:
+        client.pwrite(data, offset)
+
+
+@pytest.mark.parametrize("key", [False, True])
+def test_into_a_repository_and_back(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str], key: bool
+) -> None:
+    """Full, incremental, restored as raw and QCOW2, verified; the service may be down."""
+    options = ("--key-file", short_path / "key") if key else ()
+    (short_path / "key").write_bytes(b"correct horse battery staple\n")
+    made = cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "256K", *options)
+    assert (made["chunk_size"], made["cipher"]) == (256 << 10, "aes-256-gcm" if key else "none")
+    first = cdp(server, capsys, "backup", "run", "d@latest", *options)
+    assert (first["kind"], first["disks"][0]["name"], first["disks"][0]["size"]) == ("full", "d", SIZE)
+    assert first["read_bytes"] == 3 * MIB
+    before = read(server.uri("d@latest"))
+    write(server, os.urandom(4096), 5 * MIB)
+    second = cdp(server, capsys, "backup", "run", "d@latest", *options)
+    assert (second["kind"], second["read_bytes"], second["new_bytes"]) == (
+        "incremental",
+        256 << 10,
+        256 << 10,
+    )
+    assert second["stored_bytes"] < 16 << 10
+    after = read(server.uri("d@latest"))
+    server.stop()
+    third = cdp(server, capsys, "backup", "run", "d@latest", *options)
+    assert third["read_bytes"] == 0
+    for id_, format, content in ((first["id"], "raw", before), ("latest", "qcow2", after)):
+        output = short_path / f"o.{format}"
+        told = cdp(
+            server, capsys, "backup", "restore", id_, "--output", output, "--format", format, "--verify", *options
+        )  # fmt: skip
+        assert told["verified"]
+        raw = short_path / "plain"
+        subprocess.run(["qemu-img", "convert", "-f", format, "-O", "raw", output, raw], check=True)
+        assert raw.read_bytes() == content
+    assert [b["id"] for b in cdp(server, capsys, "backup", "list", *options)] == [
+        first["id"], second["id"], third["id"],
+    ]  # fmt: skip
+    assert cdp(server, capsys, "backup", "verify", "latest", *options)["sound"]
+    assert cdp(server, capsys, "repo", "check", short_path / "repo", *options)["sound"]
+    assert cdp(server, capsys, "repo", "show", short_path / "repo", *options)["backups"] == 3
+    assert [row["state"] for row in cdp(server, capsys, "repo", "list")] == ["there"]
+    if key:
+        with pytest.raises(RefusedError, match="is encrypted"):
+            cdp(server, capsys, "backup", "list")
+        by_command = ("--key-command", f"cat {short_path / 'key'}")
+        assert len(cdp(server, capsys, "backup", "list", *by_command)) == 3
+
+
+def test_locks_removal_prune_and_gc(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = short_path / "repo"
+    cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+    ids = []
+    for number in range(3):
+        write(server, os.urandom(MIB), number * MIB)
+        ids.append(cdp(server, capsys, "backup", "run", "d@latest")["id"])
+    cdp(server, capsys, "backup", "lock", ids[0], "--reason", "audit")
+    with pytest.raises(RefusedError, match="is locked: audit"):
+        cdp(server, capsys, "backup", "remove", ids[0], "--yes")
+    with pytest.raises(UsageError, match="this removes"):
+        cdp(server, capsys, "backup", "remove", ids[1])
+    rows = cdp(server, capsys, "repo", "prune", repo, "--keep", "none", "--dry-run")
+    assert [(row["what"], row["reason"]) for row in rows] == [
+        ("keep", "locked: audit"), ("drop", "no rule keeps it"), ("keep", "the newest"),
+    ]  # fmt: skip
+    assert len(cdp(server, capsys, "backup", "list")) == 3
+    cdp(server, capsys, "repo", "prune", repo, "--keep", "none")
+    assert [row["id"] for row in cdp(server, capsys, "backup", "list")] == [ids[0], ids[2]]
+    would = cdp(server, capsys, "repo", "gc", repo, "--dry-run")
+    did = cdp(server, capsys, "repo", "gc", repo)
+    assert did["deleted"] == would["packs"] == 0, "what the second one stored is the third one's too"
+    cdp(server, capsys, "backup", "unlock", ids[0])
+    cdp(server, capsys, "backup", "remove", ids[0], "--yes")
+    would = cdp(server, capsys, "repo", "gc", repo, "--dry-run")
+    did = cdp(server, capsys, "repo", "gc", repo)
+    assert did["deleted"] == would["packs"] == 1, "the first one's: two of its three MiB are used no more"
+    assert 2 * MIB - (64 << 10) < did["freed_bytes"] < 2 * MIB + (64 << 10)
+    assert cdp(server, capsys, "repo", "check", repo)["sound"]
+
+
+def test_an_immutable_repository(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cdp(server, capsys, "repo", "init", short_path / "repo", "--immutable", "30d")
+    cdp(server, capsys, "backup", "run", "d@latest")
+    write(server, os.urandom(4096), 0)
+    cdp(server, capsys, "backup", "run", "d@latest")
+    with pytest.raises(RefusedError, match="immutable until"):
+        cdp(server, capsys, "backup", "remove", "latest", "--yes")
+    rows = cdp(server, capsys, "repo", "prune", short_path / "repo", "--keep", "none")
+    assert [row["what"] for row in rows] == ["keep", "keep"]
+
+
+def test_killed_at_any_time_there_is_no_half_backup(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL after a pack was stored; the next backup is right, and gc takes what was left."""
+    repo = short_path / "repo"
+    cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+    script = (
+        "import sys, time; from cdpserver.repository import packs; packs.PACK_BYTES = 1 << 18;"
+        "from cdpserver.repository.repository import Repository;"
+        "Repository.write_backup = lambda *_: (print('stored', flush=True), time.sleep(600));"
+        "from recovery import cli; sys.exit(cli.main())"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "--state-dir",
+        str(server.state_dir),
+        "backup",
+        "run",
+        "d@latest",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stored\n"
+    stored = list((repo / "packs").rglob("*-0*"))
+    assert len(stored) > 4
+    waiting = cdp(server, capsys, "repo", "gc", repo)
+    assert (waiting["deleted"], waiting["packs"]) == (0, 0), "it is under way"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert cdp(server, capsys, "backup", "list") == []
+    made = cdp(server, capsys, "backup", "run", "d@latest")
+    assert (made["kind"], made["new_bytes"]) == ("full", 0), "its chunks are there already"
+    assert cdp(server, capsys, "backup", "verify", "latest")["sound"]
+    assert cdp(server, capsys, "repo", "gc", repo)["deleted"] <= 1
+    assert cdp(server, capsys, "repo", "check", repo)["sound"]
+
+
+def test_a_full_repository(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said, with no backup; with room the same command is right."""
+    repo = short_path / "repo"
+    repo.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", repo], check=True)
+    try:
+        monkeypatch.setattr(packs, "PACK_BYTES", 1 << 18)
+        cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+        with pytest.raises(NoSpaceError):
+            cdp(server, capsys, "backup", "run", "d@latest")
+        assert cdp(server, capsys, "backup", "list") == []
+        subprocess.run(["mount", "-o", "remount,size=8m", repo], check=True)
+        made = cdp(server, capsys, "backup", "run", "d@latest")
+        assert made["new_bytes"] < 3 * MIB, "what was stored before counts"
+        assert cdp(server, capsys, "repo", "check", repo)["sound"]
+    finally:
+        subprocess.run(["umount", repo], check=True)
+
+
+def test_a_restore_goes_on_and_damage_is_never_given_out(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo, output = short_path / "repo", short_path / "o.raw"
+    cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+    cdp(server, capsys, "backup", "run", "d@latest")
+    content = read(server.uri("d@latest"))
+    pack = next(p for p in (repo / "packs").rglob("*") if p.is_file())
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[: 2 * MIB] + bytes(100) + whole[2 * MIB + 100 :])
+    with pytest.raises(CdpError):
+        cdp(server, capsys, "backup", "restore", "latest", "--output", output)
+    assert not output.exists()
+    told = cdp(server, capsys, "backup", "verify", "latest", code=4)
+    assert len(told["damage"]) == 1
+    assert told["damage"][0]["end"] - told["damage"][0]["start"] in (64 << 10, 128 << 10)
+    pack.write_bytes(whole)
+    assert cdp(server, capsys, "backup", "restore", "latest", "--output", output, "--verify")["verified"]
+    assert output.read_bytes() == content
+
+
+def test_what_is_refused(server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repo = short_path / "repo"
+    with pytest.raises(NotFoundError, match="no repository"):
+        cdp(server, capsys, "backup", "list")
+    cdp(server, capsys, "repo", "init", repo)
+    with pytest.raises(NotFoundError, match="no backup"):
+        cdp(server, capsys, "backup", "show", "latest")
+    with pytest.raises(NotFoundError, match="no disk"):
+        cdp(server, capsys, "backup", "run", "nothing@latest")
+    with pytest.raises(UsageError, match="key file"):
+        cdp(server, capsys, "repo", "init", short_path / "other", "--key-file", short_path / "none")
+    cdp(server, capsys, "backup", "run", "d@latest")
+    with pytest.raises(UsageError, match="is of d"):
+        cdp(server, capsys, "backup", "restore", "latest", "--disk", "e", "--output", short_path / "o")
+    shutil.rmtree(repo / "packs")
+    assert not cdp(server, capsys, "repo", "check", repo, "--quick", code=4)["sound"]
+
+
+def test_the_key_derivation_is_slow_enough() -> None:
+    """About a tenth of a second for each guess."""
+    started = time.monotonic()
+    seal.derive_keys(b"secret", bytes(16))
+    assert time.monotonic() - started > 0.01
+    assert seal.SCRYPT_N >= 1 << 15
