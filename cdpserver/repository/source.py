@@ -76,8 +76,8 @@ class PointSource:
         try:
             if not is_unbroken(history, disk.seq, self.seq):
                 raise UnknownChangeError("the history since the last backup is not all there any more")
-            old = View(history, disk.seq, self._view.files)
-            ranges = changed(self._view, old).tolist()
+            with contextlib.closing(View(history, disk.seq)) as old:
+                ranges = changed(self._view, old).tolist()
         except CdpError as error:
             raise UnknownChangeError(
                 f"the history since the last backup cannot be read: {error.message}"
