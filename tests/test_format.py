@@ -6,6 +6,8 @@ import struct
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from cdpserver import limits, state
 from cdpserver.catalog.content import Content
 from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
@@ -15,6 +17,7 @@ from cdpserver.journal import control, instants, record, segment
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.record import BODY, CHECK, DTYPE, Kind, Record
 from cdpserver.journal.segment import FIXED, Header, data_path, log_path
+from cdpserver.repository import format
 from tests.core import ROOT
 from tests.model import BLOCK, read_header
 
@@ -44,6 +47,21 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
             found.append((at, size))
             at += size
     return found
+
+
+@pytest.mark.parametrize(
+    ("title", "structs", "size"),
+    [
+        ("Head of a pack, 32 bytes", (format.HEAD,), format.HEAD.size),
+        ("Entry of a pack, 52 bytes", (format.ENTRY, format.CHECK), format.ENTRY_SIZE),
+        ("Row of a pack, 52 bytes", (format.ROW,), format.ROW.size),
+        ("Tail of a pack, 32 bytes", (format.TAIL, format.CHECK), format.TAIL_SIZE),
+    ],
+)
+def test_packs_are_laid_out_as_documented(title: str, structs: tuple[struct.Struct, ...], size: int) -> None:
+    documented = [(int(offset), int(length)) for offset, length, _ in table(section(title))]
+    assert documented == [field for field in layout(*structs) if field[0] < documented[-1][0] + 1]
+    assert int(re.findall(r"\d+", title)[0]) == size
 
 
 def test_the_record_is_laid_out_as_documented() -> None:

@@ -281,7 +281,7 @@ def test_every_kind_of_file_flipped_and_cut(case: Case) -> None:
         for _ in range(12):
             at = dice.randrange(len(whole))
             path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << dice.randrange(8))]) + whole[at + 1 :])
-            damaged(case, f"cache-{number}", unused=at >= len(whole) - format.TAIL.size)
+            damaged(case, f"cache-{number}", unused=at >= len(whole) - format.TAIL_SIZE)
         path.write_bytes(whole[: dice.randrange(len(whole))])
         damaged(case, f"cut-{number}", unused=False)
         path.write_bytes(whole)
@@ -361,7 +361,7 @@ def test_the_index_is_disposable(case: Case) -> None:
         path.write_bytes(b"junk" * 5000)
     case.verify()
     pack = next(p for p in (case.path / "repo/packs").rglob("*") if p.is_file())
-    pack.write_bytes(pack.read_bytes()[: -format.TAIL.size - 10])
+    pack.write_bytes(pack.read_bytes()[: -format.TAIL_SIZE - 10])
     case.verify("anew")
 
 
@@ -483,7 +483,7 @@ def test_packs_say_the_same_twice(entries: list[tuple[bytes, bytes, Kind]]) -> N
         at += format.ENTRY_SIZE + len(payload)
     data = b"".join([*parts, format.pack_end(made, at)])
     assert list(format.scan(data, repo_id)) == made
-    place, count, crc = format.parse_tail(data[-format.TAIL.size :], len(data))
+    place, count, crc = format.parse_tail(data[-format.TAIL_SIZE :], len(data))
     assert format.parse_rows(data[place : place + count * format.ROW.size], place, crc) == made
     for cut in range(format.HEAD.size, len(data), 37):
         found = list(format.scan(data[:cut], repo_id))
@@ -498,9 +498,9 @@ def test_junk_is_corrupt_and_nothing_else(data: bytes) -> None:
         list(format.scan(format.pack_head(bytes(16)) + data, bytes(16)))
     with pytest.raises(CorruptError):
         list(format.scan(data, bytes(16)))
-    if len(data) >= format.TAIL.size:
+    if len(data) >= format.TAIL_SIZE:
         with pytest.raises(CorruptError):
-            format.parse_tail(data[-format.TAIL.size :], len(data))
+            format.parse_tail(data[-format.TAIL_SIZE :], len(data))
 
 
 @given(ranges=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 40)), max_size=20))

@@ -31,8 +31,10 @@ ENTRY_SIZE = ENTRY.size + CHECK.size
 ROW = struct.Struct("<32sQIIBB2x")
 """Id, place of the payload in the pack, stored bytes, raw bytes, kind, codec."""
 
-TAIL = struct.Struct("<8sQIII4x")
-"""Magic, place of the rows, their number, their CRC, and the CRC of all that before."""
+TAIL = struct.Struct("<8sQII")
+"""Magic, place of the rows, their number, their CRC. A CRC of these follows, then four zero bytes."""
+
+TAIL_SIZE = TAIL.size + CHECK.size + 4
 
 ID_SIZE = 32
 ZERO_ID: Final = bytes(ID_SIZE)
@@ -80,16 +82,16 @@ def pack_entry(entry: Entry) -> bytes:
 def pack_end(entries: list[Entry], place: int) -> bytes:
     """Rows and tail of a pack whose payloads end at `place`."""
     rows = b"".join(ROW.pack(e.id, e.place, e.stored, e.raw, e.kind, e.codec) for e in entries)
-    tail = TAIL.pack(TAIL_MAGIC, place, len(entries), zlib.crc32(rows), 0)
-    return rows + tail[:24] + CHECK.pack(zlib.crc32(tail[:24])) + bytes(4)
+    tail = TAIL.pack(TAIL_MAGIC, place, len(entries), zlib.crc32(rows))
+    return rows + tail + CHECK.pack(zlib.crc32(tail)) + bytes(4)
 
 
 def parse_tail(data: bytes, length: int) -> tuple[int, int, int]:
-    """(place, number, CRC) of the rows, from the last TAIL.size bytes of a pack of `length` bytes."""
-    magic, place, count, crc, check = TAIL.unpack(data)
-    if magic != TAIL_MAGIC or zlib.crc32(data[:24]) != check:
+    """(place, number, CRC) of the rows, from the last TAIL_SIZE bytes of a pack of `length` bytes."""
+    magic, place, count, crc = TAIL.unpack_from(data)
+    if magic != TAIL_MAGIC or CHECK.unpack_from(data, TAIL.size)[0] != zlib.crc32(data[: TAIL.size]):
         raise CorruptError("the end of the pack is damaged")
-    if place + count * ROW.size + TAIL.size != length or place < HEAD.size:
+    if place + count * ROW.size + TAIL_SIZE != length or place < HEAD.size:
         raise CorruptError("the pack has not the length that it says")
     return place, count, crc
 

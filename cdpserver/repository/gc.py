@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL, ZERO_ID, Entry
+from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL_SIZE, ZERO_ID, Entry
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.repository import Repository
 
@@ -62,7 +62,7 @@ def unused(repository: Repository) -> list[Unused]:
             continue
         entries = repository.entries(pack, length)
         kept = sum(e.stored for e in _read_here(repository, pack, entries, live))
-        overhead = HEAD.size + TAIL.size + len(entries) * ROW.size
+        overhead = HEAD.size + TAIL_SIZE + len(entries) * ROW.size
         if not kept or length - overhead - kept > WASTE * length:
             found.append(Unused(pack, length, kept))
     return found

@@ -204,10 +204,10 @@ class Repository:
     def entries(self, pack: str, length: int) -> list[Entry]:
         """What a pack holds, from the rows at its end, else from the entries in it."""
         try:
-            tail_at = length - format.TAIL.size
+            tail_at = length - format.TAIL_SIZE
             if tail_at < format.HEAD.size:
                 raise CorruptError(f"{pack} is cut short")
-            place, count, crc = format.parse_tail(self.place.read(pack, tail_at, format.TAIL.size), length)
+            place, count, crc = format.parse_tail(self.place.read(pack, tail_at, format.TAIL_SIZE), length)
             return format.parse_rows(self.place.read(pack, place, count * format.ROW.size), place, crc)
         except CorruptError:
             return list(format.scan(self.place.get(pack), self.config.id))
