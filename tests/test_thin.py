@@ -14,6 +14,7 @@ import pytest
 
 from cdpserver import durable
 from cdpserver.catalog import Catalog
+from cdpserver.chain.lock import intervals_alone
 from cdpserver.check import check_timeline
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, CorruptError, RefusedError, UsageError
@@ -427,7 +428,7 @@ def test_an_instant_that_comes_to_be_held_meanwhile_is_not_lost(
 
 
 def test_nobody_thins_beside_another_pass_or_a_rebuild(busy: Busy) -> None:
-    with thin.alone(busy.line.directory) as mine:
+    with intervals_alone(busy.line.directory) as mine:
         assert mine
         assert busy.prune(MINUTES).dropped == []
     with indexer.index_lock(busy.line.directory):

@@ -4,6 +4,9 @@ Who takes base points away, or intervals, holds it exclusively, all the time tha
 point that is to stay (a lock, a fork), so that what was looked at is still there when it is named, and by who publishes a file on
 a base point of *another* timeline (the first of a fork). Publishing in the own timeline needs no lock: a base point stands on the
 newest, and that always stays.
+
+A flock on `intervals/` is for longer: exclusive for who drops or thins intervals, shared for who reads all of them, as `cdp
+check` does. Meanwhile locks can be set, and base points cut and merged.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cdpserver.errors import BrokenError, RefusedError
+from cdpserver.timeline import INTERVALS
 
 FILE = "chain.lock"
 
@@ -90,6 +94,35 @@ def standing_on(backing: Path, directory: Path) -> Iterator[None]:
                 hint="the base point is written anew on what took its place",
             )
         yield
+
+
+@contextlib.contextmanager
+def intervals_alone(directory: Path) -> Iterator[bool]:
+    """Nobody else drops or thins intervals inside, or reads all of them; False if somebody does."""
+    with _intervals(directory) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextlib.contextmanager
+def intervals_stand(directory: Path) -> Iterator[None]:
+    """No interval is dropped or thinned inside; waits for who does that."""
+    with _intervals(directory) as fd:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def _intervals(directory: Path) -> Iterator[int]:
+    fd = os.open(directory / INTERVALS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _open(directory: Path) -> int:

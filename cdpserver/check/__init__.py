@@ -3,17 +3,20 @@
     timeline.json -> base -> segments (headers, payload) -> index -> base points
 
 Reads only, and only what it was given: nothing is printed, asked for or repaired here. Safe beside a running target,
-indexer and service: what is not indexed yet, a record in flight and an index that lags are no damage.
+indexer and service: what is not indexed yet, a record in flight and an index that lags are no damage. While it runs no
+interval is dropped or thinned. Base points may be merged: what is wrong with one is said when it still is while none is.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import timeline
 from cdpserver.basepoint import below_intervals
+from cdpserver.chain.lock import intervals_stand, stays
 from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point
 from cdpserver.check.damage import Damage, Effects, Finding
 from cdpserver.check.isolated import check_indexes
@@ -75,6 +78,8 @@ def check_timeline(
     with contextlib.ExitStack() as stack:
         history = None
         held = None
+        if (directory / timeline.INTERVALS).is_dir():
+            stack.enter_context(intervals_stand(directory))
         try:
             held = timeline.load(directory)
         except CorruptError as error:
@@ -127,13 +132,22 @@ def _the_rest(
     for done, number in enumerate(files, start=1):
         if not base_point_path(directory, number).exists():
             continue  # merged away meanwhile: what was lost is missed by what stands on it
-        yield from check_base_point(state_dir, held, number, known, check.sizes.get(number))
+        found_wrong = partial(check_base_point, state_dir, held, number, known, check.sizes.get(number))
+        yield from _still(directory, found_wrong)
         if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
             named = (f"bp:{number}",)
             yield Finding(what, path, 0, 0, 0, 0, named=named, hint=_without_a_name(directory, number))
         progress("base points", done, len(files))
+
+
+def _still(directory: Path, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What is wrong with a base point, also while nobody merges."""
+    if not (found := list(look())):
+        return found
+    with stays(directory):
+        return list(look())
 
 
 def _first_boot_id(directory: Path) -> str:
@@ -169,5 +183,5 @@ def _cuts(directory: Path, check: SegmentCheck, history: History | None) -> Cuts
 def _contents(history: History, known: Cuts, progress: Progress) -> Iterator[Finding]:
     files = [number for number in published(history.directory) if number in known]
     for done, number in enumerate(files, start=1):
-        yield from compare_base_point(history, number, known[number])
+        yield from _still(history.directory, partial(compare_base_point, history, number, known[number]))
         progress("content of base points", done, len(files))

@@ -17,7 +17,7 @@ from typing import Any
 from cdpserver import durable, leases, messages
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain import merge as chain
-from cdpserver.chain.lock import alone
+from cdpserver.chain.lock import alone, intervals_alone
 from cdpserver.clock import Clock
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, NotFoundError, RefusedError
@@ -162,12 +162,17 @@ def _prune_one(
 ) -> None:
     directory = state.timeline(entry.id)
     finish(directory)
-    with alone(directory), leases.none_taken(directory):
+    with alone(directory), intervals_alone(directory) as mine, leases.none_taken(directory):
         # Anew, since a lock or a lease may have come meanwhile; from here on none does without our knowing.
         decisions = plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns)
         gone = drops(decisions)
         for decision in gone:
             if decision.is_interval:
+                if not mine:
+                    raise RefusedError(
+                        f"history of timeline {directory.name} is being verified or thinned",
+                        hint="nothing is lost: a pass after that drops it",
+                    )
                 durable.remove_tree(interval_path(directory, decision.number))
                 done.dropped.append(decision)
     for run in merges(decisions):
@@ -189,7 +194,7 @@ def _thin(
         facts = gather(state, catalog, config, entry, now_ns=now_ns)
         return thinnings(facts, plan(facts, cutoff_ns))
 
-    with thin.alone(directory) as mine:
+    with intervals_alone(directory) as mine:
         if not mine:
             return
         for thinning in due():
@@ -248,7 +253,7 @@ def finish(directory: Path) -> None:
     """Remove what a killed pass had renamed already. Others' temporary names are left alone."""
     for left in (directory / INTERVALS).glob(f"{durable.REMOVING}*"):
         durable.remove_tree(left.with_name(left.name.removeprefix(durable.REMOVING)))
-    with thin.alone(directory) as mine:
+    with intervals_alone(directory) as mine:
         if mine:
             thin.tidy(directory)
 

@@ -6,15 +6,14 @@
 Durability: the new directory is whole and durable before the two change places by one renameat2(2), so whoever dies leaves one or
 the other under the name. Segment numbers go on counting: no path ever means two contents, so a reader that has opened either
 interval never mixes them. What a killed pass leaves has a name of its own, and the next one removes it (`tidy`).
-Locks: a flock on `intervals/` for who thins; for the moment of the swap `chain.lock`, the leases and the index besides.
+Locks: `intervals_alone` for who thins; for the moment of the swap `chain.lock`, the leases and the index besides.
 """
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
@@ -52,23 +51,8 @@ SPARE = 64 << 20
 Needed: TypeAlias = Callable[[], AbstractContextManager[frozenset[int]]]
 
 
-@contextlib.contextmanager
-def alone(timeline: Path) -> Iterator[bool]:
-    """Nobody else thins inside; False if somebody does."""
-    fd = os.open(timeline / INTERVALS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(fd)
-
-
 def tidy(timeline: Path) -> None:
-    """Remove what a killed pass left. Under `alone`."""
+    """Remove what a killed pass left. Under `intervals_alone`."""
     for left in (timeline / INTERVALS).glob(f"{PREFIX}*"):
         durable.remove_tree(left)
 
@@ -98,7 +82,7 @@ def estimate(timeline: Path, thinning: Thinning) -> int:
 
 
 def thin(timeline: Path, thinning: Thinning, needed: Needed) -> int:
-    """Thin an interval, under `alone`; the bytes that come back. Durable on return.
+    """Thin an interval, under `intervals_alone`; the bytes that come back. Durable on return.
 
     `needed` is entered for the swap: it locks, and says which seqs of the interval somebody needs by now.
     RefusedError if it needs others than were kept, or if the file system has no room or cannot swap; CorruptError for damage in
