@@ -1,20 +1,13 @@
 """`cdp usage` and `cdp forecast`: what history takes, and what another policy would need. From the files alone."""
 
 from argparse import Namespace
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cdpserver.catalog import Catalog
-from cdpserver.chain.holds import now_ns as clock_ns
 from cdpserver.config import Config, load_config
-from cdpserver.errors import RefusedError, RemovedError
-from cdpserver.journal.log import Journal
-from cdpserver.names import format_bytes, format_duration
-from cdpserver.retention import distinct, forecast, usage
-from cdpserver.retention.growth import HOUR_NS, LEAST_NS, unbroken
-from cdpserver.retention.policy import BY_NAME, Policy, contradiction
-from cdpserver.retention.slots import format_slots
+from cdpserver.names import format_bytes
+from cdpserver.retention import capacity, usage
+from cdpserver.retention.growth import HOUR_NS
 from cdpserver.state import StateDir, default_state_dir
 from recovery.output import Column, answer, answer_json, answer_table, say, show_time
 
@@ -53,10 +46,6 @@ def _about(span_ns: float) -> str:
     return "".join(parts) or "0s"
 
 
-def _rounded(value: float | None) -> int | None:
-    return None if value is None else round(value)
-
-
 # --- usage
 
 
@@ -64,7 +53,7 @@ def show_usage(options: Namespace) -> None:
     """What is used, how it grows, when a cap is reached."""
     state = StateDir.open(default_state_dir(options.state_dir))
     found = usage.survey(state, _config(options), disk=options.disk)
-    value = usage_value(found)
+    value = capacity.usage_value(found)
     if options.json:
         answer_json(value)
         return
@@ -96,138 +85,31 @@ def _cap_line(cap: usage.Cap, now_ns: int) -> str:
     return f"{used}; {THEN[cap.then]} in {_about(cap.hours * HOUR_NS)} at the soonest"
 
 
-def usage_value(found: usage.Store) -> dict[str, Any]:
-    """As --help describes it."""
-    return {
-        "time_ns": found.now_ns,
-        "disks": [
-            {
-                "disk": disk.disk,
-                "id": disk.id,
-                "state": disk.state,
-                "bytes": disk.bytes,
-                **disk.kinds,
-                "per_hour": _rounded(_per_hour(disk)),
-                "journal_per_hour": _rounded(disk.journal_per_hour),
-                "base_points_per_hour": _rounded(disk.base_points_per_hour),
-                "held_ns": disk.held_ns,
-                "error": str(disk.problem) if disk.problem is not None else None,
-            }
-            for disk in found.disks
-        ],
-        "images": found.images_bytes,
-        "free": found.free_bytes,
-        "caps": [
-            {
-                "of": cap.of,
-                "bytes": cap.bytes,
-                "cap_bytes": cap.cap_bytes,
-                "then": cap.then,
-                "in_ns": None if cap.hours is None else round(cap.hours * HOUR_NS),
-            }
-            for cap in found.caps
-        ],
-    }
-
-
-def _per_hour(disk: usage.Usage) -> float | None:
-    if disk.journal_per_hour is None:
-        return None
-    return disk.journal_per_hour + (disk.base_points_per_hour or 0.0)
-
-
 # --- forecast
 
 
 def show_forecast(options: Namespace) -> None:
     """What another policy would need."""
     state = StateDir.open(default_state_dir(options.state_dir))
-    with Catalog.open(state, writable=False) as catalog:
-        entry = usage.entry_of(catalog, options.disk)
-        if entry.state != "live":
-            raise RemovedError(f"{options.disk} is being removed", hint="cdp disk list shows when it is gone")
-        read = usage.policy_reader(catalog, _config(options))
-        disk = usage.measure(state, entry, read, now_ns=clock_ns(state))
-    usage.check_readable(disk)
-    assert disk.policy is not None
-    policy = _asked(disk.policy, options)
-    if problem := contradiction(policy):
-        raise problem
-    if disk.held_ns < LEAST_NS:
-        raise RefusedError(
-            f"{disk.disk} has {_about(disk.held_ns)} of history, which says nothing of an hour",
-            hint=f"ask again when there is {format_duration(LEAST_NS)} of it",
-        )
-    value = forecast_value(state.timeline(entry.id), disk, policy)
+    asked = {"keep_rp": options.keep, "keep_bp": options.keep_bp, "bp_every": options.bp_every}
+    value = capacity.forecast(state, _config(options), options.disk, asked)
     if options.json:
         answer_json(value)
     else:
         _answer_forecast(value)
 
 
-def _asked(policy: Policy, options: Namespace) -> Policy:
-    """The disk's policy with what was asked for in its place."""
-    given = {"keep_rp": ("--keep", options.keep), "keep_bp": ("--keep-bp", options.keep_bp)}
-    given["bp_every"] = ("--bp-every", options.bp_every)
-    for name, (flag, text) in given.items():
-        if text is not None:
-            field = BY_NAME[name]
-            policy = replace(policy, **{field.attribute: field.kind.read_option(flag, text)})
-    return policy
-
-
-def forecast_value(directory: Path, disk: usage.Usage, policy: Policy) -> dict[str, Any]:
-    """As --help describes it."""
-    first_ns = unbroken(disk.spans)[0].first_ns
-    now_ns = first_ns + disk.held_ns
-    journal = Journal(directory)
-    try:
-        samples = distinct.sample(journal, start_ns=first_ns, now_ns=now_ns, wanted=forecast.gaps(policy))
-    except FileNotFoundError:
-        raise RefusedError(f"history of {disk.disk} was dropped meanwhile", hint="try again") from None
-    finally:
-        journal.close()
-    curve = distinct.Curve(samples, disk.size)
-    instants = forecast.every_instant(disk.spans, now_ns, policy.keep_rp_ns)
-    points = forecast.base_points(policy, curve, disk.held_ns)
-    base = disk.kinds["base"]
-    total = base + instants.bytes + points.bytes
-    cap = policy.size_cap
-    return {
-        "disk": disk.disk,
-        "time_ns": now_ns,
-        "keep": format_duration(policy.keep_rp_ns),
-        "keep_bp": format_slots(policy.keep_bp),
-        "bp_every": format_duration(policy.bp_every_ns),
-        "held_ns": disk.held_ns,
-        "rp": {
-            "bytes": instants.bytes,
-            "measured": instants.measured,
-            "extrapolated": instants.extrapolated,
-            "per_hour": round(instants.per_hour),
-        },
-        "bp": {
-            "bytes": points.bytes,
-            "count": points.count,
-            "oldest_bytes": points.oldest_bytes,
-            "measured_ns": curve.measured_ns,
-            "gaps": [asdict(gap) for gap in points.gaps],
-        },
-        "base": base,
-        "bytes": total,
-        "bytes_now": disk.capped_bytes,
-        "size_cap": cap,
-        "fits": None if cap is None else total <= cap,
-        "samples": [found.as_dict() for found in samples],
-    }
-
-
 def _answer_forecast(value: dict[str, Any]) -> None:
     instants, points = value["rp"], value["bp"]
     answer(
-        f"every instant of {value['keep']}: {format_bytes(instants['bytes'])}"
+        f"every instant of {_about(instants['every_instant_ns'])}: {format_bytes(instants['bytes'])}"
         f" ({format_bytes(instants['measured'])} in the journal now, {format_bytes(instants['extrapolated'])} extrapolated)"
     )
+    before = _about(instants["every_instant_ns"])
+    for step in instants["thinned"]:
+        every, until = _about(step["every_ns"]), _about(step["span_ns"])
+        answer(f"then one each {every} until {until}, after {before}: about {format_bytes(step['bytes'])}")
+        before = until
     answer(f"base points ({value['bp_every']}; {value['keep_bp']}): about {format_bytes(points['bytes'])}")
     rows = [
         {

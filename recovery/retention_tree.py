@@ -90,8 +90,9 @@ FORECAST_FIELDS = """
 fields of --json (bytes, times in ns):
   disk, time_ns, keep, keep_bp, bp_every   what was asked, with the disk's policy for the rest
   held_ns    how far back the journal reaches without a break
-  rp         every instant of keep: bytes; of these measured (in the journal now), extrapolated (by the write
-             rate, per_hour)
+  rp         every instant of the first step of keep (every_instant_ns): bytes; of these measured (in the journal
+             now), extrapolated (by the write rate, per_hour); thinned (of each further step span_ns, every_ns,
+             count of instants, bytes)
   bp         base points, their content without the files' own tables: bytes, count; gaps (gap_ns, count,
              bytes_each: so many base points, that far from the one below); oldest_bytes (the oldest one holds all
              that was written before it); measured_ns (longer gaps are extrapolated, never past the disk's size)

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from cdpserver import timeline
 from cdpserver.catalog import Catalog
+from cdpserver.clock import boot_id
 from cdpserver.config import Config
 from cdpserver.journal.log import Journal
 from cdpserver.retention import distinct, facts, forecast, policies, usage
@@ -24,9 +26,10 @@ from cdpserver.retention.distinct import Curve, Sample
 from cdpserver.retention.growth import HOUR_NS, Part, Span, hours_until, made_per_hour, per_hour, unbroken
 from cdpserver.retention.policy import Policy
 from cdpserver.retention.slots import parse_slots
-from cdpserver.retention.steps import Step
+from cdpserver.retention.steps import Step, parse_steps
 from cdpserver.timeline import EmptyBase
 from tests.core import ROOT, SECOND_NS, Line, World, scratch
+from tests.test_service import ApiError, Server
 
 BLOCK = 4096
 SIZE = 8 << 20
@@ -77,6 +80,26 @@ def test_every_instant_is_whole_intervals_then_the_write_rate() -> None:
     assert forecast.every_instant(spans, now, HOUR_NS + 1).measured == 700
     longer = forecast.every_instant(spans, now, 24 * HOUR_NS)
     assert (longer.measured, longer.extrapolated, longer.bytes) == (1000, 20 * 250, 6000)
+
+
+def test_thinned_history_says_nothing_of_the_rate() -> None:
+    spans = [Span(n, n * HOUR_NS, (n + 1) * HOUR_NS - 1, 100 * n, 60 if n < 3 else 0) for n in range(1, 5)]
+    found = forecast.every_instant(spans, 5 * HOUR_NS, 24 * HOUR_NS)
+    assert (found.measured, found.per_hour, found.extrapolated) == (700, 350, 22 * 350)
+
+
+def test_steps_are_counted_each_by_its_own_windows() -> None:
+    curve = Curve([Sample(w, 4096 * w // MINUTE_NS, 0, 0, 1, 1) for w in (MINUTE_NS, HOUR_NS)], 1 << 40)
+    policy = Policy(keep_rp=parse_steps("1h 24h/1m 7d/1h"), bp_every_ns=20 * MINUTE_NS)
+    minutes, hours = forecast.thinned(policy, curve, per_hour=1e9)
+    assert (minutes.count, minutes.bytes) == (23 * 60, 23 * 60 * 4096)
+    # Every interval gives its end: no further apart than base points.
+    assert (hours.count, hours.bytes) == (6 * 24 * 3, 6 * 24 * 3 * 20 * 4096)
+    assert forecast.all_instants_ns(policy) == HOUR_NS
+    assert {MINUTE_NS, 20 * MINUTE_NS} <= forecast.windows(policy)
+    # No more than there is.
+    assert forecast.thinned(policy, curve, per_hour=10)[0].bytes == 230
+    assert forecast.thinned(Policy(), curve, per_hour=10) == ()
 
 
 @given(
@@ -286,11 +309,11 @@ def test_a_policy_that_contradicts_itself_is_said_and_another_can_be_asked_for(
             policies.forget(catalog, entry)
 
 
-def cdp(state: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def cdp(state: Path, *arguments: str, boot: str = BOOT) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "recovery.cli", "--state-dir", str(state), *arguments],
         cwd=ROOT,
-        env={**os.environ, "CDP_BOOT_ID": BOOT},
+        env={**os.environ, "CDP_BOOT_ID": boot},
         text=True,
         capture_output=True,
         check=False,
@@ -325,6 +348,19 @@ def test_the_commands_answer_offline_and_change_nothing(
     assert bp["oldest_bytes"] <= SIZE and value["bytes"] == rp["bytes"] + bp["bytes"] + value["base"]
     longest = value["samples"][-1]
     assert longest["bytes"] == pytest.approx(BLOCK * len({block for _, block in wrote}), rel=0.01)
+
+    done = cdp(state, "forecast", "d1", "--keep", "1h 9h/20m", "--bp-every", "1h", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    (step,) = value["rp"]["thinned"]
+    assert value["keep"] == "1h 9h/20m" and step["count"] == 8 * 3
+    assert value["rp"]["every_instant_ns"] == HOUR_NS and value["rp"]["extrapolated"] == 0
+    # What thinning would keep: of each 20 minutes the blocks that were written.
+    windows = Counter((at // (20 * MINUTE_NS), block) for at, block in wrote)
+    per_window = BLOCK * len(windows) / len({window for window, _ in windows})
+    assert step["bytes"] == pytest.approx(24 * per_window, rel=0.2)
+    shown = cdp(state, "forecast", "d1", "--keep", "1h 9h/20m", "--bp-every", "1h").stdout
+    assert "every instant of 1h:" in shown and "one each 20m until 9h" in shown
 
     for arguments in (["usage"], ["forecast", "d1"]):
         done = cdp(state, *arguments)
@@ -373,3 +409,32 @@ def test_a_disk_without_history_or_with_a_damaged_one_is_said() -> None:
         assert shown["lost"]["error"] and shown["lost"]["bytes"] == 0
         assert (no := cdp(state.path, "forecast", "new")).returncode == 3 and "first copy" in no.stderr
         assert (no := cdp(state.path, "forecast", "torn")).returncode == 4 and "cdp check" in no.stderr
+
+
+@pytest.mark.real
+def test_the_service_answers_the_same(busy: tuple[World, Line, list[tuple[int, int]]]) -> None:
+    with scratch() as path:
+        state = busy[0].clone(path).state
+        Catalog.recover(state)
+        with Server(state.path) as server:
+            shown = json.loads(cdp(state.path, "usage", "d1", "--json", boot=boot_id()).stdout)
+            told = server.get("/v1/usage?disk=d1")
+            kinds = ("disk", "id", "state", "base", "data")  # the others grow: base points are written
+            assert [told["disks"][0][kind] for kind in kinds] == [shown["disks"][0][kind] for kind in kinds]
+            assert [cap["of"] for cap in told["caps"]] == [cap["of"] for cap in shown["caps"]]
+            asked = "disk=d1&keep=1h%209h/20m&bp_every=1h"
+            value = server.get(f"/v1/forecast?{asked}")
+            arguments = ("--keep", "1h 9h/20m", "--bp-every", "1h")
+            same = json.loads(cdp(state.path, "forecast", "d1", *arguments, "--json", boot=boot_id()).stdout)
+            assert value.keys() == same.keys() and value["rp"]["thinned"] == same["rp"]["thinned"]
+            assert value["bytes"] == pytest.approx(same["bytes"], rel=0.01)
+            for query, status, says in (
+                ("disk=d1&keep=soon", 400, "--keep"),
+                ("disk=none", 404, "no disk none"),
+                ("disk=d1&keep=5m", 400, "bp_every"),
+            ):
+                with pytest.raises(ApiError, match=f"{status}: .*{says}"):
+                    server.get(f"/v1/forecast?{query}")
+            paths = server.get("/v1/openapi.json")["paths"]
+            for route in ("/v1/usage", "/v1/forecast"):
+                assert paths[route]["get"]["x-least-role"] == "viewer"

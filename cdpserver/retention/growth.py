@@ -18,12 +18,16 @@ LEAST_NS = 60 * 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An interval of the journal: the times of its first and last record, the bytes that its files take."""
+    """An interval of the journal: the times of its first and last record, the bytes that its files take.
+
+    `every_ns`: how far apart its instants are, if it was thinned.
+    """
 
     number: int
     first_ns: int
     last_ns: int
     bytes: int
+    every_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ def spans(journal: Journal) -> Iterator[Span]:
         with os.scandir(interval_path(journal.timeline, number)) as files:
             size = sum(durable.used_bytes(file.path) for file in files)
         last_ns = last.time_of(last.count - 1) if last.count else last.header.first_time_ns
-        yield Span(number, first.header.first_time_ns, last_ns, size)
+        yield Span(number, first.header.first_time_ns, last_ns, size, first.header.every_ns)
 
 
 def read_spans(directory: Path) -> tuple[Span, ...]:

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 import cdpserver
+from cdpserver.service.api import capacity as capacity_routes
 from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import downloads as download_routes
@@ -30,6 +31,7 @@ from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
+from cdpserver.service.capacity import Capacity
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
@@ -139,6 +141,7 @@ def build(
     app.include_router(protection_routes.routes(answers, protection))
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))
+    app.include_router(capacity_routes.routes(answers, Capacity(core)))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
     app.include_router(recovery_routes.routes(answers, recoveries))
     app.include_router(file_routes.routes(core, answers, disks.browsing))
