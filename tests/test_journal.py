@@ -22,10 +22,11 @@ from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, 
 from cdpserver.journal import control, firstcopy, log, record, segment
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.control import Grade, State
-from cdpserver.journal.log import Journal
+from cdpserver.journal.log import CACHED_READERS, Journal
 from cdpserver.journal.record import Kind, Record
-from cdpserver.journal.segment import Header
+from cdpserver.journal.segment import SEALED, Header
 from cdpserver.points import find_cut
+from cdpserver.retention.facts import _intervals
 from tests.core import ROOT, Line, World, check_log, scratch
 from tests.model import BLOCK, SAME, equals_but, read_log
 
@@ -614,3 +615,63 @@ def test_same_records_name_a_seq_that_is_not_same_itself(world: World) -> None:
         for ref in set(refs):
             assert ref == 0 or own[ref] != SAME
             assert all(value >> 61 != SAME for _, (_, _, _, value) in view.at(ref).pieces(0, 64))
+
+
+def test_readers_in_use_stay_open_however_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal keeps a few open for later; who holds others goes on with them. They are closed when nobody does."""
+    monkeypatch.setattr(segment, "SEGMENT_RECORDS", 4)
+    line = world.add(1 << 20)
+    line.write(0, b"base" * 1024)
+    line.synced()
+    for number in range(4 * (CACHED_READERS + 10)):
+        line.write(0, bytes([number % 255 + 1]) * BLOCK)
+    before = len(os.listdir("/proc/self/fd"))
+    journal = Journal(line.directory)
+    readers = [journal.reader(*place) for place in journal.places()]
+    assert len(readers) > CACHED_READERS
+    assert sum(reader.count for reader in readers) == line.last_seq
+    assert [reader.records(0, 1)["seq"][0] for reader in readers] == [reader.first_seq for reader in readers]
+    journal.close()
+    readers.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("reboot", [False, True])
+def test_what_many_unsealed_segments_hold_is_taken_over(
+    world: World, monkeypatch: pytest.MonkeyPatch, reboot: bool
+) -> None:
+    """A store's disk that hangs keeps segments from being sealed, while writes go on to new ones."""
+    monkeypatch.setattr(segment, "SEGMENT_RECORDS", 4)
+    line = world.add(1 << 20)
+    line.write(0, b"base" * 1024)
+    line.synced()
+    for number in range(4 * (CACHED_READERS + 10)):
+        line.write(number % 200 * BLOCK, bytes([number % 255 + 1]) * BLOCK)
+    last = line.last_seq
+    journal = Journal(line.directory)
+    assert sum(journal.reader(*place).state != SEALED for place in journal.places()) > CACHED_READERS
+    journal.close()
+    if reboot:
+        world.reboot(clean=False)
+    else:
+        line.close(clean=False)
+        line.open()
+    assert line.last_seq >= last
+    line.check(last)
+
+
+def test_a_long_interval_with_a_resync_is_weighed_for_retention(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "SEGMENT_RECORDS", 4)
+    line = world.add(1 << 20)
+    line.write(0, b"base" * 1024)
+    line.synced()
+    line.disconnect()
+    for number in range(4 * (CACHED_READERS + 10)):
+        line.write(number % 200 * BLOCK, bytes([number % 255 + 1]) * BLOCK)
+    line.synced()
+    journal = Journal(line.directory)
+    found = list(_intervals(journal, (), references=True))
+    assert found[-1].last_seq == line.last_seq
+    journal.close()

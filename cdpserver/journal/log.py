@@ -23,7 +23,7 @@ FIRST_INTERVAL = 1
 """A history begins with it; when it is not there, older history was dropped."""
 
 CACHED_READERS = 64
-"""Open segments per journal reader: bounds file descriptors."""
+"""Segments that a journal reader keeps open for later: bounds file descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Journal:
         # What was the newest interval then may have grown before the next one began.
         self._segments = {n: held for n, held in self._segments.items() if n < last and n not in replaced}
         for place in [place for place in self._readers if place[0] in replaced]:
-            self._readers.pop(place).close()
+            del self._readers[place]
         self._intervals = sorted(self._inodes)
         while self._intervals:
             newest = self._intervals[-1]
@@ -127,13 +127,13 @@ class Journal:
         return not self._intervals
 
     def reader(self, interval: int, segment: int) -> SegmentReader:
-        """The open segment; kept open for later, within a limit."""
+        """The open segment; kept open for later, within a limit, and as long as anybody uses it."""
         key = (interval, segment)
         found = self._readers.pop(key, None)
         if found is None:
             found = SegmentReader(interval_path(self.timeline, interval), segment)
             if len(self._readers) >= CACHED_READERS:
-                self._readers.pop(next(iter(self._readers))).close()
+                del self._readers[next(iter(self._readers))]
         self._readers[key] = found
         return found
 

@@ -281,21 +281,26 @@ class SegmentWriter:
 
 
 class SegmentReader:
-    """A segment as other processes see it: a header, the published records, their payload."""
+    """A segment as other processes see it: a header, the published records, their payload.
+
+    Its files are closed by `close`, or when nobody has it any more.
+    """
+
+    _log_fd = -1
+    _data_fd = -1
 
     def __init__(self, directory: Path, segment: int) -> None:
         self.path = log_path(directory, segment)
         self.directory = directory
         self.segment = segment
         self._log_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._data_fd = -1
         try:
             self.header = decode_page(os.pread(self._log_fd, PAGE, 0), str(self.path))
             if self.header.segment != segment:
                 raise CorruptError(f"{self.path} says that it is segment {self.header.segment}")
             self._page = mmap.mmap(self._log_fd, PAGE, prot=mmap.PROT_READ)
         except BaseException:
-            os.close(self._log_fd)
+            self._close_files()
             raise
         self._words = memoryview(self._page).cast("Q")
         self._instants: Instants | None = None
@@ -412,9 +417,17 @@ class SegmentReader:
         return int.from_bytes(os.pread(self._log_fd, 8, PAGE + number * RECORD_SIZE + 16), "little")
 
     def close(self) -> None:
-        """Close both files."""
+        """Unmap, and close both files."""
         self._words.release()
         self._page.close()
-        os.close(self._log_fd)
-        if self._data_fd >= 0:
-            os.close(self._data_fd)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for fd in (self._log_fd, self._data_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._log_fd = self._data_fd = -1
+
+    def __del__(self) -> None:
+        """The mapping goes by itself."""
+        self._close_files()
