@@ -6,6 +6,7 @@ one that the indexer is writing.
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from cdpserver.index import build, indexer, store
+from cdpserver.index import build, indexer, merging, store
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.journal.record import RECORD_SIZE
@@ -32,6 +33,7 @@ from cdpserver.target.disk import TargetDisk
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline, create_timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
+from cdpserver.view.layers import Layer
 from cdpserver.view.view import View
 from tests.model import BLOCK, Model, clip, read_log
 
@@ -75,7 +77,11 @@ class IndexerProcess:
         atexit.register(self.kill)
 
     def call(self, op: str, timeline: Path, boot: str, *, batch: int = 0) -> int:
-        """`step` once, `drain` everything, `rebuild`: how many records. `close`: let go of the timeline."""
+        """How many records were indexed: `step` once, `drain` everything, `rebuild`. `close`: let go of the timeline.
+
+        With `drain` indexes are merged, too, now more, now fewer of them. `merge` leaves at most `batch` side by side: how many
+        files that took.
+        """
         process = self._process
         if process is None:
             process = self._process = subprocess.Popen(
@@ -101,6 +107,9 @@ class IndexerProcess:
 
 INDEXER = IndexerProcess()
 
+MOSTS = itertools.cycle((1, 3, 2, 1, 4))
+"""How many indexes side by side are left unmerged, in turn."""
+
 
 def serve_indexer() -> None:
     """The loop of the indexer's process."""
@@ -110,14 +119,14 @@ def serve_indexer() -> None:
         cast(Any, indexer).INDEX_BATCH = batch or INDEX_BATCH
         cast(Any, build.catch_up).__kwdefaults__["batch"] = batch or INDEX_BATCH
         try:
-            done = _serve(open_ones, op, timeline, boot)
+            done = _serve(open_ones, op, timeline, boot, batch)
             print(json.dumps({"done": done}), flush=True)
         except Exception as error:  # noqa: BLE001 - the rim of a process: the test sees the error
             print(json.dumps({"error": repr(error)}), flush=True)
 
 
 def _serve(
-    open_ones: dict[tuple[str, str], indexer.TimelineIndexer], op: str, timeline: str, boot: str
+    open_ones: dict[tuple[str, str], indexer.TimelineIndexer], op: str, timeline: str, boot: str, batch: int
 ) -> int:
     key = (timeline, boot)
     if op == "close":
@@ -126,6 +135,9 @@ def _serve(
         return 0
     if op == "rebuild":
         return indexer.rebuild(Path(timeline), boot)
+    if op == "merge":
+        cast(Any, merging).MOST = batch or 1
+        return merging.merge(Path(timeline))
     if key not in open_ones:
         open_ones[key] = indexer.TimelineIndexer(Path(timeline), boot)
     if op == "step":
@@ -136,6 +148,8 @@ def _serve(
         added = open_ones[key].step(0.0)
         done += added
         if not added and open_ones[key]._interval == before:
+            cast(Any, merging).MOST = next(MOSTS)
+            merging.merge(Path(timeline))
             return done
 
 
@@ -399,11 +413,13 @@ def path_of(view: View) -> str:
     if not view._layers:
         return "base"
     layer = view._layers[0]
+    assert isinstance(layer, Layer)
     tail = layer.tail is not None and len(layer.tail) > 0
     index = layer._file is not None and layer._file.indexed() > 0
     kind = "closed" if layer._file is not None and layer._keep else "open"
     name = "+".join([kind] * index + ["tail"] * tail) or "nothing"
-    return f"{name}, more intervals unindexed" if len(view._layers) > 1 else name
+    more = sum(isinstance(layer, Layer) for layer in view._layers) > 1
+    return f"{name}, more intervals unindexed" if more else name
 
 
 def check_view(view: View, model: Model, seq: int) -> None:

@@ -24,7 +24,7 @@ from cdpserver import limits
 from cdpserver.errors import CdpError
 from cdpserver.journal import segment
 from cdpserver.names import At, Latest, Mark, Seq
-from cdpserver.view import delta, extent, history, tail, view
+from cdpserver.view import delta, extent, history, live, tail, view
 from tests.core import INDEXER, PIECE, SECOND_NS, Line, World, check_log, check_view, replay_at, scratch
 from tests.model import BLOCK, LogRecord, read_log, seconds
 
@@ -46,7 +46,7 @@ SMALL_LIMITS = (
     (limits, "SEGMENT_BYTES", (2 << 20, 256 << 10)),
     (limits, "INTERVAL_SEGMENTS", (3, 4096)),
     (segment, "SEGMENT_RECORDS", (24, 96)),
-    (view, "TAIL_REBUILD", (6, 40)),
+    (live, "TAIL_REBUILD", (6, 40)),
     (view, "STATUS_WINDOW", (1 << 20,)),
     (view, "KEPT_REFS", (2,)),
     (extent, "OPEN_FILES", (3,)),

@@ -18,11 +18,11 @@ from cdpserver.index.store import CLOSED_NAME, IndexFile, Snapshot
 from cdpserver.journal import segment
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import Kind
-from cdpserver.view import view as view_module
+from cdpserver.view import live as live_module
 from cdpserver.view.delta import subtract, union
 from cdpserver.view.extent import Extent, coalesce
 from cdpserver.view.history import History
-from cdpserver.view.layers import NOTHING, Piece, _lay, advance
+from cdpserver.view.layers import NOTHING, Layer, Piece, advance, lay
 from cdpserver.view.tail import Tail
 from cdpserver.view.view import View
 from tests.core import INDEXER, Line, World, check_view, path_of
@@ -164,9 +164,9 @@ def test_laying_levels_over_each_other_paints_the_newer(case: tuple[list[Piece],
 
     painted = {block: (seq, value) for block, seq, value in told(under)}
     for block, seq, value in told(pieces):
-        if block in painted and seq > painted[block][0]:
+        if block in painted and seq >= painted[block][0]:
             painted[block] = (seq, value)
-    assert told(_lay(under, pieces)) == [(block, *painted[block]) for block in sorted(painted)]
+    assert told(lay(under, pieces)) == [(block, *painted[block]) for block in sorted(painted)]
 
 
 # --- the index and the tail answer alike
@@ -174,7 +174,7 @@ def test_laying_levels_over_each_other_paints_the_newer(case: tuple[list[Piece],
 
 def test_the_index_and_the_tail_answer_like_a_list(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every question of a snapshot, against brute force; the tail holds the same as a fresh index."""
-    monkeypatch.setattr(view_module, "TAIL_REBUILD", 4)
+    monkeypatch.setattr(live_module, "TAIL_REBUILD", 4)
     line = history(world, 40 * MIB + 512)
     dice = random.Random(5)
     for _ in range(150):
@@ -275,7 +275,7 @@ def test_a_rebuild_under_way_hides_nothing(world: World, left: int) -> None:
 
 def test_a_live_view_follows_the_index(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tail doesn't grow for ever: it drops what the index holds, and goes along with new intervals."""
-    monkeypatch.setattr(view_module, "TAIL_REBUILD", 10)
+    monkeypatch.setattr(live_module, "TAIL_REBUILD", 10)
     monkeypatch.setattr(segment, "SEGMENT_RECORDS", 16)
     monkeypatch.setattr(limits, "INTERVAL_SEGMENTS", 3)
     line = history(world)
@@ -285,7 +285,9 @@ def test_a_live_view_follows_the_index(world: World, monkeypatch: pytest.MonkeyP
         if number % 5 == 0:
             INDEXER.call("drain", line.directory, world.boot)
             assert line.disk.reads is not None
-            tail = line.disk.reads._view._layers[0].tail
+            newest = line.disk.reads._view._layers[0]
+            assert isinstance(newest, Layer)
+            tail = newest.tail
             assert tail is None or len(tail) < 60
 
 

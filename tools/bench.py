@@ -25,7 +25,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "write-4k": writes.random_4k,
     "write-1m": writes.sequential_1m,
     "read-4k": reads.random_4k,
-    "read-chain": chains.read_4k,
+    "read-chain": chains.reads,
     "open": opening.first_byte,
     "zero": costs.zero,
     "remirror": costs.remirror,

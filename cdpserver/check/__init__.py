@@ -116,7 +116,7 @@ def _the_rest(
     """Everything but the segments, which say what there should be."""
     numbers = intervals(directory)
     for done, found in enumerate(check_indexes(directory, numbers, check.unsure, boot_id), start=1):
-        progress("index", done, len(numbers))
+        progress("index", min(done, len(numbers)), len(numbers))
         yield from found
     files = published(directory)
     begun = check.totals.segments > 0 or bool(check.unsure)

@@ -1,7 +1,7 @@
 """Runs the check of indexes in a process of its own: LMDB may crash on damaged pages rather than fail.
 
-A process goes through the intervals in turn. Where a signal ends it, that interval's index is the finding, and another one
-goes on after it.
+A process goes through the intervals in turn, and then the merged indexes. Where a signal ends it, that interval's index is the
+finding, and another one goes on after it.
 """
 
 import os
@@ -14,9 +14,14 @@ from pathlib import Path
 
 from cdpserver.check.damage import Finding
 from cdpserver.check.index import REBUILD, check_interval, start_of
+from cdpserver.check.merged import check_merged
 from cdpserver.errors import BrokenError
+from cdpserver.index.merged import DIRECTORY
 from cdpserver.index.store import find_index
 from cdpserver.journal.log import interval_path, segments
+
+MERGED = 0
+"""Stands in the place of an interval for the merged indexes."""
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -24,12 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def check_indexes(
     directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
 ) -> Iterator[list[Finding]]:
-    """The findings of each interval in turn. Runs a process; it ends with the iterator.
+    """The findings of each interval in turn, last those of merged indexes. Runs a process; it ends with the iterator.
 
     Of the intervals `unsure` not every record is known, so only what the others say is held against their index.
     BrokenError if the process cannot be run; what it raised is raised here.
     """
-    left = list(numbers)
+    left = [*numbers, MERGED]
     while left:
         worker = _start(directory, left, unsure, boot_id)
         assert worker.stdout is not None
@@ -72,6 +77,9 @@ def _start(
 
 
 def _crashed(directory: Path, interval: int, boot_id: str, name: str) -> Finding:
+    if interval == MERGED:
+        what = f"a merged index is damaged: reading it ends a process with {name}"
+        return Finding(what, directory / DIRECTORY, 0, 0, hint=REBUILD)
     path = interval_path(directory, interval)
     index = find_index(path, boot_id) or path
     first_seq, first_time_ns = start_of(path, segments(directory, interval))
@@ -84,10 +92,12 @@ def main() -> None:
     directory, boot_id = Path(sys.argv[1]), sys.argv[2]
     for number in sys.argv[3:]:
         found: list[Finding] | Exception
+        interval = int(number.rstrip("?"))
         try:
-            found = check_interval(
-                directory, int(number.rstrip("?")), boot_id, whole=not number.endswith("?")
-            )
+            if interval == MERGED:
+                found = check_merged(directory)
+            else:
+                found = check_interval(directory, interval, boot_id, whole=not number.endswith("?"))
         except Exception as error:  # noqa: BLE001 - the process's rim: raised again on the other side
             found = error
         pickle.dump(found, sys.stdout.buffer)

@@ -22,6 +22,8 @@ from cdpserver import events
 from cdpserver.clock import boot_id
 from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.index.build import catch_up, close_index
+from cdpserver.index.merged import DIRECTORY as MERGED
+from cdpserver.index.merger import Merger
 from cdpserver.index.rest import Newest, Rest
 from cdpserver.index.store import CLOSED_NAME, IndexFile, open_name
 from cdpserver.journal.log import Journal, interval_path
@@ -83,6 +85,8 @@ class TimelineIndexer:
         self.looked = 0.0
         """When its files were used last."""
         self.damage = ""
+        self.closed = False
+        """Has it closed an interval, whose index may be merged with others?"""
         self._boot = boot
         self._pause = BUSY_S
         self._journal: Journal | None = None
@@ -173,6 +177,7 @@ class TimelineIndexer:
     def _close_interval(self, index: IndexFile) -> None:
         directory = interval_path(self.timeline, self._interval)
         close_index(directory, index)
+        self.closed = True
         self._let_go()
         for path in directory.glob("open-*.mdb*"):
             path.unlink()
@@ -211,7 +216,7 @@ def rebuild(timeline: Path, boot: str) -> int:
     with index_lock(timeline) as mine:
         if not mine:
             raise RefusedError(f"the index of {timeline.name} is being written", hint="try again in a moment")
-        for path in (timeline / "intervals").glob("[0-9]*/*.mdb*"):
+        for path in (*(timeline / "intervals").glob("[0-9]*/*.mdb*"), *(timeline / MERGED).glob("[0-9]*")):
             path.unlink()
         indexer = TimelineIndexer(timeline, boot)
         total = 0
@@ -231,6 +236,7 @@ def run(state: StateDir) -> None:
     log = events.EventLog(state.events)
     boot = boot_id()
     timelines: dict[str, TimelineIndexer] = {}
+    merger = Merger(state.path)
     listed = -LIST_S
     while True:
         now = time.monotonic()
@@ -240,7 +246,11 @@ def run(state: StateDir) -> None:
         for name, indexer in list(timelines.items()):
             if indexer.due <= now:
                 _step(name, indexer, now, log)
+            if indexer.closed:
+                indexer.closed = False
+                merger.want(indexer.timeline)
         _close_some(timelines)
+        merger.step(now, [indexer.timeline for indexer in timelines.values()])
         due = min((indexer.due for indexer in timelines.values()), default=now + LIST_S)
         pause = min(due, listed + LIST_S) - time.monotonic()
         if pause > 0:

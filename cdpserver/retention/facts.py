@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from cdpserver.catalog import Catalog, Entry
 from cdpserver.config import Config
 from cdpserver.errors import CdpError
 from cdpserver.forks import forks_of
+from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.index.store import CLOSED_NAME
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
@@ -83,9 +85,14 @@ def gather(
         intervals,
         held,
         tuple(holds),
-        other_bytes=durable.used_bytes(directory / "base.raw"),
+        other_bytes=durable.used_bytes(directory / "base.raw") + _merged_bytes(directory),
         id=entry.id,
     )
+
+
+def _merged_bytes(directory: Path) -> int:
+    """What merged indexes take. They come and go by themselves, with the intervals."""
+    return sum(durable.used_bytes(path) for path in (directory / MERGED).glob("*"))
 
 
 def _compared_with(journal: Journal) -> list[Hold]:

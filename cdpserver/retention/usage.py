@@ -14,6 +14,7 @@ from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain.holds import now_ns as clock_ns
 from cdpserver.config import Config
 from cdpserver.errors import CdpError, NotFoundError, RefusedError
+from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.nodes import NUMBERED, base_point_path, nodes
 from cdpserver.retention import policies
@@ -119,7 +120,9 @@ def by_kind(directory: Path) -> dict[str, int]:
     for folder, _, names in os.walk(directory):
         for name in names:
             in_interval = Path(folder).parent == directory / timeline.INTERVALS
-            found[_kind(name, in_interval=in_interval)] += durable.used_bytes(os.path.join(folder, name))
+            merged = Path(folder) == directory / MERGED
+            kind = "index" if merged else _kind(name, in_interval=in_interval)
+            found[kind] += durable.used_bytes(os.path.join(folder, name))
     return found
 
 

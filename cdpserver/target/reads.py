@@ -8,7 +8,8 @@ import numpy as np
 from cdpserver.errors import RefusedError
 from cdpserver.limits import BLOCK
 from cdpserver.view.history import History
-from cdpserver.view.view import LiveView, View
+from cdpserver.view.live import LiveView
+from cdpserver.view.view import View
 
 
 class LiveReads:

@@ -4,17 +4,19 @@ An extent is `(start, end, path, place)`: bytes [start, end) of the disk are at 
 as zeros when `path` is None.
 """
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TypeAlias
 
 from cdpserver.errors import CorruptError
+from cdpserver.limits import BLOCK
 
 Extent: TypeAlias = tuple[int, int, str | None, int]
 
-OPEN_FILES = 64
-"""Data files kept open per view."""
+OPEN_FILES = 256
+"""Data files kept open per view: a day's intervals, and some more. Fewer where the process may not open more."""
 
 
 def coalesce(extents: Iterable[Extent]) -> list[Extent]:
@@ -45,16 +47,27 @@ class Files:
         if fd is None:
             if path in self._kept:
                 return self._kept[path]
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise CorruptError(f"{path} is missing", hint="cdp check says what it touches") from None
+            fd = self._open(path)
             if len(self._fds) >= OPEN_FILES:
-                os.close(self._fds.popitem(last=False)[1])
+                self._close_oldest()
             self._fds[path] = fd
         else:
             self._fds.move_to_end(path)
         return fd
+
+    def _open(self, path: str) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CorruptError(f"{path} is missing", hint="cdp check says what it touches") from None
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._fds:
+                    raise
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        os.close(self._fds.popitem(last=False)[1])
 
     def keep(self, key: str, fd: int) -> None:
         """Take over an open file that may have lost its name: it stays open, and is found as `key`."""
@@ -69,3 +82,20 @@ class Files:
             os.close(self._kept.popitem()[1])
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def fill(fd: int, part: memoryview, place: int, path: str) -> None:
+    """Read exactly len(part) bytes; a payload that ends at the end of its file is padded with zeros."""
+    done = os.preadv(fd, [part], place)
+    while 0 < done < len(part):
+        more = os.preadv(fd, [part[done:]], place + done)
+        if more == 0:
+            break
+        done += more
+    if done < len(part):
+        if -(-os.fstat(fd).st_size // BLOCK) * BLOCK < place + len(part):
+            raise CorruptError(
+                f"{path.partition('#')[0]} ends before {place + len(part)}",
+                hint="cdp check says what is missing",
+            )
+        part[done:] = bytes(len(part) - done)

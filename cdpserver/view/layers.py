@@ -15,9 +15,16 @@ from cdpserver.journal.segment import data_path
 from cdpserver.view.tail import Tail
 
 Piece: TypeAlias = tuple[int, int, int, int]
-"""(first block, end block, seq, value at the first block); seq -1 where nothing was written."""
+"""(first block, end block, seq, value at the first block); seq -1 where nothing was written. Of several intervals that are
+looked up together the interval stands for the seq: either way what is newer has the greater."""
 
 NOTHING = -1
+
+LEVELS_OF = [
+    [(level, shift) for level, shift in enumerate(SHIFTS) if mask >> level & 1]
+    for mask in range(1 << len(SHIFTS))
+]
+"""Levels whose bits are set, with their shifts."""
 
 
 def advance(value: int, blocks: int) -> int:
@@ -28,11 +35,22 @@ def advance(value: int, blocks: int) -> int:
 class Layer:
     """Lookups in one interval. `begin` before, `end` after each request."""
 
-    __slots__ = ("_data", "_file", "_inode", "_keep", "_snapshot", "directory", "interval", "tail")
+    __slots__ = (
+        "_data",
+        "_file",
+        "_inode",
+        "_keep",
+        "_snapshot",
+        "directory",
+        "interval",
+        "intervals",
+        "tail",
+    )
 
     def __init__(self, directory: Path, interval: int, boot_id: str) -> None:
         self.directory = directory
         self.interval = interval
+        self.intervals = range(interval, interval + 1)
         self.tail: Tail | None = None
         self._data: dict[int, str] = {}
         # Before the index: thinning swaps the directory, and numbers its segments on, so that none is mistaken.
@@ -59,8 +77,8 @@ class Layer:
             self._snapshot.close()
             self._snapshot = None
 
-    def data(self, segment: int) -> str:
-        """Path of a segment's data file."""
+    def data(self, segment: int, seq: int) -> str:
+        """Path of a segment's data file; the interval is known, whatever the seq."""
         path = self._data.get(segment)
         if path is None:
             path = self._data[segment] = str(data_path(self.directory, segment))
@@ -77,7 +95,7 @@ class Layer:
         tail, snapshot = self.tail, self._snapshot
         tail_levels = tail.levels if tail is not None else 0
         index_levels = snapshot.levels if snapshot is not None else 0
-        for level, shift in enumerate(SHIFTS):
+        for level, shift in LEVELS_OF[(tail_levels | index_levels) % len(LEVELS_OF)]:
             unit = level << LEVEL_BITS | block >> shift
             found = None
             if tail_levels >> level & 1:
@@ -98,7 +116,7 @@ class Layer:
             shift = SHIFTS[level]
             pieces = self._level(level, first >> shift, (end - 1 >> shift) + 1, seq)
             if pieces:
-                over = _lay(over, [(at << shift, at + 1 << shift, s, value) for at, s, value in pieces])
+                over = lay(over, [(at << shift, at + 1 << shift, s, value) for at, s, value in pieces])
         return over
 
     def _level(self, level: int, first: int, end: int, seq: int) -> list[tuple[int, int, int]]:
@@ -133,8 +151,8 @@ def _inode(directory: Path) -> int:
         return 0
 
 
-def _lay(under: list[Piece], pieces: list[Piece]) -> list[Piece]:
-    """Lay ascending, disjoint `pieces` over `under`, which covers one range without holes; higher seq wins."""
+def lay(under: list[Piece], pieces: list[Piece]) -> list[Piece]:
+    """Lay ascending, disjoint `pieces` over `under`, which covers one range without holes; what is as new or newer wins."""
     result: list[Piece] = []
     number = 0
     for start, end, seq, value in under:
@@ -142,7 +160,7 @@ def _lay(under: list[Piece], pieces: list[Piece]) -> list[Piece]:
         while number < len(pieces) and pieces[number][0] < end:
             p_start, p_end, p_seq, p_value = pieces[number]
             low, high = max(p_start, at), min(p_end, end)
-            if p_seq > seq and low < high:
+            if p_seq >= seq and low < high:
                 if at < low:
                     result.append((at, low, seq, advance(value, at - start)))
                 result.append((low, high, p_seq, advance(p_value, low - p_start)))

@@ -1,18 +1,21 @@
 """A view: one timeline as it was at one seq, read through tail, indexes and base; nothing is copied.
 
-    block -> open interval (tail, index) -> older intervals -> base (raw file, or the parent's view)
+    block -> open interval (tail, index) -> older intervals (merged indexes, indexes) -> base (raw file, or the parent's view)
 
 Invariants: a view shows exactly the records up to its seq, indexed or not; beyond its size are zeros.
 Opening costs the same however long the journal is;
-older intervals are opened when a read first falls through to them.
+older intervals are opened when a read first falls through to them, many at a time where their indexes are merged.
 A *same* piece sends the lookup back to the seq that it names; the writer made sure that this takes one step.
 Threads: none; every connection has a view of its own.
 """
 
 import os
 from bisect import bisect_right
+from typing import TypeAlias
 
 from cdpserver.errors import CorruptError
+from cdpserver.index.merged import Merged, Source
+from cdpserver.index.merging import load, sources
 from cdpserver.index.pieces import BLOCK_MASK, KIND_BITS, REST_MASK, SEGMENT_BITS
 from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import Kind
@@ -20,9 +23,10 @@ from cdpserver.limits import BLOCK
 from cdpserver.nodes import Node, base_point_path
 from cdpserver.timeline import EmptyBase, ImageBase, PointBase
 from cdpserver.view.chain import Chain
-from cdpserver.view.extent import Extent, Files, coalesce
+from cdpserver.view.extent import Extent, Files, coalesce, fill
 from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Layer, Piece
+from cdpserver.view.span import Span
 from cdpserver.view.tail import Tail
 
 STATUS_WINDOW = 4 << 20
@@ -35,16 +39,25 @@ KEPT_REFS = 16
 """Views of older seqs kept for *same* records."""
 
 
+Part: TypeAlias = Layer | Span
+"""What a view is read through: one interval, or several."""
+
+
 class View:
     """The disk of `history` at `seq`; seq 0 is its base."""
+
+    live = False
+    """Does its seq go on?"""
 
     def __init__(self, history: History, seq: int, files: Files | None = None) -> None:
         self.history = history
         self.seq = seq
         self.size = history.size_at(seq)
         self.files = files or Files()
-        self._layers: list[Layer] = []
+        self._layers: list[Part] = []
         self._older: list[int] = []
+        self._sources: list[Source] | None = None
+        self._merged: list[Merged] = []
         self._refs: dict[int, View] = {}
         self._base_view: View | None = None
         self._floor: Node | None = None
@@ -69,6 +82,12 @@ class View:
         Also an old interval may lack its index: while it is rebuilt.
         """
         journal = self.history.journal
+        # The newest one is open, or may be read up to somewhere in its middle.
+        source = self._next_source() if self._layers else None
+        if source is not None and source.merged is not None:
+            del self._older[: source.high - source.low + 1]
+            self._layers.append(Span(self.history.directory, source.merged, source.low, source.high))
+            return True
         interval = self._older.pop(0)
         directory = interval_path(self.history.directory, interval)
         layer = Layer(directory, interval, self.history.boot_id)
@@ -82,6 +101,13 @@ class View:
             self._fold_tail(layer, max(indexed, first_seq - 1), upto)
         return indexed >= first_seq
 
+    def _next_source(self) -> Source:
+        """What the next older intervals are read through. Looked up once, for all of them."""
+        if self._sources is None:
+            self._merged = load(self.history.directory)
+            self._sources = sources(self.history.directory, self._older, self._merged)
+        return self._sources.pop(0)
+
     def _fold_tail(self, layer: Layer, after: int, upto: int) -> None:
         layer.tail = Tail(after)
         for run in self.history.journal.runs(after, upto):
@@ -94,10 +120,12 @@ class View:
 
     # -- resolving -------------------------------------------------------------------------------------------
 
-    def pieces(self, first: int, end: int) -> list[tuple[Layer | None, Piece]]:
+    def pieces(self, first: int, end: int) -> list[tuple[Part | None, Piece]]:
         """Which interval and piece holds each part of blocks [first, end); None where the base does."""
         self.refresh()
-        found: list[tuple[Layer | None, Piece]] = []
+        if end - first == 1:
+            return [self._piece(first)]
+        found: list[tuple[Part | None, Piece]] = []
         gaps = [(first, end)]
         number = 0
         while gaps:
@@ -124,6 +152,24 @@ class View:
             found.sort(key=_piece_start)
         return found
 
+    def _piece(self, block: int) -> tuple[Part | None, Piece]:
+        """The same for one block: what most reads ask for."""
+        number = 0
+        while True:
+            if number == len(self._layers):
+                if not self._older:
+                    return None, (block, block + 1, NOTHING, 0)
+                self._next_layer()
+            layer = self._layers[number]
+            number += 1
+            layer.begin()
+            try:
+                found = layer.newest(block, self.seq)
+            finally:
+                layer.end()
+            if found is not None:
+                return layer, (block, block + 1, *found)
+
     def resolve(self, offset: int, end: int, *, holes: bool = False) -> list[Extent]:
         """Where bytes [offset, end) are. With `holes`, holes of the base come out as zeros."""
         try:
@@ -139,7 +185,7 @@ class View:
         Or thinned: then it reads the same from other segments. `stale`: something that was looked up a moment ago is gone.
         """
         self.history.journal.refresh()
-        used = {*(layer.interval for layer in self._layers), *self._older}
+        used = {*(number for layer in self._layers for number in layer.intervals), *self._older}
         others = [*self._refs.values()] + ([self._base_view] if self._base_view is not None else [])
         # Of all, not just of the first one.
         lost = [
@@ -155,7 +201,7 @@ class View:
 
     def _resolve(self, offset: int, end: int, *, holes: bool) -> list[Extent]:
         extents: list[Extent] = []
-        for layer, (start, stop, _, value) in self.pieces(offset // BLOCK, -(-end // BLOCK)):
+        for layer, (start, stop, seq, value) in self.pieces(offset // BLOCK, -(-end // BLOCK)):
             low, high = max(start * BLOCK, offset), min(stop * BLOCK, end)
             if layer is None:
                 extents.extend(self._base(low, high, holes=holes))
@@ -164,16 +210,16 @@ class View:
             if kind == Kind.DATA:
                 segment = (value & REST_MASK) >> SEGMENT_BITS
                 place = (value & BLOCK_MASK) * BLOCK + low - start * BLOCK
-                extents.append((low, high, layer.data(segment), place))
+                extents.append((low, high, layer.data(segment, seq), place))
             elif kind == Kind.SAME:
                 extents.extend(self.at(value & REST_MASK).resolve(low, high, holes=holes))
             else:
                 extents.append((low, high, None, 0))
-        return coalesce(extents)
+        return coalesce(extents) if len(extents) > 1 else extents
 
     def at(self, seq: int) -> "View":
         """The view of the same timeline at an older seq."""
-        if seq >= self.seq and not isinstance(self, LiveView):
+        if seq >= self.seq and not self.live:
             raise CorruptError(f"a *same* record refers forward, to seq {seq}")
         found = self._refs.get(seq)
         if found is None:
@@ -337,7 +383,10 @@ class View:
             view._close_layers()
         if self._base_view is not None:
             self._base_view._close_layers()
+        for merged in self._merged:
+            merged.close()
         self._layers, self._older, self._refs, self._base_view = [], [], {}, None
+        self._sources, self._merged = None, []
         self._floor, self._chain = None, None
 
     def close(self) -> None:
@@ -350,57 +399,5 @@ def _run_start(run: tuple[int, int, bool]) -> int:
     return run[0]
 
 
-def _piece_start(item: tuple[Layer | None, Piece]) -> int:
+def _piece_start(item: tuple[Part | None, Piece]) -> int:
     return item[1][0]
-
-
-def fill(fd: int, part: memoryview, place: int, path: str) -> None:
-    """Read exactly len(part) bytes; a payload that ends at the end of its file is padded with zeros."""
-    done = os.preadv(fd, [part], place)
-    while 0 < done < len(part):
-        more = os.preadv(fd, [part[done:]], place + done)
-        if more == 0:
-            break
-        done += more
-    if done < len(part):
-        if -(-os.fstat(fd).st_size // BLOCK) * BLOCK < place + len(part):
-            raise CorruptError(
-                f"{path.partition('#')[0]} ends before {place + len(part)}",
-                hint="cdp check says what is missing",
-            )
-        part[done:] = bytes(len(part) - done)
-
-
-class LiveView(View):
-    """The newest content, whatever was acknowledged before each request: what the target serves."""
-
-    def __init__(self, history: History) -> None:
-        super().__init__(history, history.journal.last_seq())
-        self._rebuild_at = TAIL_REBUILD
-
-    def refresh(self) -> None:
-        """Take in what was written since the last request."""
-        journal = self.history.journal
-        interval, reader = journal.newest()
-        last_seq = reader.last_seq
-        if last_seq == self.seq:
-            return
-        newest = self._layers[0]
-        tail = newest.tail
-        after = tail.upto if tail is not None else self.seq
-        self.seq = last_seq
-        if interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
-            self._close_layers()
-            self._open_layers()
-            tail = self._layers[0].tail
-            self._rebuild_at = max(TAIL_REBUILD, 2 * len(tail) if tail is not None else 0)
-            return
-        if tail is None:
-            tail = newest.tail = Tail(after)
-        for run in journal.runs(after, last_seq):
-            tail.add(run)
-        tail.upto = last_seq
-
-
-TAIL_REBUILD = 65_536
-"""Pieces in a live view's tail after which it looks how far the index has come meanwhile."""

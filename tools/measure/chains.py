@@ -1,4 +1,6 @@
-"""4 KiB random reads of a point over chains of base points of several lengths, against qemu-nbd on QCOW2 chains just as long.
+"""Reads of a point over chains of base points of several lengths, against qemu-nbd on QCOW2 chains just as long.
+
+4 KiB at random, 1 MiB in sequence, and without a peer the time from `cdp uri` to the first byte.
 
 The disk is written whole once, in random order, in as many parts as the chain has files and one more: the first lies in the raw
 base, one in each base point but the first, and the last in the interval behind the newest: the point is in its middle. So every
@@ -14,11 +16,13 @@ from typing import Any
 import nbd
 
 from cdpserver import durable, qemu
+from cdpserver.index import merging
 from cdpserver.index.store import CLOSED_NAME
 from tools.kit.processes import FailedError, run, until
 from tools.measure import fio
-from tools.measure.context import Context
-from tools.measure.result import Measure
+from tools.measure.context import MIB, Context
+from tools.measure.opening import open_point
+from tools.measure.result import Goal, Measure
 from tools.measure.servers import INDEX_S, Ours, qemu_nbd
 
 BLOCK = 4096
@@ -26,7 +30,7 @@ WHOLE, DROPPED = "point, all history there", "point, older history dropped"
 QCOW2 = "qemu-nbd QCOW2 chain"
 
 
-def read_4k(context: Context) -> list[Measure]:
+def reads(context: Context) -> list[Measure]:
     """For each length: the point read through all intervals, then with the older ones dropped, through the base points."""
     return [measure for length in context.sizes.chains for measure in _of_length(context, length)]
 
@@ -44,20 +48,48 @@ def _of_length(context: Context, length: int) -> list[Measure]:
         with _twin(context, newest, parts[-1], size) as other:
             if run("qemu-img", "compare", "-f", "raw", "-F", "raw", point, other, accept=(0, 1)).returncode:
                 raise FailedError("the point and the QCOW2 chain differ")
+            measures.append(_opening(context, name, length))
             for subject, key in ((WHOLE, f"chain-{length}"), (DROPPED, f"chain-{length}-dropped")):
                 if subject == DROPPED:
                     _drop(ours, name)
-                measure = Measure(key, f"4 KiB random read, depth 1, {length} base points", "IOPS", "higher")
-                context.settle()
-                for _ in range(context.rounds):
-                    reading = fio.Job("randread", BLOCK, 1, size, seconds=context.sizes.read_seconds)
-                    for who, uri in ((subject, point), (QCOW2, other)):
-                        measure.add(who, fio.read(uri, reading, context.directory).iops)
+                measures += _compared(context, key, subject, point, other, length)
                 if len(ours.client.base_points(name)) != length:
                     raise FailedError("the chain was merged while it was measured")
-                context.say(f"{key}: {measure.ratio(subject, QCOW2):.2f} of qemu-nbd's rate")
-                measures.append(measure)
     return measures
+
+
+def _compared(context: Context, key: str, subject: str, point: str, other: str, length: int) -> list[Measure]:
+    """Random and sequential reads of both, in turn."""
+    size, seconds = context.sizes.chain_disk, context.sizes.read_seconds
+    chain = f"{length} base points"
+    random_4k = Measure(key, f"4 KiB random read, depth 1, {chain}", "IOPS", "higher")
+    sequential = Measure(f"{key}-1m", f"1 MiB sequential read, depth 1, {chain}", "MB/s", "higher")
+    context.settle()
+    for _ in range(context.rounds):
+        for who, uri in ((subject, point), (QCOW2, other)):
+            job = fio.Job("randread", BLOCK, 1, size, seconds=seconds)
+            random_4k.add(who, fio.read(uri, job, context.directory).iops)
+        for who, uri in ((subject, point), (QCOW2, other)):
+            job = fio.Job("read", MIB, 1, size, seconds=seconds)
+            sequential.add(who, fio.read(uri, job, context.directory).mb_s)
+    for measure in (random_4k, sequential):
+        context.say(f"{measure.name}: {measure.ratio(subject, QCOW2):.2f} of qemu-nbd's rate")
+    return [random_4k, sequential]
+
+
+def _opening(context: Context, name: str, length: int) -> Measure:
+    """From the start of `cdp uri` to 4 KiB read over NBD, of a point with all its intervals there."""
+    chance = random.Random(length)
+    goal = Goal(WHOLE, "", 0.2, "under 0.2 s")
+    measure = Measure(
+        f"chain-{length}-open", f"`cdp uri` to the first bytes, {length} base points", "s", "lower", (goal,)
+    )
+    last = int(context.ours.client.disk(name)["last_seq"])
+    for _ in range(context.rounds * context.sizes.openings):
+        offset = chance.randrange(context.sizes.chain_disk // BLOCK) * BLOCK
+        measure.add(WHOLE, open_point(context, f"{name}@seq:{last}", offset)[0])
+    context.say(f"{measure.name}: {measure.median(WHOLE):.3f} s")
+    return measure
 
 
 def _fill(ours: Ours, name: str, parts: Sequence[Sequence[int]]) -> Path:
@@ -75,6 +107,7 @@ def _fill(ours: Ours, name: str, parts: Sequence[Sequence[int]]) -> Path:
         "closed indexes",
         seconds=INDEX_S,
     )
+    until(lambda: not merging.due(ours.directory(name)), "merged indexes", seconds=INDEX_S)
     base_points = ours.client.base_points(name)
     if len(base_points) != len(parts) - 1:
         raise FailedError(f"the chain has {len(base_points)} base points, not {len(parts) - 1}")

@@ -48,7 +48,7 @@ def first_byte(context: Context) -> list[Measure]:
                 last = int(context.ours.client.disk(name)["last_seq"])
                 for _ in range(sizes.openings):
                     point = f"{name}@seq:{chance.randint(max(1, last // 2), last)}"
-                    whole, after = _open(context, point, chance.randrange(DISK_BYTES // 4096) * 4096)
+                    whole, after = open_point(context, point, chance.randrange(DISK_BYTES // 4096) * 4096)
                     measure.add(subject, whole)
                     nbd_only.add(subject, after)
         for subject in names:
@@ -70,7 +70,7 @@ def _fill(context: Context, name: str, records: int) -> None:
     ours.wait_indexed(name)
 
 
-def _open(context: Context, point: str, offset: int) -> tuple[float, float]:
+def open_point(context: Context, point: str, offset: int) -> tuple[float, float]:
     """(seconds from the start of the process to the bytes, seconds of that for NBD)."""
     environment = {**os.environ, "CDP_STATE_DIR": str(context.ours.server.path)}
     started = time.perf_counter()
