@@ -24,6 +24,9 @@ REMOVING = ".removing-"
 SECTOR = 512
 """What st_blocks counts, whatever the file system's own block is (stat(2))."""
 
+DELETIONS = 10
+"""Times that a directory is deleted: who had found it by its old name may have made one more file in it, and a few can do so."""
+
 MAX_JSON_BYTES = 64 << 20
 """Largest JSON file that is read: far above a catalog copy of 100,000 disks, so anything more is damage."""
 
@@ -118,11 +121,18 @@ def make_dir(path: Path, mode: int = 0o755) -> None:
 
 def _delete(path: Path) -> None:
     """Delete whatever `path` is; what vanishes meanwhile is fine."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for left in reversed(range(DELETIONS)):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except FileNotFoundError:
+            if not os.path.lexists(path):
+                return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise
 
 
 def remove_tree(path: Path) -> None:

@@ -243,10 +243,12 @@ def _add_local(commands: Commands) -> None:
     index_show = index.leaf(
         "show",
         lazy("stored", "index_show"),
-        "Print the index of an interval as text. Needs no server, only the file.",
+        "Print the index of an interval, or a merged index, as text. Needs no server, only the file.",
         "cdp index show intervals/000001/index.mdb",
     )
-    index_show.add_argument("path", metavar="PATH", help="an index: index.mdb or open-BOOT.mdb")
+    index_show.add_argument(
+        "path", metavar="PATH", help="an index: index.mdb, open-BOOT.mdb or a file in merged/"
+    )
     index_show.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     _add_stored(commands)
     check = commands.leaf(

@@ -41,10 +41,12 @@ def _answer(options: Namespace, items: Iterable[Item], *, subject: str, hint: st
 def index_show(options: Namespace) -> int:
     """An index as text; the exit code of the process that reads it. CorruptError if that crashes."""
     if options.here:
-        from recovery.index_text import items
+        from recovery import index_text, merged_text
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _answer(options, items(Path(options.path)), subject=options.path, hint=REBUILD)
+        path_here = Path(options.path)
+        text = merged_text if merged_text.is_merged(path_here) else index_text
+        _answer(options, text.items(path_here), subject=options.path, hint=REBUILD)
         return 0
     path = os.path.abspath(options.path)
     arguments = ["index", "show", "--here", *(["--json"] if options.json else []), path]

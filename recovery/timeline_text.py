@@ -12,6 +12,7 @@ from typing import Any
 
 from cdpserver import durable, timeline
 from cdpserver.errors import CdpError
+from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.journal import control
 from cdpserver.journal.instants import FILE as INSTANTS
 from cdpserver.journal.log import interval_path, segments
@@ -35,6 +36,10 @@ def items(directory: Path) -> Iterator[Item]:
     yield from _first_copy(directory)
     for number in _numbers(directory / INTERVALS, _INTERVAL):
         yield from _interval(directory, number)
+    for path in sorted((directory / MERGED).glob("*")):
+        yield Item(
+            "left-over" if path.name.startswith(".") else "merged-index", {"file": f"{MERGED}/{path.name}"}
+        )
     for number in _numbers(directory, _BASE_POINT):
         yield Item("base-point", {"number": number, "file": f"bp-{number}.qcow2"})
     for path in sorted(directory.glob(f"{durable.TEMPORARY}*")):

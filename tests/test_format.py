@@ -11,7 +11,7 @@ import pytest
 from cdpserver import limits, state
 from cdpserver.catalog.content import Content
 from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
-from cdpserver.index import pieces, store
+from cdpserver.index import merged, pieces, store
 from cdpserver.index.pieces import SHIFTS, record_pieces
 from cdpserver.journal import control, instants, record, segment
 from cdpserver.journal.control import Grade, State
@@ -164,6 +164,17 @@ def test_the_index_is_laid_out_as_documented() -> None:
     assert pieces.LEVEL_BITS == 40, (
         "a key is the level (1 byte), the block number (5 bytes) and the seq (8 bytes)"
     )
+
+
+def test_a_merged_index_is_laid_out_as_documented() -> None:
+    text = section("Index")
+    assert f"`{merged.TRAILER.format}`" in text and f"magic `{merged.MAGIC.decode()}`" in text
+    assert f"pages of {merged.PAGE_WORDS * 8} bytes: {merged.ROWS} keys" in text
+    shifts = [merged.PLACE_SHIFT, merged.LEVEL_SHIFT, 0]
+    gib, level, piece = (shift + merged.ORDINAL_BITS for shift in shifts)
+    assert f"`gib << {gib} | level << {level} | piece << {piece} | ordinal`" in text
+    assert limits.BLOCK << merged.REGION_SHIFT == 1 << 30
+    assert f"{merged.DIRECTORY}/LOW-HIGH" in section("State directory")
 
 
 def test_the_names_of_segments_are_the_documented_ones() -> None:

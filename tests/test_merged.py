@@ -4,6 +4,8 @@ import contextlib
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from cdpserver.retention.usage import by_kind
 from cdpserver.view.layers import NOTHING, Layer
 from cdpserver.view.span import Span
 from cdpserver.view.view import View
-from tests.core import INDEXER, Line, World, check_view, forget_indexes
+from tests.core import INDEXER, ROOT, Line, World, check_view, forget_indexes
 from tests.dying import Step, dies_at
 from tests.islands import drop, publish
 from tests.model import BLOCK
 from tests.test_view import closed, opened
+from tools.kit.processes import until
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -509,6 +512,34 @@ def test_what_merged_indexes_take_is_counted(world: World) -> None:
         assert index - by_kind(line.directory)["index"] == used
 
 
+def test_they_are_printed(world: World) -> None:
+    line = with_history(world, 5)
+    path = all_merged(line)
+    INDEXER.call("close", line.directory, world.boot)
+    done = cdp("index", "show", str(path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    file = Merged(path)
+    entries, file_levels = file.entries, list(file.levels)
+    file.close()
+    assert lines[0] == f"merged-index file=000001-000005 entries={entries} levels={file_levels}"
+    assert [line.startswith("member interval=") for line in lines[1:6]] == [True] * 5
+    assert all(line.endswith("current=true") for line in lines[1:6])
+    assert len(lines) == 6 + entries and all(line.startswith("piece level=") for line in lines[6:])
+    shown = cdp("timeline", "show", str(line.directory))
+    assert "merged-index file=merged/000001-000005" in shown.stdout.splitlines()
+    flip(path, ROWS * 8 + 1)
+    done = cdp("index", "show", str(path))
+    assert done.returncode == 4 and "does not hold what it says" in done.stdout
+    path.unlink()
+    assert cdp("index", "show", str(path)).returncode == 2
+
+
+def cdp(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "recovery.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 # --- merging dies, or cannot
 
 
@@ -533,6 +564,32 @@ def test_merging_may_die_at_any_step(world: World) -> None:
     assert step > 5
     assert len(merged_files(line)) == 1
     line.check(line.last_seq)
+
+
+def test_the_indexer_has_them_merged(world: World) -> None:
+    """At its start, and again when intervals are closed."""
+    line = with_history(world, 8)
+    none_merged(line)
+    INDEXER.call("close", line.directory, world.boot)
+    forget_indexes(world.state.path)
+    command = [sys.executable, "-m", "cdpserver.index.indexer", "--state-dir", str(world.state.path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: settled(line), "merged indexes", seconds=120)
+        for number in range(6):
+            churn(line, random.Random(number), 3)
+            line.cut()
+        until(lambda: settled(line), "more merged indexes", seconds=120)
+    finally:
+        process.kill()
+        process.wait()
+    line.check(line.last_seq)
+
+
+def settled(line: Line) -> bool:
+    """Is the index of every closed interval finished, and nothing left to merge?"""
+    paths = sorted(line.directory.glob("intervals/[0-9]*"))[:-1]
+    return all((path / CLOSED_NAME).exists() for path in paths) and not merging.due(line.directory)
 
 
 def test_without_room_nothing_is_merged_and_nothing_lost(
