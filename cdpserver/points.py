@@ -369,9 +369,8 @@ class Timeline:
             if kept is not None:
                 return kept
             raise self._dropped(when, self._around(position), lambda place: place.time_ns <= time_ns)
-        following = self._after(position)
-        if following is not None and self._is_gap(following):
-            raise self._nowhere(when, "inside a gap", position, following)
+        if self.ends_before_gap(position):
+            raise self._nowhere(when, "inside a gap", position, self._after(position))
         return position
 
     def _at_thinned(self, thinned: Instants, newest: Position, time_ns: int, when: When) -> Position:
@@ -407,8 +406,7 @@ class Timeline:
         self, when: When, around: list[Position], is_before: Callable[[Position], bool]
     ) -> UsageError:
         """The refusal of an instant that is gone; `around` are places of the journal that are not."""
-        held = around + [_place(node) for node in nodes(self.history.directory)]
-        held.sort(key=lambda place: place.seq)
+        held = sorted([*around, *map(_place, nodes(self.history.directory))], key=lambda place: place.seq)
         older = [place for place in held if is_before(place)]
         newer = [place for place in held if not is_before(place)]
         why = (
@@ -430,6 +428,10 @@ class Timeline:
         return self.journal.state_at(position.seq).gap_open or any(
             control.misses(self.controls(interval), time_ns) for interval in near
         )
+
+    def ends_before_gap(self, position: Position) -> bool:
+        """Did acknowledged writes that came right after this instant get lost?"""
+        return (following := self._after(position)) is not None and self._is_gap(following)
 
     def _is_gap(self, position: Position) -> bool:
         reader = self.journal.reader(position.interval, position.segment)

@@ -28,9 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cdpserver import durable, messages
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError
@@ -154,6 +155,41 @@ def create_overlay(path: Path, *, backing: Path, format: str, size: int, subclus
     _run([*command, path.name, str(size)], doing=f"creating {path.name}", cwd=path.parent)
 
 
+def create_over_nbd(path: Path, *, node: Mapping[str, Any], size: int) -> None:
+    """An empty QCOW2 file over what a raw NBD `node` (as QEMU's `blockdev-add` takes it) reads; nobody connects to that yet."""
+    backing = json.dumps({"driver": "raw", "file": dict(node)})
+    command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", f"json:{backing}"]
+    _run([*command, str(path.absolute()), str(size)], doing=f"creating {path.name}")
+
+
+def is_untouched(path: Path) -> bool:
+    """Has nobody the QCOW2 file open for writing, and holds it nothing itself?"""
+    try:
+        return not any(True for _ in own_parts(path, locked=True))
+    except CdpError:
+        return False
+
+
+def is_open(path: Path, format: str) -> bool:
+    """Has a QEMU the image open for writing? False if it is not there."""
+    if not path.exists():
+        return False
+    # Without its backing file: that may be gone, and is not asked about.
+    options = {"driver": format, "file": {"driver": "file", "filename": str(path.absolute())}}
+    image = options | ({"backing": None} if format == "qcow2" else {})
+    try:
+        _run(
+            ["qemu-img", "info", f"json:{json.dumps(image)}"],
+            doing=f"reading {path.name}",
+            seconds=INFO_SECONDS,
+        )
+    except BrokenError as error:
+        if "another process using the image" in error.message:
+            return True
+        raise
+    return False
+
+
 def create_image(path: Path, *, size: int) -> None:
     """An empty QCOW2 file as QEMU makes it."""
     _run(
@@ -235,9 +271,9 @@ def copy_export(uri: str, target: Path, *, format: str, progress: Progress = nob
         raise
 
 
-def own_parts(image: Path) -> Iterator[tuple[int, int, int]]:
+def own_parts(image: Path, *, locked: bool = False) -> Iterator[tuple[int, int, int]]:
     """(start, end, place) of what a QCOW2 file holds itself, without its backing file: bytes of the disk, and where they
-    are in the file, or -1 for zeros. BrokenError, CorruptError.
+    are in the file, or -1 for zeros. BrokenError, with `locked` also while somebody writes to it; CorruptError.
     """
     options = {
         "driver": "qcow2",
@@ -245,7 +281,7 @@ def own_parts(image: Path) -> Iterator[tuple[int, int, int]]:
         "file": {"driver": "file", "filename": str(image.absolute())},
     }
     said = _run(
-        ["qemu-img", "map", "-U", "--output=json", f"json:{json.dumps(options)}"],
+        ["qemu-img", "map", *([] if locked else ["-U"]), "--output=json", f"json:{json.dumps(options)}"],
         doing=f"mapping {image.name}",
     )
     for part in json.loads(said):

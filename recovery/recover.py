@@ -5,7 +5,8 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from cdpserver.errors import BrokenError
+from cdpserver.errors import BrokenError, UsageError
+from cdpserver.names import show as shown
 from recovery.bar import moving
 from recovery.client import Client
 from recovery.output import Column, answer_fields, answer_json, answer_table, say
@@ -33,14 +34,34 @@ def start(options: Namespace) -> None:
     body: dict[str, Any] = {
         "point": options.point,
         # The service has another working directory.
-        "to": os.path.abspath(options.to),
         "qmp": os.path.abspath(options.qmp),
-        "format": options.format,
+        "mode": options.mode,
+        "overwrite": options.overwrite,
+        "protect": options.protect,
         "force": options.force,
+        **_places(options.to),
     }
     if options.name is not None:
         body["name"] = options.name
+    if options.format is not None:
+        body["format"] = options.format
     _answer(options, client(options).start_recovery(body))
+
+
+def _places(given: list[str]) -> dict[str, Any]:
+    """`PATH` for all disks, `DISK=PATH` for one; UsageError for two of one kind."""
+    found: dict[str, Any] = {"targets": {}}
+    for text in given:
+        disk, equals, path = text.partition("=")
+        if not equals or "/" in disk:
+            if "to" in found:
+                raise UsageError(
+                    f"two places for all disks: {shown(text)}", hint="write --to DISK=PATH for one"
+                )
+            found["to"] = os.path.abspath(text) + ("/" if text.endswith("/") else "")
+        else:
+            found["targets"][disk] = os.path.abspath(path)
+    return found
 
 
 def list_all(options: Namespace) -> None:
@@ -95,18 +116,23 @@ def commit(options: Namespace) -> None:
 
 def undo(options: Namespace) -> None:
     """The VM goes back onto its forks."""
-    body = {"discard": options.discard}
-    _answer(options, client(options).change_recovery(options.recovery, "undo", body))
+    found = client(options).change_recovery(options.recovery, "undo", {"discard": options.discard})
+    if options.discard:
+        for disk in found["disks"]:
+            say(f"what {disk['fork']} wrote to {disk['target']} is gone")
+    _answer(options, found)
 
 
 def _answer(options: Namespace, found: dict[str, Any]) -> None:
     if options.json:
         answer_json(found)
         return
-    hidden = ("events", "disks", "uri")
+    hidden = ("events", "disks", "uri", "overwrites")
     fields = {key: value for key, value in found.items() if key not in hidden and value != ""}
     for disk in found["disks"]:
         fields[disk["fork"]] = f"{disk['uri']} -> {disk['target']}, runs {disk['at']}"
+        if disk["warning"]:
+            say(f"{disk['point']} is {disk['warning']}")
     answer_fields(fields)
     for event in found["events"]:
         say(f"{event['time']}  {event['event']}")

@@ -10,19 +10,49 @@ def add_recover(commands: Commands) -> None:
     start = recover.leaf(
         "start",
         lazy("recover", "start"),
-        "Make writable disks of a point at once; when the VM runs on them, move them to a directory, unseen by the guest.",
+        "Make writable disks of a point at once; when the VM runs on them, move them to primary storage, unseen by the guest.",
         "cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp",
     )
     start.add_argument("point", metavar="DISK|VM@WHEN", type=point)
     start.add_argument(
-        "--to", required=True, metavar="DIR", help="the directory on primary storage that the disks move to"
+        "--to",
+        required=True,
+        action="append",
+        metavar="[DISK=]PATH",
+        help="the directory, file or block device on primary storage that all disks, or one, move to; may be repeated",
+    )
+    start.add_argument(
+        "--mode",
+        choices=("mirror", "stream"),
+        default="mirror",
+        help="mirror (default): the VM runs on writable forks until all is copied. stream: it runs at home from the start, on"
+        " QCOW2 files that are filled from the point",
     )
     start.add_argument(
         "--qmp", required=True, metavar="PATH", help="the VM's monitor: -qmp unix:PATH,server=on,wait=off"
     )
     start.add_argument("--name", metavar="NAME", help="the recovered VM's name: its forks are NAME/DISK")
-    start.add_argument("--format", choices=("qcow2", "raw"), default="qcow2", help="at home; default: qcow2")
-    start.add_argument("--force", action="store_true", help="also from a point that is unordered")
+    start.add_argument(
+        "--format",
+        choices=("qcow2", "raw"),
+        help="at home; default: qcow2, and raw for a block device or a file named .raw or .img",
+    )
+    start.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the old VM's disks: they are kept until the commit, and their history goes on; default: a new VM beside it",
+    )
+    start.add_argument(
+        "--no-protect",
+        dest="protect",
+        action="store_false",
+        help="do not protect the VM again when it is home",
+    )
+    start.add_argument(
+        "--force",
+        action="store_true",
+        help="also from a point that is unordered or next to a gap, and onto a block device, whose content is lost",
+    )
     recover.leaf("list", lazy("recover", "list_all"), "List recoveries.", "cdp recover list")
     show = recover.leaf(
         "show", lazy("recover", "show"), "Show a recovery.", "cdp recover show recovery-1f00aa2b --follow"
@@ -55,7 +85,7 @@ def add_recover(commands: Commands) -> None:
     undo.add_argument(
         "--discard",
         action="store_true",
-        help="of a VM that does not run: let go of what it wrote since the pivot",
+        help="of a VM that does not run: let go of what it wrote since the pivot, or, when streaming, since the start",
     )
     for command in (show, abort, retry, commit, undo):
         command.add_argument("recovery", metavar="ID", help="a recovery's id, or its VM's name")

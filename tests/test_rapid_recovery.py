@@ -17,6 +17,7 @@ from cdpserver.vm.recovery.graph import export_of
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
 from tools.kit.processes import listens, start
+from tools.kit.processes import until as soon
 from tools.kit.source import nbd_server
 
 real = pytest.mark.real
@@ -25,33 +26,45 @@ MIB = 1 << 20
 SIZE = 32 * MIB
 
 
-class Vm:
-    """A qemu-storage-daemon whose disk is a fork's export. Its one monitor is the service's once `begin` is over."""
+def on_export(number: int, uri: str) -> list[str]:
+    """The nodes of a disk on an NBD export."""
+    server, export = nbd_server(uri)
+    nbd_node = f"nbd,node-name=n{number},server.type=unix,server.path={server['path']},export={export}"
+    return [
+        *("--blockdev", f"{nbd_node},reconnect-delay=30"),
+        *("--blockdev", f"raw,node-name=disk{number},file=n{number}"),
+    ]
 
-    def __init__(self, directory: Path, uris: list[str], name: str = "vm") -> None:
+
+def on_file(number: int, path: str) -> list[str]:
+    """The nodes of a disk on a QCOW2 file, which says itself what it stands on."""
+    return [
+        "--blockdev",
+        f"qcow2,node-name=disk{number},discard=unmap,file.driver=file,file.filename={path},file.discard=unmap",
+    ]
+
+
+class Vm:
+    """A qemu-storage-daemon on a fork's export, or a file. Its one monitor is the service's once it is started."""
+
+    def __init__(self, directory: Path, disks: list[str], name: str = "vm") -> None:
         self.qmp = directory / f"{name}.qmp"
+        self.other = directory / f"{name}.other"
+        """A monitor for the test."""
         self.socket = directory / f"{name}.nbd"
+        for left in (self.qmp, self.other, self.socket):
+            left.unlink(missing_ok=True)  # of one that was killed
         command = ["qemu-storage-daemon"]
         command += ["--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=0"]
-        for number, uri in enumerate(uris):
-            server, export = nbd_server(uri)
-            command += [
-                *(
-                    "--blockdev",
-                    f"nbd,node-name=n{number},server.type=unix,server.path={server['path']}"
-                    f",export={export},reconnect-delay=30",
-                ),
-                *("--blockdev", f"raw,node-name=disk{number},file=n{number}"),
-                *("--export", f"nbd,id=e{number},node-name=disk{number},name=disk{number},writable=on"),
-            ]
+        for number, disk in enumerate(disks):
+            command += on_file(number, disk) if disk.startswith("/") else on_export(number, disk)
+            command += ["--export", f"nbd,id=e{number},node-name=disk{number},name=disk{number},writable=on"]
         log = directory / f"{name}.log"
         self.process = start(
             [
                 *command,
-                "--chardev",
-                f"socket,id=m,path={self.qmp},server=on,wait=off",
-                "--monitor",
-                "chardev=m",
+                *("--chardev", f"socket,id=m,path={self.qmp},server=on,wait=off", "--monitor", "chardev=m"),
+                *("--chardev", f"socket,id=o,path={self.other},server=on,wait=off", "--monitor", "chardev=o"),
             ],
             log,
         )
@@ -134,7 +147,8 @@ def protect(server: Server, name: str = "vda", vm: str = "web", number: int = 1)
 
 
 def begin(server: Server, home: Path, qmp: Path, point: str = "web/vda@good", **more: Any) -> dict[str, Any]:
-    shown: dict[str, Any] = server.post("/v1/recoveries", point=point, to=str(home), qmp=str(qmp), **more)
+    body = {"to": str(home), "protect": False, **more}
+    shown: dict[str, Any] = server.post("/v1/recoveries", point=point, qmp=str(qmp), **body)
     return shown
 
 
@@ -144,7 +158,8 @@ def wait(server: Server, id: str, *states: str) -> dict[str, Any]:
         assert shown["state"] in states or shown["state"] != "failed", shown["reason"]
         return shown if shown["state"] in states else None
 
-    return until(look, f"{id} in {states}")
+    # QEMU asks an export with many small extents for one after the other before it copies anything.
+    return soon(look, f"{id} in {states}", seconds=90)
 
 
 def at_home(target: str) -> bytes:
@@ -379,14 +394,18 @@ def test_what_is_refused(server: Server, home: Path, short_path: Path) -> None:
     for match, more in refusals.items():
         with pytest.raises(ApiError, match=match):
             begin(server, more.pop("home", home), more.pop("qmp"), **more)
-    # Two recoveries of one point have each their own fork.
-    other = begin(server, home, short_path / "b", name="two")
+    # Two recoveries of one point have each their own fork, and place.
+    with pytest.raises(ApiError, match=f"taken by {one['id']}"):
+        begin(server, home, short_path / "b", name="two")
+    (home / "b").mkdir()
+    other = begin(server, home / "b", short_path / "b", name="two")
     write(other["uri"], pattern(3))
     assert read(server.get("/v1/recoveries/one")["uri"], 4096) != pattern(3)
     (home / "vda.qcow2").touch()
     with pytest.raises(ApiError, match=r"vda\.qcow2 already"):
         begin(server, home, short_path / "c")
     assert [one["name"] for one in server.get("/v1/recoveries")] == ["one", "two"]
+    server.post("/v1/recoveries/one:abort")
     write(server.get("/v1/disks/web/vda")["uri"], pattern(4))
     (home / "vda.qcow2").unlink()
     with pytest.raises(ApiError, match=r"is unordered.*--force"):

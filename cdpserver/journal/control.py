@@ -42,7 +42,7 @@ class State:
     session        number of the current session, 0 before the first
     synced         the mirror of this session is complete
     write_blocking a controller said that the mirror is write-blocking
-    fork           a fork's guest writes to it directly: ordered from the start
+    fork           a fork's guest writes to it directly: ordered from the start, until a mirror's session begins
     cuts           base points cut so far; the next one has this number
     resync_ref     seq before the session began: what a resync compares with; -1 when none is under way
     gap_until_ns   time at which the last gap of lost records ended, 0 without one
@@ -123,10 +123,13 @@ def session(number: int, reason: str) -> dict[str, Any]:
     return {"type": "session", "session": number, "reason": reason}
 
 
-def synced(number: int, *, write_blocking: bool, bitmap: str = "") -> dict[str, Any]:
-    """The mirror of session `number` is complete; `bitmap` is the source's that marks what is written from here on."""
+def synced(number: int, *, write_blocking: bool, bitmap: str = "", direct: bool = False) -> dict[str, Any]:
+    """The mirror of session `number` is complete; `bitmap` is the source's that marks what is written from here on.
+
+    `direct`: from here a fork's guest writes to it itself, without a mirror.
+    """
     message = {"type": "synced", "session": number, "write_blocking": write_blocking}
-    return message | ({"bitmap": bitmap} if bitmap else {})
+    return message | ({"bitmap": bitmap} if bitmap else {}) | ({"direct": True} if direct else {})
 
 
 def mark(name: str) -> dict[str, Any]:
@@ -219,6 +222,7 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
                 session=message["session"],
                 synced=False,
                 write_blocking=False,
+                fork=False,
                 resync_ref=ref,
                 gap_open=state.gap_open and message["reason"] != FIRST_WRITE,
                 # A connection that is lost, or a mirror's word that it lost something, changes nothing here.
@@ -234,6 +238,7 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
                 gap_open=False,
                 anchor=bitmap or state.anchor,
                 anchored=bool(bitmap) or state.anchored,
+                fork=message.get("direct") is True,
             )
         case "cut":
             return replace(state, cuts=message["number"] + 1)

@@ -28,7 +28,6 @@ from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, S
 from cdpserver.limits import BLOCK, SECTOR
 
 USED = (".log", ".log.cut", ".data.cut")
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -43,10 +42,8 @@ class JournalWriter:
         self.size = size
         self.boot_id = boot_id
         self.state = State()
-        self.last_seq = 0
-        self.last_time_ns = 0
-        self.change_seq = self.durable_seq = 0
-        self.payload_bytes = 0
+        self.last_seq = self.last_time_ns = 0
+        self.change_seq = self.durable_seq = self.payload_bytes = 0
         self.recovered: dict[str, Any] | None = None
         self.slow_s = 0.0
         self.reads: Reads | None = None
@@ -343,7 +340,9 @@ class JournalWriter:
             self._track_resync()
         return number
 
-    def synced(self, number: int, *, write_blocking: bool, bitmap: str = "") -> tuple[int, int]:
+    def synced(
+        self, number: int, *, write_blocking: bool, bitmap: str = "", direct: bool = False
+    ) -> tuple[int, int]:
         """The mirror of session `number` is complete. RefusedError for a session that is over."""
         with self._lock:
             if number != self.state.session:
@@ -351,7 +350,8 @@ class JournalWriter:
                     f"session {number} is over; the current one is {self.state.session}",
                     hint="its connection was lost or another one wrote; resync, then say synced for that session",
                 )
-            result = self._put_control(control.synced(number, write_blocking=write_blocking, bitmap=bitmap))
+            message = control.synced(number, write_blocking=write_blocking, bitmap=bitmap, direct=direct)
+            result = self._put_control(message)
             self._track_resync()
         self.commit()
         return result

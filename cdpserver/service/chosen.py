@@ -10,6 +10,9 @@ from cdpserver.names import At, Latest, When
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
 
+UNORDERED = "unordered: what the guest wrote last may be there while what it wrote before is not"
+BEFORE_GAP = "the last before a gap: writes of the guest that were acknowledged after it are lost"
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -19,6 +22,8 @@ class Chosen:
     seq: int
     time_ns: int
     size: int
+    warning: str = ""
+    """What the point lacks; only when forced."""
 
     @property
     def short_name(self) -> str:
@@ -27,7 +32,7 @@ class Chosen:
 
 
 def choose(core: Core, point: str, *, force: bool, most: int) -> list[Chosen]:
-    """The disks of a point, at most `most`. RefusedError for one that is unordered, unless forced. For threads."""
+    """The disks of a point, at most `most`. RefusedError for an unordered one, or one next to a gap, unless forced."""
     what, when = names.parse_point(point)
     entries = _entries(core, what)
     if len(entries) > most:
@@ -66,11 +71,11 @@ def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
     with core.points(entry) as points:
         position = points.resolve(when, now_ns=core.clock.now_ns())
         size = points.history.size_at(position.seq)
-        grade = points.journal.state_at(position.seq).grade
-    if grade is Grade.UNORDERED and not force:
+        unordered = points.journal.state_at(position.seq).grade is Grade.UNORDERED
+        warning = UNORDERED if unordered else BEFORE_GAP if points.ends_before_gap(position) else ""
+    if warning and not force:
         raise RefusedError(
-            f"{entry.name}@seq:{position.seq} is unordered: what the guest wrote last may be there while what it wrote before"
-            " is not",
+            f"{entry.name}@seq:{position.seq} is {warning}",
             hint=f"cdp point list {entry.name} shows graded points; to recover this one all the same, add --force",
         )
-    return Chosen(entry, position.seq, position.time_ns, size)
+    return Chosen(entry, position.seq, position.time_ns, size, warning)

@@ -71,7 +71,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
     all_disks, base_points = Disks(core, browsing), BasePoints(core)
     protection = Protection(core, children, all_disks, base_points)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
-    recoveries = Recoveries(core, all_disks)
+    recoveries = Recoveries(core, all_disks, protection)
     roles = Roles.of(core.config)
     # Who may do what is asked of each connection.
     core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
@@ -87,13 +87,13 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await core.thread(all_disks.finish_what_was_left)
             if not stop.asked.is_set():
                 await nursery.start(jobs.keep_running)
-                await nursery.start(recoveries.keep_running)
                 nursery.start_soon(base_points.keep_cutting)
                 nursery.start_soon(all_disks.pruning.keep_pruning)
                 nursery.start_soon(browsing.keep_running)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
                 await nursery.start(protection.run)
+                await nursery.start(recoveries.keep_running)
                 app = api.build(core, children, all_disks, protection, jobs, recoveries, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)

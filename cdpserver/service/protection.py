@@ -29,6 +29,7 @@ from cdpserver.vm.disks import FoundDisk, check_size, choose
 from cdpserver.vm.mirror import Mirror
 from cdpserver.vm.qmp import Monitor
 from cdpserver.vm.record import LibvirtDomain, ProtectedDisk, ProtectedVm, QmpSocket
+from cdpserver.vm.recovery.record import overwritten
 
 AGAIN_S = 5.0
 """Pause before a controller goes on that met what it does not know."""
@@ -65,6 +66,8 @@ class Protection:
         self.base_points = base_points
         self._hung = Hung(core, children.targets)
         self._running: dict[str, _Running] = {}
+        self._held: dict[str, str] = {}
+        """Why a VM is not mirrored for the time being."""
         self._locks: dict[str, trio.Lock] = {}
         self._nursery: trio.Nursery | None = None
         self._target: OwnTarget | None = None
@@ -73,6 +76,8 @@ class Protection:
         """Until cancelled: every VM that is to be protected is."""
         core = self._core
         wanted = await core.thread(record.all_of, core.catalog)
+        for name in await core.thread(overwritten, core.catalog):
+            self._held[name] = "a recovery replaces its disks"
         async with trio.open_nursery() as self._nursery:
             self._target = OwnTarget(core, self._disks, self.base_points, self._hung, self._nursery)
             for vm in wanted:
@@ -88,7 +93,12 @@ class Protection:
         assert self._target is not None
         running = _Running(Controller(vm, connect, self._target), trio.CancelScope(), trio.Event())
         self._running[vm.name] = running
-        self._nursery.start_soon(self._keep, running)
+        if why := self._held.get(vm.name):
+            running.ended.set()
+            for state in running.controller.states.values():
+                state.reason = why
+        else:
+            self._nursery.start_soon(self._keep, running)
 
     async def _keep(self, running: _Running) -> None:
         try:
@@ -124,6 +134,33 @@ class Protection:
 
     async def _find(self, name: str) -> ProtectedVm | None:
         return await self._core.thread(record.find, self._core.catalog, name)
+
+    # -- for recoveries --------------------------------------------------------------------------------------
+
+    async def hold(self, name: str, why: str) -> None:
+        """Mirror a VM no more, until it is let go of: what runs at its monitor is not what its record speaks of."""
+        async with self._changing(name):
+            self._held[name] = why
+
+    async def let_go(self, name: str) -> None:
+        """The reverse."""
+        async with self._changing(name):
+            self._held.pop(name, None)
+
+    async def adopt(self, vm: ProtectedVm) -> None:
+        """Protect a VM from now on as `vm` says, with disks that are there; durable on return."""
+        async with self._changing(vm.name):
+            await self._core.thread(self._core.catalog.put_row, "vms", record.row(vm))
+            self._held.pop(vm.name, None)
+
+    async def replace(self, name: str, vm: ProtectedVm | None) -> None:
+        """End a VM's mirrors; from now on it is protected as `vm` says, or not."""
+        async with self._changing(name) as before:
+            if before is not None:
+                await self._let_go(before)
+                await self._core.thread(self._core.catalog.delete_row, "vms", record.row_id(name))
+            if vm is not None:
+                await self._core.thread(self._core.catalog.put_row, "vms", record.row(vm))
 
     # -- what an operator says -------------------------------------------------------------------------------
 

@@ -1,41 +1,31 @@
-"""Recoveries: forks made at once for VMs to run on, and a task for each that moves its disks home.
+"""Recoveries: what VMs start on, made at once, and a task for each that moves its disks home.
 
 Invariants: a recovery's row says what is about to be done before it is; QEMU and the row together are enough to go on after a
-restart of the service. Whatever fails before the pivot leaves the VM on its forks, where everything written is journalled.
+restart of the service. Whatever fails before the pivot leaves the VM on its forks, where everything written is journalled, or,
+when streaming, on what it has at home. What belongs to the VM that is protected is said last, when it is home.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from cdpserver import names
-from cdpserver.errors import RefusedError, UsageError
-from cdpserver.service.chosen import Chosen, choose
+from cdpserver import durable, names, qemu
+from cdpserver.errors import RefusedError
+from cdpserver.service import homes
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks, never_written
+from cdpserver.service.handover import HandOver
+from cdpserver.service.planned import Request, plan
+from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Runner, fork_uri
-from cdpserver.vm import qmp
 from cdpserver.vm.recovery import record
-from cdpserver.vm.recovery.record import MAX_DISKS, Format, RecoveredDisk, Recovery
-from cdpserver.vm.recovery.states import ACTIVE, BEGIN, HOME, STOPPED, UNDONE, Step, follow
+from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
+from cdpserver.vm.recovery.states import ACTIVE, HOME, STOPPED, UNDONE, Step, follow
 
 STOP_S = 15.0
 """How long aborting waits for QEMU to cancel the copies."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What `cdp recover start` asks for; paths are absolute."""
-
-    point: str
-    to: str
-    qmp: str
-    name: str | None = None
-    format: Format = "qcow2"
-    force: bool = False
 
 
 @dataclass(eq=False)
@@ -47,9 +37,10 @@ class _Running:
 class Recoveries:
     """The recoveries of a state directory. `keep_running` before anything else."""
 
-    def __init__(self, core: Core, disks: Disks) -> None:
+    def __init__(self, core: Core, disks: Disks, protection: Protection) -> None:
         self._core = core
         self._disks = disks
+        self._hand_over = HandOver(core, protection)
         self._changing = trio.Lock()
         self._running: dict[str, _Running] = {}
         self._runners: dict[str, Runner] = {}
@@ -63,19 +54,22 @@ class Recoveries:
                 if one.stage in ACTIVE:
                     self._core.log.emit("recovery.adopted", recovery=one.id, state=one.stage.state)
                     self._run(one)
+                elif one.stage == HOME:
+                    await self._hand_over.protect(one)
             task_status.started()
             await trio.sleep_forever()
 
     def _run(self, one: Recovery) -> None:
         assert self._nursery is not None
         running = self._running[one.id] = _Running()
-        runner = self._runners[one.id] = Runner(self._core, one, self._make_forks)
+        runner = self._runners[one.id] = Runner(self._core, one, self._prepare)
         self._nursery.start_soon(self._until_it_ends, one.id, running, runner)
 
     async def _until_it_ends(self, id: str, running: _Running, runner: Runner) -> None:
         try:
             with running.scope:
                 await runner.run()
+                await self._settle(runner)
         except Exception as error:  # noqa: BLE001
             # The process's rim: one recovery's trouble is said in its record, and the service goes on.
             await runner.step("fail", reason=f"internal error: {error!r}")
@@ -90,57 +84,58 @@ class Recoveries:
         begun = trio.current_time()
         core = self._core
         async with self._changing:
-            one = await core.thread(self._plan, asked)
+            one = await core.thread(plan, core, asked)
+            await self._hand_over.check_idle(one)
             for disk in one.disks:
                 await core.make_durable(core.entry(disk.disk), disk.seq)
             await core.thread(core.catalog.put_row, "recoveries", one.row())
             try:
-                await self._make_forks(one)
+                await self._hand_over.hold(one)
+                one = await self._prepare(one)
             except BaseException:
                 with trio.CancelScope(shield=True):
+                    await self._take_away(one)
                     await core.thread(core.catalog.delete_row, "recoveries", one.id)
-                    await self._drop_forks(one)
+                    await self._hand_over.let_go(one)
                 raise
             one = replace(one, rto_ms=round((trio.current_time() - begun) * 1000))
             await core.thread(core.catalog.put_row, "recoveries", one.row())
-        core.log.emit("recovery.started", recovery=one.id, point=asked.point, to=asked.to, rto_ms=one.rto_ms)
+        core.log.emit(
+            "recovery.started", recovery=one.id, point=asked.point, mode=one.mode, rto_ms=one.rto_ms
+        )
+        for disk in one.disks:
+            if disk.warning:
+                said = {"recovery": one.id, "point": f"{disk.disk}@seq:{disk.seq}", "reason": disk.warning}
+                core.log.emit("recovery.forced", level="warning", **said)
         self._run(one)
         return self._shown(one)
 
-    def _plan(self, asked: Request) -> Recovery:
-        core = self._core
-        directory = _check_directory(core, asked.to)
-        held = record.all_of(core.catalog)
-        for other in held:
-            if other.qmp == asked.qmp and other.stage in ACTIVE:
-                raise RefusedError(
-                    f"{other.id} uses the monitor {asked.qmp}",
-                    hint=f"wait for it: cdp recover show {other.id}",
-                )
-        id = record.new_id(other.id for other in held)
-        name = names.check_name(asked.name) if asked.name is not None else id
-        chosen = choose(core, asked.point, force=asked.force, most=MAX_DISKS)
-        disks = [_disk(one, name, directory, asked.format) for one in chosen]
-        for disk in disks:
-            if core.catalog.get(disk.fork) is not None:
-                raise RefusedError(f"there is a disk {disk.fork} already", hint="choose another --name")
-        for target in {disk.target for disk in disks}:
-            if os.path.lexists(target):
-                raise RefusedError(
-                    f"there is {target} already", hint="name another directory, or move it away"
-                )
-        now_ns = core.clock.now_ns()
-        one = Recovery(id, name, asked.point, asked.qmp, tuple(disks), BEGIN, now_ns)
-        return one.noted("started", now_ns=now_ns)
-
-    async def _make_forks(self, one: Recovery) -> None:
-        """Those that are not there yet."""
+    async def _prepare(self, one: Recovery) -> Recovery:
+        """Make what the VM starts on, as far as it is not there yet; the recovery as its row says it then."""
         for disk in one.disks:
             if self._core.catalog.get(disk.fork) is None:
                 await self._disks.fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
+        if one.mode == "mirror":
+            return one
+        for number, disk in enumerate(one.disks):
+            if not disk.made:
+                one = one.with_disk(number, made=True)
+                await self._core.thread(self._core.catalog.put_row, "recoveries", one.row())
+                with durable.io_errors("make", Path(disk.target)):
+                    await self._core.thread(homes.make_overlay, self._core, one, disk)
+        return one
 
-    async def _drop_forks(self, one: Recovery) -> None:
-        """Those that nobody has written to. One that is in use stays."""
+    async def _take_away(self, one: Recovery) -> Recovery:
+        """What nobody has written to goes again; what is in use stays, and so does what it stands on."""
+        if one.mode == "stream":
+            made = [number for number, disk in enumerate(one.disks) if disk.made]
+            if not await self._core.thread(_are_untouched, one):
+                return one
+            for number in made:
+                with homes.errors_said(self._core, one, one.disks[number]):
+                    await self._core.thread(homes.remove, one.disks[number], one.id)
+                one = one.with_disk(number, made=False)
+            await self._core.thread(self._core.catalog.put_row, "recoveries", one.row())
         for disk in one.disks:
             entry = self._core.catalog.get(disk.fork)
             if entry is None or not await self._core.thread(
@@ -151,6 +146,24 @@ class Recoveries:
                 await self._disks.remove(disk.fork, fork=True)
             except RefusedError as error:
                 self._core.log.emit("recovery.fork-stays", recovery=one.id, fork=disk.fork, reason=str(error))
+        return one
+
+    async def _settle(self, runner: Runner) -> None:
+        """After a way home or back: the record of what belongs to the VM follows."""
+        one = runner.recovery
+        if one.stage == HOME:
+            await self._hand_over.protect(one)
+        elif one.stage == UNDONE:
+            await self._go_back(runner)
+
+    async def _go_back(self, runner: Runner, *, discard: bool = False) -> None:
+        """The VM is not at home any more: what it replaced there is as it was. With `discard`, what it left there goes."""
+        for number, disk in enumerate(runner.recovery.disks):
+            if disk.made and (disk.replaces or discard):
+                with homes.errors_said(self._core, runner.recovery, disk):
+                    await self._core.thread(homes.remove, disk, runner.recovery.id)
+                await runner.keep(runner.recovery.with_disk(number, made=False))
+        await self._hand_over.let_go(runner.recovery)
 
     # -- showing ---------------------------------------------------------------------------------------------
 
@@ -158,19 +171,25 @@ class Recoveries:
         runner = self._runners.get(one.id)
         if runner is not None and one.stage in ACTIVE:
             one = replace(one, copied=runner.copied, total=runner.total)
-        disks = [self._shown_disk(disk) for disk in one.disks]
+        disks = [self._shown_disk(one, disk) for disk in one.disks]
         return {**one.describe(), "uri": disks[0]["uri"], "disks": disks}
 
-    def _shown_disk(self, disk: RecoveredDisk) -> dict[str, Any]:
-        entry = self._core.catalog.get(disk.fork)
+    def _shown_disk(self, one: Recovery, disk: RecoveredDisk) -> dict[str, Any]:
+        core = self._core
+        if one.mode == "stream":
+            uris = core.point_uris(disk.disk, disk.seq)
+            uri: str | None = uris.get("uri_unix", uris["uri"])
+        else:
+            uri = fork_uri(core, disk) if core.catalog.get(disk.fork) is not None else None
         return {
             "point": f"{disk.disk}@seq:{disk.seq}",
             "time": names.format_time(disk.time_ns),
             "fork": disk.fork,
-            "uri": fork_uri(self._core, disk) if entry is not None else None,
+            "uri": uri,
             "target": disk.target,
             "format": disk.format,
-            "at": disk.at,
+            "at": "home" if one.mode == "stream" and disk.made else disk.at,
+            "warning": disk.warning,
         }
 
     async def show(self, which: str) -> dict[str, Any]:
@@ -192,11 +211,14 @@ class Recoveries:
         """End the migration: the VM stays on its forks (in an undo: at home), and what was copied goes away."""
         async with self._changing:
             one = await self._stopped(which, "abort")
-            runner = Runner(self._core, one, self._make_forks)
+            runner = Runner(self._core, one, self._prepare)
             await runner.take_back(within_s=STOP_S)
             one = await runner.step("abort")
             if one.stage == STOPPED:
-                await self._drop_forks(one)
+                await self._take_away(one)
+                await self._hand_over.let_go(one)
+            elif one.stage == HOME:
+                await self._hand_over.protect(one)
         return await self.show(one.id)
 
     async def _stopped(self, which: str, step: Step) -> Recovery:
@@ -224,67 +246,54 @@ class Recoveries:
         async with self._changing:
             one = await self._find(which)
             follow(one.stage, "discard", one.id)
-            await self._check_not_home(one)
-            runner = Runner(self._core, one, self._make_forks)
+            if one.mode == "mirror" and one.stage == STOPPED:
+                follow(STOPPED, "undo", one.id)  # all of it is in the forks
+            await self._core.thread(_check_not_home, one)
+            runner = Runner(self._core, await self._hand_over.take_back(one), self._prepare)
             for number in range(len(one.disks)):
-                await runner.keep(runner.recovery.with_disk(number, at="fork"))
+                await runner.keep(runner.recovery.with_disk(number, at="fork", device=""))
+            await runner.keep(replace(runner.recovery, mode="mirror"))
             one = await runner.step("discard")
-            assert one.stage == UNDONE
+            await self._go_back(runner, discard=True)
         return await self.show(one.id)
-
-    async def _check_not_home(self, one: Recovery) -> None:
-        """RefusedError while the VM runs on what is to be discarded."""
-        try:
-            async with qmp.connect(Path(one.qmp)) as monitor:
-                runner = Runner(self._core, one, self._make_forks)
-                running = [move.disk.target for move in runner.moves(monitor) if await move.is_home()]
-        except qmp.QmpClosedError:
-            return  # nobody runs there
-        if running:
-            raise RefusedError(
-                f"the VM runs on {running[0]}, and would see its disk change",
-                hint="shut it down first, or undo without --discard",
-            )
 
     async def commit(self, which: str) -> dict[str, Any]:
         """Say that the VM stays at home: there is no undo from here on. Its forks stay, as forks like any other."""
         async with self._changing:
-            runner = Runner(self._core, await self._find(which), self._make_forks)
+            runner = Runner(self._core, await self._find(which), self._prepare)
             one = await runner.step("commit")
+            for disk in one.disks:
+                with homes.errors_said(self._core, one, disk):
+                    await self._core.thread(homes.forget, disk, one.id)
         return await self.show(one.id)
 
     async def _again(self, which: str, step: Step) -> dict[str, Any]:
         async with self._changing:
             one = await self._find(which)
-            runner = Runner(self._core, one, self._make_forks)
+            runner = Runner(self._core, one, self._prepare)
             follow(one.stage, step, one.id)
-            if one.stage != HOME:
-                await self._make_forks(one)
+            if step == "undo":
+                one = await self._hand_over.take_back(one)
+                await runner.keep(replace(one, mode="mirror"))
+            else:
+                await self._hand_over.hold(one)
+                await runner.keep(await self._prepare(one))
             one = await runner.step(step)
             self._run(one)
         return await self.show(one.id)
 
 
-def _disk(chosen: Chosen, name: str, directory: Path, format: Format) -> RecoveredDisk:
-    return RecoveredDisk(
-        disk=chosen.entry.name,
-        seq=chosen.seq,
-        time_ns=chosen.time_ns,
-        size=chosen.size,
-        fork=names.full_name(chosen.short_name, name),
-        target=str(directory / f"{chosen.short_name}.{format}"),
-        format=format,
-    )
+def _are_untouched(one: Recovery) -> bool:
+    """Has nobody written, or has open, what was made for a VM to start on?"""
+    made = [Path(disk.target) for disk in one.disks if disk.made]
+    return all(not path.exists() or qemu.is_untouched(path) for path in made)
 
 
-def _check_directory(core: Core, path: str) -> Path:
-    directory = Path(path)
-    if not directory.is_absolute() or not directory.is_dir():
-        raise UsageError(
-            f"{names.show(path)} is no directory here", hint="make it, and name its absolute path"
-        )
-    if directory.resolve().is_relative_to(core.state.path.resolve()):
-        raise UsageError(
-            f"{names.show(path)} is in the state directory", hint="name a directory on primary storage"
-        )
-    return directory
+def _check_not_home(one: Recovery) -> None:
+    """RefusedError while a VM runs on what is to be discarded."""
+    for disk in one.disks:
+        if disk.made and qemu.is_open(Path(disk.target), disk.format):
+            raise RefusedError(
+                f"the VM runs on {disk.target}, and would see its disk change",
+                hint="shut it down first, or undo without --discard",
+            )

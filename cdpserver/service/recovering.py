@@ -11,12 +11,17 @@ from typing import TypeAlias
 
 import trio
 
+from cdpserver import durable
 from cdpserver.errors import CdpError
+from cdpserver.service import homes
 from cdpserver.service.core import Core
 from cdpserver.vm import qmp
-from cdpserver.vm.recovery.move import Move, MoveFailedError, Progress
-from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
+from cdpserver.vm.recovery.graph import device_of, read_graph
+from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
+from cdpserver.vm.recovery.move import Move
+from cdpserver.vm.recovery.record import MAX_DEVICE, RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import BACKWARD, BEGIN, COPYING, PIVOTING, PIVOTING_BACK, UNDOING, Step
+from cdpserver.vm.recovery.stream import StreamMove
 
 WAIT_S = 0.1
 """Between two looks whether the VM is there."""
@@ -30,15 +35,18 @@ GONE_S = 10.0
 TAKE_BACK_S = 5.0
 """How long QEMU may take to cancel a copy that failed; what stays is cleared by the next try."""
 
-Forks: TypeAlias = Callable[[Recovery], Awaitable[None]]
+Prepare: TypeAlias = Callable[[Recovery], Awaitable[Recovery]]
 
 
 class Runner:
-    """One recovery at work. `recovery` is what its row says, `copied` and `total` bytes are newer."""
+    """One recovery at work. `recovery` is what its row says, `copied` and `total` bytes are newer.
 
-    def __init__(self, core: Core, recovery: Recovery, make_forks: Forks) -> None:
+    `prepare` makes what the VM is started on, if it is not there yet.
+    """
+
+    def __init__(self, core: Core, recovery: Recovery, prepare: Prepare) -> None:
         self._core = core
-        self._make_forks = make_forks
+        self._prepare = prepare
         self.recovery = recovery
         self.copied = recovery.copied
         self.total = recovery.total
@@ -73,7 +81,7 @@ class Runner:
     async def run(self) -> None:
         """Until the recovery is done or has failed."""
         try:
-            await self._make_forks(self.recovery)
+            self.recovery = await self._prepare(self.recovery)
             await self._connect_and_work()
         except CdpError as error:
             with trio.CancelScope(shield=True):
@@ -111,8 +119,9 @@ class Runner:
         return [move for _, move in self._all_moves(monitor)]
 
     def _all_moves(self, monitor: qmp.Monitor) -> Iterator[tuple[int, Move]]:
+        kind = StreamMove if self.recovery.mode == "stream" else Move
         for number, disk in enumerate(self.recovery.disks):
-            yield number, Move(monitor, self.recovery.id, number, disk, fork_uri(self._core, disk))
+            yield number, kind(monitor, self.recovery.id, number, disk, fork_uri(self._core, disk))
 
     def _moves(self, monitor: qmp.Monitor) -> list[tuple[int, Move]]:
         """Those of the disks that are not yet where they are to go."""
@@ -130,7 +139,7 @@ class Runner:
     async def _wait_for_vm(self, monitor: qmp.Monitor) -> None:
         for _, move in self._moves(monitor):
             while True:
-                if await move.is_on_fork():
+                if await move.is_there():
                     break
                 await trio.sleep(WAIT_S)
 
@@ -140,14 +149,28 @@ class Runner:
             if await move.is_under_way():
                 continue
             if self._backward:
+                await self._core.targets.call(
+                    self._core.entry(move.disk.fork).id, "mirrored", disk=move.disk.fork
+                )
                 await move.begin_back()
-            else:
-                await self.keep(self.recovery.with_disk(number, made=True))
-                await move.begin_home()
+                continue
+            if self.recovery.mode == "mirror":
+                await self._take_place(number, move.disk)
+            await move.begin_home()
         while True:
             if self._all_ready([await move.progress() for _, move in moves]):
                 return
             await trio.sleep(LOOK_S)
+
+    async def _take_place(self, number: int, disk: RecoveredDisk) -> None:
+        """From here on what is at the target is ours."""
+        if not disk.made and not disk.replaces:
+            await self._core.thread(
+                lambda: homes.check(disk.target, size=disk.size, overwrite=False, force=True)
+            )
+        await self.keep(self.recovery.with_disk(number, made=True))
+        with durable.io_errors("make room at", Path(disk.target)):
+            await self._core.thread(homes.set_aside, disk, self.recovery.id)
 
     def _all_ready(self, found: list[Progress]) -> bool:
         self.copied = sum(one.copied for one in found)
@@ -161,12 +184,26 @@ class Runner:
                 raise MoveFailedError(
                     f"the VM does not stand on the copy of {move.disk.disk} after the pivot"
                 )
-            await self.keep(self.recovery.with_disk(number, at=self._goal))
+            if self._backward:
+                await self._core.targets.call(
+                    self._core.entry(move.disk.fork).id, "direct", disk=move.disk.fork
+                )
+                await self.keep(self.recovery.with_disk(number, at="fork", device=""))
+            else:
+                await move.settle()
+                await self.keep(
+                    self.recovery.with_disk(number, at="home", device=await self._device(monitor, move))
+                )
         for _, move in self._all_moves(monitor):
             if self._backward:
                 await move.clear()
             else:
-                await move.let_go_of_fork()
+                await move.let_go()
+
+    async def _device(self, monitor: qmp.Monitor, move: Move) -> str:
+        """What stays the name of this disk in QEMU, as far as something does."""
+        node = (await read_graph(monitor)).top(await move.home_node())
+        return device_of(await monitor.execute("query-block"), node)[:MAX_DEVICE]
 
     # -- taking back -----------------------------------------------------------------------------------------
 
@@ -180,13 +217,13 @@ class Runner:
                         kept.append(move.disk)
                         await self._clear(move)
                         kept.pop()
-        except qmp.QmpClosedError:
-            kept.clear()  # nobody has the files open any more
         except (CdpError, trio.TooSlowError) as error:
+            if await monitor_is_gone(self.recovery.qmp):
+                kept.clear()  # nobody has the files open any more
             self._core.log.emit(
                 "recovery.left-in-qemu", level="warning", recovery=self.recovery.id, reason=str(error)
             )
-        if not self._backward and not kept:
+        if self.recovery.mode == "mirror" and not self._backward and not kept:
             for disk in self.recovery.disks:
                 if disk.at == "fork" and disk.made:
                     await self._core.thread(self._remove, disk)
@@ -198,14 +235,21 @@ class Runner:
             await move.clear()
 
     def _remove(self, disk: RecoveredDisk) -> None:
-        try:
-            Path(disk.target).unlink(missing_ok=True)
-        except OSError as error:
-            said = {"recovery": self.recovery.id, "file": disk.target, "reason": str(error)}
-            self._core.log.emit("recovery.file-stays", level="warning", **said)
+        with homes.errors_said(self._core, self.recovery, disk):
+            homes.remove(disk, self.recovery.id)
 
 
 def fork_uri(core: Core, disk: RecoveredDisk) -> str:
     """Where the VM finds the fork. A QEMU of this host takes the Unix socket."""
     uris = core.disk_uris(core.entry(disk.fork))
     return uris.get("uri_unix", uris["uri"])
+
+
+async def monitor_is_gone(path: str) -> bool:
+    """Does nobody listen at a monitor's socket? One that is taken, or does not answer, is there."""
+    try:
+        stream = await trio.open_unix_socket(path)
+    except OSError:
+        return True
+    await stream.aclose()
+    return False

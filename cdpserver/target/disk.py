@@ -5,7 +5,8 @@ r"""A timeline that clients write to: first copy or journal, its connections and
 
 Invariants: the mode is decided by files. The switch holds every connection's lock for its few milliseconds, so that no
 write is half in the base and half in the journal.
-A session begins with a connection's first write, and again when a connection that wrote is lost; a fork has no sessions.
+A session begins with a connection's first write, and again when a connection that wrote is lost. A fork that its guest writes
+to itself has none, until it is said that a mirror does (`mirrored`).
 Threads: one per connection (`-t 1`), the committer, the control thread.
 """
 
@@ -107,7 +108,7 @@ class TargetDisk:
         if self.journal.recovered is not None:
             name = self.timeline.full_name
             self._emit("target.unclean-boot", level="warning", disk=name, **self.journal.recovered)
-            if not self.timeline.is_fork:
+            if not self._is_direct:
                 self._emit("disk.gap", level="warning", disk=name, reason="unclean host boot")
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -216,8 +217,15 @@ class TargetDisk:
 
     def begin_session(self, reason: str) -> None:
         """Points are unordered from here on, until *synced*."""
-        if self.timeline.is_fork:
+        if self._is_direct:
             return
+        self._begin_session(reason)
+
+    @property
+    def _is_direct(self) -> bool:
+        return self.journal is not None and self.journal.state.fork
+
+    def _begin_session(self, reason: str) -> None:
         with self._session_lock:
             if self.journal is not None:
                 number = self.journal.begin_session(reason)
@@ -265,7 +273,7 @@ class TargetDisk:
 
         `bitmap` names the source's that marks what is written from here on (`journal.control.State.anchor`).
         """
-        if self.timeline.is_fork:
+        if self._is_direct:
             raise UsageError(
                 f"{self.timeline.full_name} is a fork: it has no mirror to be in sync with",
                 hint="its points are crash-consistent from the start",
@@ -299,7 +307,7 @@ class TargetDisk:
         A session that counts as in sync ends with this, and the gap is on record; it ends with the next first write.
         """
         journal = self.journal
-        if journal is None or self.timeline.is_fork:
+        if journal is None or self._is_direct:
             return
         with self._session_lock:
             since_ns = self._clock_ns() - ago_ns if ago_ns is not None else 0
@@ -312,6 +320,19 @@ class TargetDisk:
                 connection.wrote = False
         name, times = self.timeline.full_name, {"from_ns": from_ns, "until_ns": until_ns or None}
         self._emit("disk.gap", level="warning", disk=name, reason=reason, **times)
+
+    def mirrored(self) -> None:
+        """A mirror writes to this fork from here on, as to a disk: points are unordered until *synced*."""
+        with self._mode_lock:
+            if self._is_direct:
+                self._begin_session("a mirror writes to the fork")
+
+    def direct(self) -> None:
+        """The mirror is complete, and the guest of this fork writes to it itself from here on; durable on return."""
+        with self._mode_lock:
+            if self.timeline.is_fork and not self._is_direct:
+                journal = self.writer("guest")
+                journal.synced(journal.state.session, write_blocking=True, direct=True)
 
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.

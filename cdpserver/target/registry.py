@@ -197,6 +197,8 @@ class Registry:
                 r["session"], write_blocking=r["write_blocking"], bitmap=r.get("bitmap", "")
             ),
             "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"], ago_ns=r["ago_ns"]),
+            "mirrored": lambda r: self.disk(r["disk"]).mirrored(),
+            "direct": lambda r: self.disk(r["disk"]).direct(),
             "mark": lambda r: self.disk(r["disk"]).marker("bookmark").mark(r["name"]),
             "cut": lambda r: self.disk(r["disk"]).marker("base point").cut(),
             "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),

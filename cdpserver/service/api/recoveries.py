@@ -10,7 +10,8 @@ from cdpserver.service.api import paging
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.models import Answer, Body, Count, Page, Text
 from cdpserver.service.api.paging import PageSize, PageToken
-from cdpserver.service.recoveries import Recoveries, Request
+from cdpserver.service.planned import Request
+from cdpserver.service.recoveries import Recoveries
 
 RECOVERY = "/v1/recoveries/{recovery}"
 
@@ -19,11 +20,31 @@ class StartRecovery(Body):
     """POST /v1/recoveries"""
 
     point: Text = Field(description="DISK@WHEN, or VM@WHEN for all disks of a VM.", examples=["web@-90s"])
-    to: Text = Field(description="The absolute path of a directory on primary storage.")
+    to: Text | None = Field(
+        None, description="The absolute path of a directory, a file or a block device on primary storage."
+    )
+    targets: dict[str, str] = Field(
+        default_factory=dict, description="The same for one disk, by its name without its VM."
+    )
+    mode: Literal["mirror", "stream"] = Field(
+        "mirror",
+        description="mirror: the VM runs on forks until all is copied. stream: it runs at home from the start, and reads from the"
+        " point what is not there yet.",
+    )
     qmp: Text = Field(description="The absolute path of QEMU's monitor: -qmp unix:PATH,server=on,wait=off")
     name: Text | None = Field(None, description="The recovered VM's name: its forks are NAME/DISK.")
-    format: Literal["qcow2", "raw"] = "qcow2"
-    force: bool = Field(False, description="Also a point that is unordered.")
+    format: Literal["qcow2", "raw"] | None = Field(
+        None,
+        description="At home; by default qcow2, and raw for a block device or a file named .raw or .img.",
+    )
+    overwrite: bool = Field(
+        False,
+        description="Replace the old VM's disks, which are kept until the commit, and go on with their history.",
+    )
+    protect: bool = Field(True, description="Protect the VM again when it is home.")
+    force: bool = Field(
+        False, description="Also a point that is unordered, or next to a gap; also onto a block device."
+    )
 
 
 class Undo(Body):
@@ -37,9 +58,15 @@ class Recovery(Answer):
 
     id: str
     name: str
+    mode: Literal["mirror", "stream"]
+    vm: str = Field(description="The VM that it makes, or overwrites.")
+    overwrites: bool
+    protected: bool = Field(description="It is home, and protected again.")
     state: Literal["running", "copying", "pivoting", "done", "failed", "aborted"]
     phase: str
-    uri: str | None = Field(description="Of the first disk: what the VM is started on.")
+    uri: str | None = Field(
+        description="Of the first disk: the fork that the VM is started on; when streaming, the point that its file stands on."
+    )
     rto_ms: Count = Field(description="From the request until the disks could be opened.")
     copied_bytes: Count
     total_bytes: Count

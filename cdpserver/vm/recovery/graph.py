@@ -1,35 +1,58 @@
 """The graph of QEMU's block nodes: on which node the guest's disk stands.
 
-    guest's device ──► [mirror's filter] ──► raw ──► nbd          device and raw need not be there
-       backend             driver           driver    driver
+    guest's device ──► [a job's filter] ──► raw ──► nbd           device and raw need not be there
+       backend             driver          driver    driver
+                                   └──────► qcow2 ──► file
 
 A job has edges to nodes of its own, and a mirror a backend above its target: only without a job is a node below a backend in use.
 """
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from cdpserver.vm.disks import guest_disks
 from cdpserver.vm.qmp import Monitor
 
 DRIVER, BACKEND = "block-driver", "block-backend"
 
+FILES = ("file", "host_device")
+"""Drivers of what lies on this host."""
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Names and NBD exports of nodes, what kind each is, and who stands above whom (by QEMU's numbers)."""
+    """Names, NBD exports and files of nodes, what kind each is, and who stands above whom (by QEMU's numbers)."""
 
     names: dict[str, int]
     kinds: dict[int, str]
     parents: dict[int, tuple[int, ...]]
     exports: dict[str, str]
     """Node name to the name of the export that it is connected to."""
+    files: dict[str, str]
+    """Node name to the real path of the file or device that it has open."""
+    drivers: dict[str, str]
+    """Node name to its driver."""
 
     def on_export(self, export: str) -> list[str]:
         """The NBD nodes connected to an export of this name."""
         return [node for node, name in self.exports.items() if name == export]
+
+    def used_on_export(self, export: str) -> list[str]:
+        """Those of them that a device or an export stands on."""
+        return [node for node in self.on_export(export) if self.is_used(node)]
+
+    def image(self, path: str, format: str) -> str | None:
+        """The node that reads the file at `path` in its format, if a device or an export stands on it."""
+        real = os.path.realpath(path)
+        for node, file in self.files.items():
+            if file == real and self.is_used(node):
+                above = [name for name in self.way_up(node) if self.drivers.get(name) == format]
+                return above[-1] if above else node
+        return None
 
     def top(self, node: str) -> str:
         """The highest driver's node over this one: what a job is told to work on."""
@@ -75,16 +98,42 @@ def make_graph(nodes: list[dict[str, Any]], shape: dict[str, Any]) -> Graph:
         exports={
             one["node-name"]: export_of(one["file"]) for one in nodes if one["drv"] == "nbd" and "file" in one
         },
+        files={
+            one["node-name"]: path_of(one["file"]) for one in nodes if one["drv"] in FILES and "file" in one
+        },
+        drivers={one["node-name"]: one["drv"] for one in nodes},
     )
+
+
+def path_of(filename: str) -> str:
+    """The real path in QEMU's name of a file's node: itself, or `json:`."""
+    return os.path.realpath(str(_options(filename).get("filename", "")) if _is_json(filename) else filename)
+
+
+def _is_json(filename: str) -> bool:
+    return filename.startswith("json:")
+
+
+def _options(filename: str) -> dict[str, Any]:
+    """Of a `json:` name: those of the innermost node."""
+    try:
+        options = json.loads(filename.removeprefix("json:"))
+    except ValueError:
+        return {}
+    options = options.get("file", options) if isinstance(options, dict) else {}
+    return options if isinstance(options, dict) else {}
 
 
 def export_of(filename: str) -> str:
     """The export's name in QEMU's name of an NBD node: a URI, or `json:` where a URI cannot say everything."""
-    if not filename.startswith("json:"):
+    if not _is_json(filename):
         return unquote(urlsplit(filename).path.removeprefix("/"))
-    try:
-        options = json.loads(filename.removeprefix("json:"))
-    except ValueError:
-        return ""
-    options = options.get("file", options) if isinstance(options, dict) else {}
-    return str(options.get("export", ""))
+    return str(_options(filename).get("export", ""))
+
+
+def device_of(blocks: Iterable[Mapping[str, Any]], node: str) -> str:
+    """The guest's device that stands on a node, of the answer to `query-block`; the node's own name where nothing says it."""
+    for block in blocks:
+        if block.get("inserted", {}).get("node-name") == node and (found := guest_disks([block])):
+            return found[0].device
+    return node

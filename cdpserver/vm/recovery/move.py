@@ -1,42 +1,26 @@
-"""Moving one disk of a running VM from a fork's export to a file at home, or back, over QMP.
+"""Moving one disk of a running VM from a fork's export to its place at home, or back, over QMP.
 
 Every node and job has a name that follows from the recovery and the number of the disk, and finished jobs stay until they are
-dismissed: whoever comes later finds what was begun, and how it ended.
+dismissed: whoever comes later finds what was begun, and how it ended. A VM that is at home is found by the name of its file,
+since it may have been started anew.
 """
 
-from dataclasses import dataclass
+import os
+import stat
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import trio
-
-from cdpserver.errors import BrokenError, RefusedError
+from cdpserver.errors import RefusedError
 from cdpserver.vm.qmp import Monitor, QmpRefusedError
-from cdpserver.vm.recovery.graph import read_graph
+from cdpserver.vm.recovery import jobs
+from cdpserver.vm.recovery.graph import Graph, read_graph
+from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
 from cdpserver.vm.recovery.record import RecoveredDisk
 
-LOOK_S = 0.02
-"""Between two looks at a job that is about to end."""
-
 RECONNECT_S = 30
-"""How long QEMU holds writes to a fork while its server is away, on the way back."""
+"""How long QEMU holds requests while the server is away."""
 
 DEFAULT_PORT = 10809
-
-
-class MoveFailedError(BrokenError):
-    """The copy ended with an error; the VM goes on where it was."""
-
-    usual_hint = "look at the reason, then: cdp recover retry"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a copy is."""
-
-    copied: int
-    total: int
-    ready: bool
 
 
 class Move:
@@ -54,36 +38,58 @@ class Move:
 
     async def is_on_fork(self) -> bool:
         """Does the VM's disk stand on the fork's export?"""
-        graph = await read_graph(self._monitor)
-        return any(graph.is_used(node) for node in graph.on_export(self.disk.fork))
+        return bool((await self._graph()).used_on_export(self.disk.fork))
+
+    async def is_there(self) -> bool:
+        """Does the VM run where it is to be started?"""
+        return await self.is_on_fork()
 
     async def is_home(self) -> bool:
-        """Does the VM's disk stand on the file at home, and no copy is under way?"""
-        return await self._status() is None and (await read_graph(self._monitor)).is_used(self._home)
+        """Does the VM's disk stand on what is at home, and no copy is under way?"""
+        return not await self.is_under_way() and self._at_home(await self._graph()) is not None
 
     async def is_under_way(self) -> bool:
         """Is there a copy, also one that has just ended?"""
-        return await self._status() is not None
+        return await jobs.find(self._monitor, self._job) is not None
+
+    async def _graph(self) -> Graph:
+        return await read_graph(self._monitor)
+
+    def _at_home(self, graph: Graph) -> str | None:
+        """The node of the image at home that the VM stands on."""
+        return graph.image(self.disk.target, self.disk.format)
+
+    async def home_node(self) -> str:
+        """The same, asked of QEMU now. MoveFailedError."""
+        if (found := self._at_home(await self._graph())) is None:
+            raise MoveFailedError(f"the VM does not run on {self.disk.target}")
+        return found
 
     # -- copying ---------------------------------------------------------------------------------------------
 
     async def begin_home(self) -> None:
-        """Make the file and begin to copy to it. What an earlier try left in QEMU goes first."""
+        """Make what is to be at home and begin to copy to it. What an earlier try left in QEMU goes first."""
         await self.clear()
-        file = {"driver": "file", "filename": self.disk.target}
-        size = self.disk.size if self.disk.format == "raw" else 0
-        await self._make({**file, "size": size})
-        await self._monitor.execute("blockdev-add", {**file, "node-name": self._file, "discard": "unmap"})
-        if self.disk.format == "qcow2":
-            await self._make({"driver": "qcow2", "file": self._file, "size": self.disk.size})
-        # With discard=unmap QEMU zeroes the file first, which costs nothing in a new one, and then copies what is no zero.
-        over = {"driver": self.disk.format, "file": self._file, "discard": "unmap"}
-        await self._monitor.execute("blockdev-add", {**over, "node-name": self._home})
-        graph = await read_graph(self._monitor)
-        used = [node for node in graph.on_export(self.disk.fork) if graph.is_used(node)]
+        await self._make_home()
+        used = (graph := await self._graph()).used_on_export(self.disk.fork)
         if not used:
             raise MoveFailedError(f"the VM has left {self.disk.fork}")
         await self._mirror(graph.top(used[0]), self._home)
+
+    async def _make_home(self) -> None:
+        disk = self.disk
+        device = _is_device(disk.target)
+        file = {"driver": "host_device" if device else "file", "filename": disk.target}
+        if not device:
+            await self._make({**file, "size": disk.size if disk.format == "raw" else 0})
+        await self._monitor.execute("blockdev-add", {**file, "node-name": self._file, "discard": "unmap"})
+        if disk.format == "qcow2":
+            await self._make({"driver": "qcow2", "file": self._file, "size": disk.size})
+        # With discard=unmap QEMU zeroes the file first, which costs nothing in a new one, and then copies what is no zero.
+        over: dict[str, Any] = {"driver": disk.format, "file": self._file, "discard": "unmap"}
+        if device and disk.format == "raw":
+            over["size"] = disk.size  # the device may be larger
+        await self._monitor.execute("blockdev-add", {**over, "node-name": self._home})
 
     async def begin_back(self) -> None:
         """Begin to copy from home to the fork. Without discard=unmap: the fork is not zeroed before it is filled again."""
@@ -91,10 +97,8 @@ class Move:
         server, export = nbd_server(self._fork_uri)
         node = {"driver": "nbd", "node-name": self._fork, "server": server, "export": export}
         await self._monitor.execute("blockdev-add", {**node, "reconnect-delay": RECONNECT_S})
-        graph = await read_graph(self._monitor)
-        if not graph.is_used(self._home):
-            raise MoveFailedError(f"the VM does not run on {self.disk.target}")
-        await self._mirror(graph.top(self._home), self._fork)
+        home = await self.home_node()
+        await self._mirror((await self._graph()).top(home), self._fork)
 
     async def _mirror(self, device: str, target: str) -> None:
         arguments = {
@@ -113,54 +117,60 @@ class Move:
         """`blockdev-create`, to its end."""
         job = f"{self._job}-make"
         await self._monitor.execute("blockdev-create", {"job-id": job, "options": options})
-        await self._ended(job)
+        await jobs.ended(self._monitor, job, self.disk.disk)
 
     async def progress(self) -> Progress:
         """How far it is. MoveFailedError if it has ended."""
-        found = await self._status()
+        found = await jobs.find(self._monitor, self._job)
         if found is None:
             raise MoveFailedError(
                 "QEMU knows nothing of the copy any more: it was started anew, or somebody ended it"
             )
-        if found["status"] in ("concluded", "aborting", "null"):
-            await self._ended(self._job)
+        if found["status"] in jobs.OVER:
+            await jobs.ended(self._monitor, self._job, self.disk.disk)
             raise MoveFailedError("the copy was ended by somebody else")
-        shown = await self._monitor.execute("query-block-jobs")
-        of_it = [job for job in shown if job["device"] == self._job]
-        ready = bool(of_it and of_it[0]["ready"] and of_it[0]["io-status"] == "ok")
-        return Progress(int(found["current-progress"]), int(found["total-progress"]), ready)
+        shown = await jobs.find_block_job(self._monitor, self._job)
+        ready = shown is not None and shown["ready"] and shown["io-status"] == "ok"
+        return Progress(int(found["current-progress"]), int(found["total-progress"]), bool(ready))
 
     async def pivot(self) -> None:
         """Let the VM's disk stand on the copy; returns when it does. MoveFailedError: it stands where it stood."""
-        found = await self._status()
+        found = await jobs.find(self._monitor, self._job)
         if found is not None and found["status"] == "ready":
             await self._monitor.execute("job-complete", {"id": self._job})
         if found is not None:
-            await self._ended(self._job)
+            await jobs.ended(self._monitor, self._job, self.disk.disk)
 
-    async def let_go_of_fork(self) -> None:
-        """Close the connections to the fork's export. RefusedError if the VM still has one."""
-        graph = await read_graph(self._monitor)
+    async def settle(self) -> None:
+        """What the VM has at home is durable there. MoveFailedError.
+
+        A guest's FLUSH during a mirror goes to the source alone, so one in the moment of the pivot has not done it.
+        """
+        await jobs.flush(self._monitor, await self.home_node())
+
+    async def let_go(self) -> None:
+        """Close the connections to what the VM was started from. RefusedError if it still has one."""
+        await self._close(self.disk.fork)
+
+    async def _close(self, export: str) -> None:
+        graph = await self._graph()
         said = ""
-        for node in graph.on_export(self.disk.fork):
+        for node in graph.on_export(export):
             for above in graph.way_up(node):
                 said = await self._delete(above) or said
-        if (await read_graph(self._monitor)).on_export(self.disk.fork):
+        if (await self._graph()).on_export(export):
             raise RefusedError(
-                f"the VM keeps a connection to {self.disk.fork}: {said}", hint="look at its block nodes"
+                f"the VM keeps a connection to {export}: {said}", hint="look at its block nodes"
             )
 
     # -- ending ----------------------------------------------------------------------------------------------
 
     async def clear(self, *, keep_home: bool = False) -> None:
         """Cancel the copy and take away its nodes; the VM stays where it is."""
-        await self._end_of(f"{self._job}-make")  # the one who began it may have been cancelled
-        if (found := await self._status()) is not None:
-            if found["status"] not in ("concluded", "null"):
-                await self._monitor.execute("job-cancel", {"id": self._job})
-            await self._end_of(self._job)
+        await jobs.end_of(self._monitor, f"{self._job}-make")  # the one who began it may have been cancelled
+        await jobs.cancel(self._monitor, self._job)
         nodes = [self._fork] if keep_home else [self._home, self._file]
-        graph = await read_graph(self._monitor)
+        graph = await self._graph()
         for node in nodes:
             if node in graph.names and (said := await self._delete(node)):
                 raise RefusedError(f"QEMU keeps {node}: {said}", hint="look at its block nodes")
@@ -173,31 +183,12 @@ class Move:
             return error.desc
         return ""
 
-    # -- jobs ------------------------------------------------------------------------------------------------
 
-    async def _status(self) -> dict[str, Any] | None:
-        return await self._job_of(self._job)
-
-    async def _job_of(self, id: str) -> dict[str, Any] | None:
-        jobs: list[dict[str, Any]] = await self._monitor.execute("query-jobs")
-        return next((job for job in jobs if job["id"] == id), None)
-
-    async def _ended(self, id: str) -> None:
-        """Wait for the end of a job and dismiss it. MoveFailedError with its error."""
-        if reason := await self._end_of(id):
-            raise MoveFailedError(f"QEMU could not copy {self.disk.disk}: {reason}")
-
-    async def _end_of(self, id: str) -> str:
-        """Wait for the end of a job and dismiss it; its error, or an empty text."""
-        while True:
-            found = await self._job_of(id)
-            if found is None:
-                return ""
-            if found["status"] == "concluded":
-                break
-            await trio.sleep(LOOK_S)
-        await self._monitor.execute("job-dismiss", {"id": id})
-        return str(found.get("error", ""))
+def _is_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def nbd_server(uri: str) -> tuple[dict[str, Any], str]:

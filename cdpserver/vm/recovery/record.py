@@ -4,24 +4,29 @@ The row is written before anything that it speaks of is begun, so that a service
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from cdpserver.catalog import Catalog, Row
+from cdpserver.catalog.rows import check_row
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.names import format_time, show
-from cdpserver.vm.recovery.states import NEXT, OVER, Phase, Stage, State, Step, follow
+from cdpserver.vm.recovery.states import HOME, NEXT, OVER, Phase, Stage, State, Step, follow
 
 SCHEMA = 1
 
 Format: TypeAlias = Literal["qcow2", "raw"]
 Place: TypeAlias = Literal["fork", "home"]
+Mode: TypeAlias = Literal["mirror", "stream"]
 
 KEPT_EVENTS = 20
 """Of one recovery, the newest: a row holds 4 KiB. The event log has them all."""
 
 MAX_REASON = 300
+
+MAX_DEVICE = 64
+"""Characters of a device's name."""
 
 MAX_DISKS = 16
 """Of one recovery, for the same reason."""
@@ -29,8 +34,9 @@ MAX_DISKS = 16
 
 @dataclass(frozen=True, slots=True)
 class RecoveredDisk:
-    """One disk: the point `disk@seq:seq`, the fork of it that the VM runs on, and where it moves to.
+    """One disk: the point `disk@seq:seq`, the fork of it, and where it moves to.
 
+    `at` says where all of the disk is: at the fork (when streaming, together with what is at home already), or at home.
     `made` is said before the file at `target` is created: from then on it is ours to replace or remove.
     """
 
@@ -43,11 +49,25 @@ class RecoveredDisk:
     format: Format
     at: Place = "fork"
     made: bool = False
+    replaces: bool = False
+    """A file lay at `target` before: it is kept beside until the recovery is committed."""
+    device: str = ""
+    """How QEMU names the disk that has arrived, for its protection."""
+    warning: str = ""
+    """What the point lacks; only with force."""
+
+    def aside(self, id: str) -> str:
+        """Where what `target` replaces is kept meanwhile."""
+        return f"{self.target}.before-{id}"
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One recovery. `events` are (time, what) of our clock, oldest first; `reason` is why it failed."""
+    """One recovery. `events` are (time, what) of our clock, oldest first; `reason` is why it failed.
+
+    In mode *mirror* the VM runs on the forks until it is home. In mode *stream* it runs at home from the start, on files that are
+    filled from the point; the forks hold that, and are where an undo leads to. From then on it is a mirror's recovery.
+    """
 
     id: str
     name: str
@@ -56,6 +76,15 @@ class Recovery:
     disks: tuple[RecoveredDisk, ...]
     stage: Stage
     created_ns: int
+    mode: Mode = "mirror"
+    overwrites: str = ""
+    """The VM whose disks it replaces; else a VM of its own, `name`, begins."""
+    protect: bool = True
+    """The VM is to be protected again when it is home."""
+    protected: bool = False
+    """It is."""
+    before: Mapping[str, Any] | None = None
+    """The record of protection of the VM that is overwritten, as it was."""
     rto_ms: int = 0
     copied: int = 0
     total: int = 0
@@ -77,12 +106,26 @@ class Recovery:
         disks[number] = replace(disks[number], **changed)
         return replace(self, disks=tuple(disks))
 
+    @property
+    def vm(self) -> str:
+        """The VM that it makes, or overwrites."""
+        return self.overwrites or self.name
+
+    def protected_name(self, disk: RecoveredDisk) -> str:
+        """The disk that goes on with its history once it is home."""
+        return disk.disk if self.overwrites else disk.fork
+
     def row(self) -> Row:
         """The row that says it."""
         fields = {
             "name": self.name,
             "what": self.what,
             "qmp": self.qmp,
+            "mode": self.mode,
+            "overwrites": self.overwrites,
+            "protect": self.protect,
+            "protected": self.protected,
+            "before": self.before,
             "state": self.stage.state,
             "phase": self.stage.phase,
             "created_ns": self.created_ns,
@@ -102,6 +145,9 @@ class Recovery:
                     "format": one.format,
                     "at": one.at,
                     "made": one.made,
+                    "replaces": one.replaces,
+                    "device": one.device,
+                    "warning": one.warning,
                 }
                 for one in self.disks
             ],
@@ -114,6 +160,10 @@ class Recovery:
             "id": self.id,
             "name": self.name,
             "what": self.what,
+            "mode": self.mode,
+            "vm": self.vm,
+            "overwrites": bool(self.overwrites),
+            "protected": self.protected,
             "state": self.stage.state,
             "phase": self.stage.phase,
             "copied_bytes": self.copied,
@@ -140,6 +190,12 @@ def read(row: Row) -> Recovery:
             disks=tuple(_read_disk(disk) for disk in fields["disks"]),
             stage=_read_stage(fields["state"], fields["phase"]),
             created_ns=int(fields["created_ns"]),
+            mode=_one_of(get_args(Mode), fields.get("mode", "mirror")),
+            overwrites=str(fields.get("overwrites", "")),
+            # One begun by an older version said nothing of it, and nobody expects it.
+            protect=bool(fields.get("protect", False)),
+            protected=bool(fields.get("protected", False)),
+            before=fields.get("before"),
             rto_ms=int(fields["rto_ms"]),
             copied=int(fields["copied"]),
             total=int(fields["total"]),
@@ -160,9 +216,13 @@ def _read_stage(state: State, phase: Phase) -> Stage:
     return stage
 
 
+def _one_of(known: tuple[Any, ...], value: Any) -> Any:
+    if value not in known:
+        raise ValueError(f"there is no {value!r}")
+    return value
+
+
 def _read_disk(fields: dict[str, Any]) -> RecoveredDisk:
-    if fields["format"] not in get_args(Format) or fields["at"] not in get_args(Place):
-        raise ValueError("a format or place that does not exist")
     return RecoveredDisk(
         disk=str(fields["disk"]),
         seq=int(fields["seq"]),
@@ -170,9 +230,12 @@ def _read_disk(fields: dict[str, Any]) -> RecoveredDisk:
         size=int(fields["size"]),
         fork=str(fields["fork"]),
         target=str(fields["target"]),
-        format=fields["format"],
-        at=fields["at"],
+        format=_one_of(get_args(Format), fields["format"]),
+        at=_one_of(get_args(Place), fields["at"]),
         made=bool(fields["made"]),
+        replaces=bool(fields.get("replaces", False)),
+        device=str(fields.get("device", "")),
+        warning=str(fields.get("warning", "")),
     )
 
 
@@ -199,8 +262,24 @@ def new_id(taken: Iterable[str]) -> str:
 
 
 def holding(catalog: Catalog, fork: str) -> Recovery | None:
-    """The recovery that is not over and has its VM, or the way back, on this fork."""
+    """The recovery that has its VM, its point, or the way back, on this fork."""
     for one in all_of(catalog):
-        if one.stage not in OVER and any(disk.fork == fork for disk in one.disks):
-            return one
+        for disk in one.disks:
+            # What was streamed so far stands on the point, also when nobody goes on with it.
+            needed = one.stage not in OVER or (one.mode == "stream" and disk.made and disk.at == "fork")
+            if disk.fork == fork and needed:
+                return one
     return None
+
+
+def check_fits(one: Recovery) -> None:
+    """UsageError unless its row will fit, whatever comes."""
+    longest = "x" * MAX_DEVICE
+    disks = tuple(replace(disk, device=longest) for disk in one.disks)
+    events = tuple((one.created_ns, "connected") for _ in range(KEPT_EVENTS))
+    check_row(replace(one, disks=disks, events=events, reason="x" * MAX_REASON).row())
+
+
+def overwritten(catalog: Catalog) -> set[str]:
+    """The VMs whose disks are being replaced: whatever runs at their monitors is not what their record speaks of."""
+    return {one.overwrites for one in all_of(catalog) if one.overwrites and one.stage not in (*OVER, HOME)}

@@ -8,7 +8,8 @@
                                                                                                │ready             │
                                             aborted/undone ◄───────────pivoted─────────── pivoting/undoing ───────┘
 
-In every state but *done* the VM's newest content is in the forks; in *done* it is at home.
+In every state but *done* the VM's newest content is in the forks; in *done* it is at home. When streaming it is at home from the
+start; *discard* of what was stopped lets go of it.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ NEXT: dict[Stage, dict[Step, Stage]] = {
     FAILED_COPYING: {"retry": BEGIN, "abort": STOPPED},
     FAILED_PIVOTING: {"retry": BEGIN},
     FAILED_UNDOING: {"undo": UNDOING},
-    STOPPED: {"retry": BEGIN},
+    STOPPED: {"retry": BEGIN, "discard": UNDONE},
     UNDONE: {"retry": BEGIN},
 }
 

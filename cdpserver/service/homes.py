@@ -1,0 +1,141 @@
+"""Places on primary storage that recovered disks move to: chosen, prepared, and what lay there before kept beside.
+
+Invariants: what lay there is renamed, never written to, and goes only with `forget`. Whether that has happened is told by the
+files: `TARGET.before-ID` is there, or not; a recovery's row says beforehand that it will be.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from cdpserver import durable, names, qemu
+from cdpserver.errors import RefusedError, UsageError
+from cdpserver.service.core import Core
+from cdpserver.vm.recovery.move import RECONNECT_S, nbd_server
+from cdpserver.vm.recovery.record import Format, RecoveredDisk, Recovery
+
+RAW_SUFFIXES = (".raw", ".img")
+
+
+def choose(core: Core, to: str, disk: str, format: Format | None) -> tuple[str, Format]:
+    """Where one disk goes, and its format there, of the operator's words: a directory, a file or a block device. UsageError."""
+    path = Path(to)
+    if not path.is_absolute():
+        raise UsageError(f"{names.show(to)} is no absolute path", hint="name it from the root")
+    if is_device(path):
+        return str(path), format or "raw"
+    if path.is_dir():
+        chosen = format or "qcow2"
+        path /= f"{disk}.{chosen}"
+    elif path.parent.is_dir() and path.suffix and not to.endswith("/"):
+        chosen = format or ("raw" if path.suffix in RAW_SUFFIXES else "qcow2")
+    else:
+        raise UsageError(
+            f"{names.show(to)} is no directory here",
+            hint="make it; for a file, name one that ends in .qcow2, .raw or .img",
+        )
+    if path.resolve().is_relative_to(core.state.path.resolve()):
+        raise UsageError(
+            f"{names.show(to)} is in the state directory", hint="name a place on primary storage"
+        )
+    return str(path), chosen
+
+
+def check(target: str, *, size: int, overwrite: bool, force: bool) -> bool:
+    """Can a disk of this size go there? True if something lies there that is to be kept beside. RefusedError."""
+    path = Path(target)
+    if is_device(path):
+        _check_device(path, size, overwrite=overwrite, force=force)
+        return False
+    if not os.path.lexists(path):
+        return False
+    if not overwrite:
+        raise RefusedError(
+            f"there is {target} already",
+            hint="name another place, move it away, or add --overwrite to replace the old VM's disks",
+        )
+    if not path.is_file():
+        raise RefusedError(f"{target} is no file that could be kept aside", hint="name another place")
+    return True
+
+
+def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> None:
+    if overwrite:
+        raise RefusedError(
+            f"{path} is a block device: what is on it could not be kept until the commit",
+            hint="recover to another device or a file, without --overwrite",
+        )
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        raise RefusedError(
+            f"{path} cannot be taken: {error.strerror}", hint="is it mounted, or in use by another program?"
+        ) from None
+    try:
+        there = os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if there < size:
+        raise RefusedError(f"{path} has {there} bytes, the disk {size}", hint="name a larger device")
+    if not force:
+        raise RefusedError(f"what is on {path} would be lost", hint="if that is meant: --force")
+
+
+def is_device(path: Path) -> bool:
+    """Is it a block device?"""
+    try:
+        return stat.S_ISBLK(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def set_aside(disk: RecoveredDisk, id: str) -> None:
+    """Keep what lies at the target beside it, if that has not been done; durable on return."""
+    aside = Path(disk.aside(id))
+    if disk.replaces and not os.path.lexists(aside):
+        os.rename(disk.target, aside)
+        durable.fsync_dir(aside.parent)
+
+
+def put_back(disk: RecoveredDisk, id: str) -> None:
+    """What was kept beside is at the target again, in place of what is there."""
+    if os.path.lexists(aside := disk.aside(id)):
+        os.rename(aside, disk.target)
+        durable.fsync_dir(Path(aside).parent)
+
+
+def forget(disk: RecoveredDisk, id: str) -> None:
+    """What was kept beside goes for good."""
+    Path(disk.aside(id)).unlink(missing_ok=True)
+
+
+def remove(disk: RecoveredDisk, id: str) -> None:
+    """What was made at the target goes; what it replaced is there again."""
+    if not is_device(Path(disk.target)):
+        Path(disk.target).unlink(missing_ok=True)
+    put_back(disk, id)
+
+
+def make_overlay(core: Core, one: Recovery, disk: RecoveredDisk) -> None:
+    """The QCOW2 file that a VM starts on, over its point. Belongs to whom its directory does."""
+    set_aside(disk, one.id)
+    uris = core.point_uris(disk.disk, disk.seq)
+    server, export = nbd_server(uris.get("uri_unix", uris["uri"]))
+    node = {"driver": "nbd", "server": server, "export": export, "reconnect-delay": RECONNECT_S}
+    path = Path(disk.target)
+    qemu.create_over_nbd(path, node=node, size=disk.size)
+    if os.geteuid() == 0 and not is_device(path):
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+@contextlib.contextmanager
+def errors_said(core: Core, one: Recovery, disk: RecoveredDisk) -> Iterator[None]:
+    """What cannot be tidied up stays, and is put on record."""
+    try:
+        yield
+    except OSError as error:
+        said = {"recovery": one.id, "file": disk.target, "reason": str(error)}
+        core.log.emit("recovery.file-stays", level="warning", **said)

@@ -1,0 +1,131 @@
+"""What `cdp recover start` asks for, checked, and made into the recovery that it means. Nothing is begun."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cdpserver import names
+from cdpserver.errors import RefusedError, UsageError
+from cdpserver.service import homes
+from cdpserver.service.chosen import Chosen, choose
+from cdpserver.service.core import Core
+from cdpserver.vm import record as protected
+from cdpserver.vm.recovery import record
+from cdpserver.vm.recovery.record import MAX_DISKS, Format, Mode, RecoveredDisk, Recovery
+from cdpserver.vm.recovery.states import ACTIVE, BEGIN, OVER
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for; paths are absolute. `targets` names places by disk, `to` that of all others."""
+
+    point: str
+    qmp: str
+    to: str | None = None
+    targets: Mapping[str, str] = field(default_factory=dict)
+    mode: Mode = "mirror"
+    name: str | None = None
+    format: Format | None = None
+    overwrite: bool = False
+    protect: bool = True
+    force: bool = False
+
+
+def plan(core: Core, asked: Request) -> Recovery:
+    """The recovery. UsageError, NotFoundError, RefusedError for what cannot be."""
+    held = record.all_of(core.catalog)
+    id = record.new_id(other.id for other in held)
+    name = names.check_name(asked.name) if asked.name is not None else id
+    chosen = choose(core, asked.point, force=asked.force, most=MAX_DISKS)
+    overwrites = _overwritten(core, chosen) if asked.overwrite else ""
+    before = protected.find(core.catalog, overwrites) if overwrites else None
+    _check_monitor(core, asked.qmp, held, overwrites)
+    disks = tuple(_disk(core, disk, name, asked) for disk in chosen)
+    _check_disks(core, disks, asked, held)
+    now_ns = core.clock.now_ns()
+    one = Recovery(
+        id,
+        name,
+        asked.point,
+        asked.qmp,
+        disks,
+        BEGIN,
+        now_ns,
+        mode=asked.mode,
+        overwrites=overwrites,
+        protect=asked.protect,
+        before=None if before is None else protected.row(before).fields,
+    ).noted("started", now_ns=now_ns)
+    record.check_fits(one)
+    return one
+
+
+def _check_monitor(core: Core, qmp: str, held: list[Recovery], overwrites: str) -> None:
+    for other in held:
+        if other.qmp == qmp and other.stage in ACTIVE:
+            raise RefusedError(
+                f"{other.id} uses the monitor {qmp}", hint=f"wait for it: cdp recover show {other.id}"
+            )
+    for vm in protected.all_of(core.catalog):
+        if vm.connection == protected.QmpSocket(qmp) and vm.name != overwrites:
+            raise RefusedError(
+                f"{qmp} is the monitor of {vm.name}, which is protected",
+                hint="give the recovered VM a monitor of its own, or replace that VM: --overwrite",
+            )
+
+
+def _overwritten(core: Core, chosen: list[Chosen]) -> str:
+    """The VM whose disks are replaced. RefusedError unless these are all of them."""
+    short, vm = names.split_name(chosen[0].entry.name)
+    if vm is None:
+        return short
+    others = {name for name in core.catalog.names() if name.startswith(f"{vm}/")}
+    if left := others - {disk.entry.name for disk in chosen}:
+        raise RefusedError(
+            f"{vm} also has {', '.join(sorted(left)[:5])}, which would stay as they are",
+            hint=f"replace all disks at one instant: {vm}@WHEN, or recover this one beside it",
+        )
+    return vm
+
+
+def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDisk:
+    short = chosen.short_name
+    target, format = homes.choose(core, _place(asked, short), short, asked.format)
+    if asked.mode == "stream" and format != "qcow2":
+        raise UsageError(
+            f"{target} would be raw, and a raw image cannot be filled while a VM writes to it",
+            hint="add --format qcow2, or --mode mirror",
+        )
+    return RecoveredDisk(
+        disk=chosen.entry.name,
+        seq=chosen.seq,
+        time_ns=chosen.time_ns,
+        size=chosen.size,
+        fork=names.full_name(short, name),
+        target=target,
+        format=format,
+        warning=chosen.warning,
+        replaces=homes.check(target, size=chosen.size, overwrite=asked.overwrite, force=asked.force),
+    )
+
+
+def _place(asked: Request, disk: str) -> str:
+    found = asked.targets.get(disk, asked.to)
+    if found is None:
+        raise UsageError(f"nothing says where {disk} goes", hint=f"add --to {disk}=PATH, or --to DIR")
+    return found
+
+
+def _check_disks(core: Core, disks: tuple[RecoveredDisk, ...], asked: Request, held: list[Recovery]) -> None:
+    if unknown := set(asked.targets) - {names.split_name(disk.disk)[0] for disk in disks}:
+        raise UsageError(
+            f"there is no disk {', '.join(sorted(unknown))} to place", hint="cdp disk list shows the names"
+        )
+    taken = {disk.target: other.id for other in held for disk in other.disks if other.stage not in OVER}
+    for disk in disks:
+        if core.catalog.get(disk.fork) is not None:
+            raise RefusedError(f"there is a disk {disk.fork} already", hint="choose another --name")
+        if disk.target in taken:
+            raise RefusedError(
+                f"{disk.target} is taken by {taken[disk.target]}", hint="name another place: cdp recover list"
+            )
+        taken[disk.target] = "another disk of this recovery"
