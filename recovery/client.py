@@ -173,9 +173,11 @@ class Client:
 
     # -- running VMs ---------------------------------------------------------------------------------------------
 
-    def protect_vm(self, vm: str, *, qmp: str, disks: list[str], wait: bool, drive_mirror: bool) -> Object:
-        """Protect a VM by its monitor's socket; `disks` as QEMU names them, or none for all."""
-        body = {"qmp": qmp, "disks": disks, "wait": wait, "drive_mirror": drive_mirror}
+    def protect_vm(
+        self, vm: str, monitor: dict[str, str], *, disks: list[str], wait: bool, drive_mirror: bool
+    ) -> Object:
+        """Protect a VM by its monitor: `qmp`, or `libvirt` and perhaps `domain`; `disks` as QEMU names them, or none for all."""
+        body = {**monitor, "disks": disks, "wait": wait, "drive_mirror": drive_mirror}
         return self._object("PUT", f"vms/{quote(vm)}", body=body)
 
     def vm(self, name: str) -> Object:

@@ -22,12 +22,9 @@ def protect(options: Namespace) -> None:
     if options.remove:
         _remove(service, options)
         return
-    if options.qmp is None:
-        raise UsageError("no monitor is named", hint="add --qmp with the path of QEMU's QMP socket")
     shown = service.protect_vm(
         options.vm,
-        # The service has another working directory.
-        qmp=os.path.abspath(options.qmp),
+        _monitor(options),
         disks=options.disk,
         wait=options.wait,
         drive_mirror=options.drive_mirror,
@@ -38,6 +35,20 @@ def protect(options: Namespace) -> None:
         answer_json(shown)
     else:
         answer_table(COLUMNS, shown["disks"], nothing="the guest has no disks")
+
+
+def _monitor(options: Namespace) -> dict[str, str]:
+    if (options.qmp is None) == (options.libvirt is None):
+        raise UsageError(
+            "no monitor is named" if options.qmp is None else "two monitors are named",
+            hint="add --qmp with the path of QEMU's QMP socket, or --libvirt with a URI such as qemu:///system",
+        )
+    if options.qmp is not None:
+        if options.domain is not None:
+            raise UsageError("--domain goes with --libvirt", hint="leave it away")
+        # The service has another working directory.
+        return {"qmp": os.path.abspath(options.qmp)}
+    return {"libvirt": options.libvirt, **({"domain": options.domain} if options.domain else {})}
 
 
 def _wait_synced(service: Client, vm: str, shown: dict[str, Any]) -> dict[str, Any]:

@@ -10,18 +10,20 @@ def add_protect(commands: Commands) -> None:
         "protect",
         lazy("protect", "protect"),
         "Protect a running VM, through every restart, until --remove. Again, it changes how.",
-        "cdp protect web --qmp /run/qemu/web.qmp --wait-synced",
+        "cdp protect web --qmp /run/qemu/web.qmp --wait-synced\n  cdp protect web --libvirt qemu:///system --disk vda",
     )
     protect.add_argument(
         "vm", metavar="VM", type=names.check_name, help="what its disks are named by: VM/DISK"
     )
     protect.add_argument("--qmp", metavar="PATH", help="the socket of a QMP monitor of its QEMU")
+    protect.add_argument("--libvirt", metavar="URI", help="the libvirt that owns the monitor")
+    protect.add_argument("--domain", metavar="NAME", help="its domain, if its name is not VM")
     protect.add_argument(
         "--disk",
         metavar="DISK",
         action="append",
         default=[],
-        help="a drive name, device id or node name; can be given again; else all that the guest has",
+        help="a drive name, libvirt's target (vda), device id or node name; can be given again; else all that the guest has",
     )
     protect.add_argument(
         "--wait",

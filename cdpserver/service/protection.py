@@ -14,14 +14,14 @@ from typing import Any
 import trio
 
 from cdpserver import names
-from cdpserver.errors import CdpError, NotFoundError, RefusedError, UnreachableError, UsageError
+from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.service.targets import OwnTarget
-from cdpserver.vm import qmp, record
+from cdpserver.vm import qmp, record, virt
 from cdpserver.vm.bitmaps import Bitmaps
 from cdpserver.vm.changes import Changes
 from cdpserver.vm.controller import Controller, DiskState
@@ -44,9 +44,16 @@ def connect(connection: record.Connection) -> AbstractAsyncContextManager[Monito
         case QmpSocket(path):
             return qmp.connect(Path(path))
         case LibvirtDomain(uri, domain):
-            raise UnreachableError(
-                f"no way to {domain} of {uri}: this version asks no libvirt",
-                hint="give QEMU a monitor of its own: cdp protect VM --qmp PATH",
+            return virt.connect(uri, domain)
+
+
+def _check_connection(connection: record.Connection) -> None:
+    match connection:
+        case QmpSocket(path) if not path.startswith("/"):
+            raise UsageError(f"not an absolute path: {names.show(path)}", hint="give the path from the root")
+        case LibvirtDomain(uri, _) if "://" not in uri:
+            raise UsageError(
+                f"not the URI of a libvirt: {names.show(uri)}", hint="give one such as qemu:///system"
             )
 
 
@@ -165,13 +172,17 @@ class Protection:
     # -- what an operator says -------------------------------------------------------------------------------
 
     async def protect(
-        self, name: str, path: str, *, devices: list[str], wait: bool, drive_mirror: bool
+        self,
+        name: str,
+        connection: record.Connection,
+        *,
+        devices: list[str],
+        wait: bool,
+        drive_mirror: bool,
     ) -> dict[str, Any]:
         """Protect a VM from now on, or as is said now. Its disks are registered, and its record durable, on return."""
         names.check_name(name)
-        if not path.startswith("/"):
-            raise UsageError(f"not an absolute path: {names.show(path)}", hint="give the path from the root")
-        connection = QmpSocket(path)
+        _check_connection(connection)
         async with self._changing(name) as before:
             self._check_free(name, connection)
             async with connect(connection) as monitor:
@@ -199,11 +210,11 @@ class Protection:
         self._core.log.emit("vm.protect", vm=name, disks=[disk.name for disk in vm.disks])
         return self.show(name)
 
-    def _check_free(self, name: str, connection: QmpSocket) -> None:
+    def _check_free(self, name: str, connection: record.Connection) -> None:
         for other in record.all_of(self._core.catalog):
             if other.name != name and other.connection == connection:
                 raise RefusedError(
-                    f"{connection.path} is the monitor of {other.name}, which is protected already",
+                    f"{connection} is the monitor of {other.name}, which is protected already",
                     hint=f"to end that: cdp protect {other.name} --remove",
                 )
 
@@ -260,6 +271,8 @@ class Protection:
         return {
             "vm": vm.name,
             "qmp": vm.connection.path if isinstance(vm.connection, QmpSocket) else None,
+            "libvirt": vm.connection.uri if isinstance(vm.connection, LibvirtDomain) else None,
+            "domain": vm.connection.domain if isinstance(vm.connection, LibvirtDomain) else None,
             "method": vm.method,
             "wait": vm.wait,
             "disks": [self._disk(state) for state in running.controller.states.values()],

@@ -52,7 +52,7 @@ def _guest_disk(block: Mapping[str, Any]) -> FoundDisk | None:
     if not inserted or inserted.get("ro") or not block.get("qdev") or "flash" in block["qdev"]:
         return None
     node = str(inserted["node-name"])
-    device = str(block.get("device") or _peripheral(block) or node)
+    device = str(block.get("device") or peripheral(block) or node)
     return FoundDisk(as_name(device), device, node, int(inserted["image"]["virtual-size"]))
 
 
@@ -88,13 +88,12 @@ def find(guests: Iterable[FoundDisk], nodes: Iterable[Mapping[str, Any]], device
 
 def wrote(stats: Iterable[Mapping[str, Any]], disk: FoundDisk) -> bool:
     """Has the guest written to a disk since QEMU began, says the answer to `query-blockstats`? Yes where it says nothing."""
-    mine = [
-        one for one in stats if disk.device in (one.get("device"), one.get("node-name"), _peripheral(one))
-    ]
+    mine = [one for one in stats if disk.device in (one.get("device"), one.get("node-name"), peripheral(one))]
     return not mine or any(one["stats"]["wr_operations"] > 0 for one in mine)
 
 
-def _peripheral(block: Mapping[str, Any]) -> str | None:
+def peripheral(block: Mapping[str, Any]) -> str | None:
+    """The id of the guest's device that has a block of `query-block` or `query-blockstats`."""
     match = _PERIPHERAL.match(block.get("qdev") or "")
     return match[1] if match else None
 

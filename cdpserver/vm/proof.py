@@ -42,7 +42,7 @@ def bitmap_for(
     elif method == "drive-mirror":
         why = "drive-mirror knows no bitmaps"
     elif not found:
-        why = "the source has no dirty bitmap"
+        why = "the source has no dirty bitmap: it is no QCOW2 file, or its QEMU was killed"
     elif bitmap is None:
         why = "the target is not what the source's dirty bitmap belongs to"
     elif bitmap.inconsistent:

@@ -23,6 +23,9 @@ class QmpSocket:
 
     path: str
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @dataclass(frozen=True, slots=True)
 class LibvirtDomain:
@@ -30,6 +33,9 @@ class LibvirtDomain:
 
     uri: str
     domain: str
+
+    def __str__(self) -> str:
+        return f"{self.domain} of {self.uri}"
 
 
 Connection: TypeAlias = QmpSocket | LibvirtDomain

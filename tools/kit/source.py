@@ -27,14 +27,20 @@ def nbd_server(uri: str) -> tuple[dict[str, Any], str]:
     return {"type": "unix", "path": parse_qs(parts.query)["socket"][0]}, export
 
 
+def make_image(image: Path, size: int, format: str) -> None:
+    """An empty image that is not there yet."""
+    if image.exists():
+        raise FileExistsError(image)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, str(image), str(size)], check=True)
+
+
 class Source:
     """A file as the disk of a qemu-storage-daemon, which serves it over NBD to whoever plays the guest."""
 
     def __init__(self, directory: Path, size: int, *, format: str = "raw") -> None:
         self.format = format
         self.image = directory / f"source.{format}"
-        command = ["qemu-img", "create", "-q", "-f", format, str(self.image), str(size)]
-        subprocess.run(command, check=True)
+        make_image(self.image, size, format)
         self._socket, self.monitor = directory / "source.sock", directory / "qsd.qmp"
         self.uri = f"nbd+unix:///disk?socket={self._socket}"
         self.start()
@@ -132,18 +138,19 @@ def end_mirror(qmp: Qmp) -> None:
 
 
 class Machine:
-    """A qemu-system-x86_64 whose processor never runs; its disk is written by HMP's `qemu-io`."""
+    """A qemu-system-x86_64 with nothing to run, or whose processor never runs; its disk is written by HMP's `qemu-io`."""
 
-    def __init__(self, directory: Path, size: int) -> None:
-        self.image = directory / "machine.raw"
-        with open(self.image, "xb") as image:
-            image.truncate(size)
-        monitor, log = directory / "machine.qmp", directory / "machine.log"
+    def __init__(self, directory: Path, size: int, *, format: str = "raw", runs: bool = False) -> None:
+        self.image = directory / f"machine.{format}"
+        make_image(self.image, size, format)
+        self.monitor = directory / "machine.qmp"
+        monitor, log = self.monitor, directory / "machine.log"
         self.process = start(
             [
-                *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "64", "-S"),
+                *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "64"),
+                *(() if runs else ("-S",)),
                 *("-nodefaults", "-no-user-config", "-display", "none"),
-                *("-drive", f"if=none,id=drive0,file={self.image},format=raw,discard=unmap"),
+                *("-drive", f"if=none,id=drive0,file={self.image},format={format},discard=unmap"),
                 *("-device", "virtio-blk-pci,drive=drive0"),
                 *("-qmp", f"unix:{monitor},server=on,wait=off"),
             ],

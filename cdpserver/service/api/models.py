@@ -88,19 +88,6 @@ class Merge(Body):
     base: Text | None = Field(None, description="For pull and commit: how far down.", examples=["bp:3"])
 
 
-class ProtectVm(Body):
-    """PUT /v1/vms/VM"""
-
-    qmp: Text = Field(description="The absolute path of a QMP monitor's Unix socket on the server.")
-    disks: list[Text] = Field(
-        [], description="Drive names, device ids or node names; all that the guest has."
-    )
-    wait: bool = Field(
-        False, description="The guest waits for a target that is gone, rather than leave a gap."
-    )
-    drive_mirror: bool = False
-
-
 class AddFork(Body):
     """POST /v1/forks"""
 
@@ -192,39 +179,6 @@ class Resync(Answer):
         description="Payload that the journal took meanwhile; unknown where a worker ended."
     )
     pause_ns: Count = Field(description="For how long the guest was held.")
-
-
-class VmDisk(Answer):
-    """A disk of a protected VM."""
-
-    name: str
-    device: str
-    node: str = Field(description="QEMU's node; empty until it was found.")
-    state: str = Field(description="waiting, starting, copying, resyncing, synced or degraded.")
-    reason: str
-    uri: str
-    resync: Resync | None
-    bitmap: str = Field(
-        description="The dirty bitmap at the source that the target is anchored to: a resync sends what that marks."
-    )
-
-
-class Vm(Answer):
-    """A protected VM."""
-
-    vm: str
-    qmp: str | None
-    method: str
-    wait: bool
-    disks: list[VmDisk]
-
-
-class UnprotectedVm(Answer):
-    """A VM that is protected no more."""
-
-    vm: str
-    removed: bool
-    left: str = Field(description="Why its mirrors could not be ended in QEMU; empty if they were.")
 
 
 class SeenDisk(Answer):

@@ -3,10 +3,12 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from cdpserver.service.api import models, paging
+from cdpserver.errors import UsageError
+from cdpserver.service.api import models, paging, vm_models
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.protection import Protection
+from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
 
 VM = "/v1/vms/{name}"
 
@@ -15,28 +17,41 @@ def routes(answers: Answers, protection: Protection) -> APIRouter:
     """A protected VM is desired state: it stands until it is taken back."""
     routes = APIRouter(tags=["vms"])
 
-    @routes.put(VM, response_model=models.Vm)
-    async def protect_vm(name: str, body: models.ProtectVm) -> Response:
+    @routes.put(VM, response_model=vm_models.Vm)
+    async def protect_vm(name: str, body: vm_models.ProtectVm) -> Response:
         """Protect a running VM, or change how. Its disks are registered on return, and copied from then on."""
         return await answers.one(
             await protection.protect(
-                name, body.qmp, devices=body.disks, wait=body.wait, drive_mirror=body.drive_mirror
+                name,
+                _connection(name, body),
+                devices=body.disks,
+                wait=body.wait,
+                drive_mirror=body.drive_mirror,
             )
         )
 
-    @routes.get("/v1/vms", response_model=list[models.Vm] | models.Page[models.Vm])
+    @routes.get("/v1/vms", response_model=list[vm_models.Vm] | models.Page[vm_models.Vm])
     async def list_vms(page_size: PageSize = None, page_token: PageToken = None) -> Response:
         """Every protected VM, by name."""
         return await paging.answer_list(answers, "vms", protection.list_vms(), "vm", (page_size, page_token))
 
-    @routes.get(VM, response_model=models.Vm)
+    @routes.get(VM, response_model=vm_models.Vm)
     async def show_vm(name: str) -> Response:
         """One protected VM, and how far its mirrors are."""
         return await answers.one(protection.show(name))
 
-    @routes.delete(VM, response_model=models.UnprotectedVm)
+    @routes.delete(VM, response_model=vm_models.UnprotectedVm)
     async def unprotect_vm(name: str) -> Response:
         """End the protection of a VM and its mirrors. The disks keep their history."""
         return await answers.one(await protection.remove(name))
 
     return routes
+
+
+def _connection(name: str, body: vm_models.ProtectVm) -> Connection:
+    match body.qmp, body.libvirt:
+        case str(path), None if body.domain is None:
+            return QmpSocket(path)
+        case None, str(uri):
+            return LibvirtDomain(uri, body.domain or name)
+    raise UsageError("name qmp, or libvirt and domain", hint="one of them is the way to the VM's monitor")
