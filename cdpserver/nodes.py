@@ -27,6 +27,9 @@ HEADER = struct.Struct(">4sIQIIQ")
 """Start of a QCOW2 file: magic, version, backing file's offset, its length, cluster bits, size of the disk."""
 
 MAGIC = b"QFI\xfb"
+MANUAL = "manual.json"
+"""In a timeline: which base points somebody asked for, from before they are published. Their notes say it too."""
+
 MAX_BACKING_NAME = 1023
 """QEMU's own limit."""
 
@@ -42,6 +45,8 @@ class Node:
     grade: Grade
     session: int
     evidence: int
+    manual: bool = False
+    """Somebody asked for it; the clock cut the others."""
 
 
 def base_point_path(timeline: Path, number: int) -> Path:
@@ -54,8 +59,25 @@ def note_path(timeline: Path, number: int) -> Path:
     return timeline / f"bp-{number}.json"
 
 
+def listed_manual(timeline: Path) -> set[int]:
+    """The base points of `manual.json`. CorruptError."""
+    path = timeline / MANUAL
+    try:
+        value = durable.read_json(path)
+    except FileNotFoundError:
+        return set()
+    durable.take_keys(value, {"numbers"}, path)
+    numbers = value["numbers"]
+    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+        raise durable.corrupt_json(path, "'numbers' are not base points")
+    return set(numbers)
+
+
 def write_note(timeline: Path, node: Node) -> None:
-    """Durable on return. Before the file is published."""
+    """Durable on return. Before the file is published; says of itself whether somebody asked for it."""
+    manual = node.manual
+    with contextlib.suppress(CorruptError):  # said at the service's start
+        manual = manual or node.number in listed_manual(timeline)
     value = {
         "number": node.number,
         "seq": node.seq,
@@ -64,6 +86,7 @@ def write_note(timeline: Path, node: Node) -> None:
         "grade": int(node.grade),
         "session": node.session,
         "evidence": node.evidence,
+        "manual": manual,
     }
     durable.write_json(note_path(timeline, node.number), value)
 
@@ -73,14 +96,16 @@ def read_note(timeline: Path, number: int) -> Node:
     path = note_path(timeline, number)
     value = durable.read_json(path)
     keys = {"number", "seq", "time_ns", "interval", "grade", "session", "evidence"}
+    manual = value.pop("manual", False)
     durable.take_keys(value, keys, path)
-    if any(type(value[key]) is not int or value[key] < 0 for key in keys) or value["number"] != number:
+    sound = all(type(value[key]) is int and value[key] >= 0 for key in keys) and type(manual) is bool
+    if not sound or value["number"] != number:
         raise CorruptError(f"{path} is damaged", hint="cdp check says what it touches")
     try:
         grade = Grade(value["grade"])
     except ValueError:
         raise CorruptError(f"{path} is damaged", hint="cdp check says what it touches") from None
-    return Node(**{**value, "grade": grade})
+    return Node(**{**value, "grade": grade, "manual": manual})
 
 
 def published(timeline: Path) -> list[int]:

@@ -26,7 +26,7 @@ from cdpserver.errors import (
     UsageError,
 )
 from cdpserver.journal.log import interval_path
-from cdpserver.nodes import base_point_path, read_header
+from cdpserver.nodes import MANUAL, base_point_path, read_header
 from cdpserver.state import StateDir
 from tests.chains import START_NS, Forest, Line
 from tests.dying import Step, dies_at
@@ -374,7 +374,7 @@ def test_the_chain_of_a_fork_goes_on_in_its_parent(forest: Forest) -> None:
     assert room.chain(forest.state, bare.id) == [*below, (disk.id, 3)]
     found = room.slots(forest.state, forest.catalog, room.chain(forest.state, fork.id))
     assert [slot.free for slot in found] == [False, True, False, False, False]
-    (disk.directory / room.FILE).write_text('{"numbers": [true]}')
+    (disk.directory / MANUAL).write_text('{"numbers": [true]}')
     with pytest.raises(CorruptError, match="'numbers' are not base points"):
         room.manual(disk.directory)
 

@@ -15,7 +15,7 @@ import pytest
 
 from cdpserver.vm.chain import cownodes
 from recovery import cli
-from tools.kit.processes import listens, run, start, stop, until
+from tools.kit.processes import listens, run, start, stop, until, why_no_mount
 from tools.kit.qmp import Qmp, QmpError
 
 MIB = 1 << 20
@@ -301,6 +301,31 @@ def test_a_killed_qemu_leaves_files_that_the_tree_shows(
         assert "no image 'a'" in cdp("delete", "web", "a", "--disk", "vda", "--yes", *again.at, fails=2)
     finally:
         stop(again.process)
+
+
+@pytest.mark.skipif(bool(why_no_mount()), reason=why_no_mount())
+def test_a_block_device_needs_a_directory(short_path: Path, cdp: Callable[..., Any]) -> None:
+    """As a logical volume is one."""
+    image, aside = short_path / "image", short_path / "aside"
+    run("truncate", "-s", str(SIZE), image)
+    aside.mkdir()
+    device = run("losetup", "--find", "--show", image).stdout.strip()
+    try:
+        drive = f"driver=raw,node-name=d0,file.driver=host_device,file.filename={device}"
+        with machine(short_path, "-blockdev", drive, "-device", "virtio-blk-pci,drive=d0,id=vd0") as monitor:
+            at = ["--qmp", str(monitor), "--disk", "vd0", "--name", "a"]
+            assert "name one with --directory" in cdp("create", "web", "--cow", *at, fails=2)
+            (one,) = cdp("create", "web", "--cow", *at, "--directory", str(aside))
+            with Qmp(monitor) as qmp:
+                qdev = qmp.call("query-block")[0]["qdev"]
+                qmp.call("human-monitor-command", command_line=f'qemu-io -d {qdev} "write -P 7 0 64k"')
+            holds(one["uri"], "0 0 1M")
+            until(lambda: _clients_gone(monitor, [one]), "end of the reader")
+            cdp("delete", "web", "a", "--yes", *at[:4])
+            assert os.listdir(aside) == []
+        holds(device, "7 0 64k")
+    finally:
+        run("losetup", "-d", device)
 
 
 @contextlib.contextmanager

@@ -192,7 +192,7 @@ NOTHING_LOST = (
     "timelines/t4/first-copy.json",
 )
 """Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on, which base points were asked
-for (those may be merged like the others then). What befalls a first copy is said when its disk is opened, see below."""
+for (their notes say it too). What befalls a first copy is said when its disk is opened, see below."""
 
 
 def dependants(file: str) -> set[str]:

@@ -12,13 +12,14 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cdpserver import qemu
-from cdpserver.chain import lock
+from cdpserver import nodes, qemu
+from cdpserver.chain import lock, room
 from cdpserver.events import read_events
 from cdpserver.state import StateDir
 from tests.chains import raw
@@ -249,7 +250,11 @@ def test_chains_stay_below_their_limit(server: Server) -> None:
     history = History(server, "short", 7, 3)
     chain = history.paths[0].parent / "manual.json"
     assert json.loads(chain.read_text()) == {"numbers": [1, 2]}
-    chain.unlink()  # as if the clock had cut them
+    chain.unlink()  # their notes say the same
+    assert room.manual(chain.parent) == {1, 2}
+    for number in (1, 2):  # as if the clock had cut them
+        note = nodes.read_note(chain.parent, number)
+        nodes.write_note(chain.parent, replace(note, manual=False))
     server.request("PATCH", "/v1/policies/short", {"max_chain": "4"})
     history.cut()
     seq = server.get("/v1/disks/short")["last_seq"]

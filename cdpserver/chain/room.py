@@ -1,7 +1,8 @@
 """Keeping chains short: how long the chain under a disk is, and which automatic base points make room for a new one.
 
-`manual.json` in a timeline names the base points that somebody asked for; all others were cut by the clock. The earliest
-automatic one goes first, in the disk or in what it is a fork of; one that something needs is passed over.
+`manual.json` in a timeline names the base points that somebody asked for, and so does the note beside each; all others were cut
+by the clock. The earliest automatic one goes first, in the disk or in what it is a fork of; one that something needs is passed
+over.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,9 @@ from cdpserver import durable
 from cdpserver.catalog import Catalog
 from cdpserver.chain.holds import holds
 from cdpserver.errors import CorruptError
-from cdpserver.nodes import base_point_path, published, read_header
+from cdpserver.nodes import MANUAL, base_point_path, listed_manual, nodes, published, read_header
 from cdpserver.state import StateDir
 from cdpserver.timeline import PointBase, load
-
-FILE = "manual.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +38,15 @@ class Pull:
 
 
 def manual(directory: Path) -> set[int]:
-    """The base points of a timeline that somebody asked for. CorruptError."""
-    path = directory / FILE
-    try:
-        value = durable.read_json(path)
-    except FileNotFoundError:
-        return set()
-    durable.take_keys(value, {"numbers"}, path)
-    numbers = value["numbers"]
-    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
-        raise durable.corrupt_json(path, "'numbers' are not base points")
-    return set(numbers)
+    """The base points of a timeline that somebody asked for: as listed, and as their notes say. CorruptError."""
+    return listed_manual(directory) | {node.number for node in nodes(directory) if node.manual}
 
 
 def add_manual(directory: Path, number: int) -> None:
-    """Note that somebody asked for a base point; durable on return. Those that are gone are forgotten."""
+    """Note that somebody asked for a base point, before it is published; durable on return. Those that are gone are forgotten."""
     there = set(published(directory))
     numbers = sorted({old for old in manual(directory) if old in there} | {number})
-    durable.write_json(directory / FILE, {"numbers": numbers})
+    durable.write_json(directory / MANUAL, {"numbers": numbers})
 
 
 def chain(state: StateDir, id: str) -> list[tuple[str, int]]:

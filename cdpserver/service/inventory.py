@@ -12,6 +12,7 @@ from cdpserver import basepoint, durable
 from cdpserver.chain import room
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, previous_file
+from cdpserver.nodes import MANUAL
 from cdpserver.service import images
 from cdpserver.state import StateDir
 from cdpserver.timeline import FILE, LOCKS
@@ -51,14 +52,12 @@ def _look_at_manual(directory: Path, log: EventLog) -> None:
     try:
         room.manual(directory)
     except CorruptError:
-        aside = _free_name(directory / room.FILE)
-        os.rename(directory / room.FILE, aside)
-        meaning = (
-            "which base points somebody asked for is lost: they may be merged like those that the clock cut"
-        )
+        aside = _free_name(directory / MANUAL)
+        os.rename(directory / MANUAL, aside)
+        meaning = "nothing is lost: the notes of base points say which somebody asked for"
         _say(
             log,
-            f"timelines/{directory.name}/{room.FILE}",
+            f"timelines/{directory.name}/{MANUAL}",
             f"{meaning}; the damaged file is kept as {aside.name}",
         )
 
