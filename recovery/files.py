@@ -73,19 +73,23 @@ def opened(options: Namespace) -> Iterator[Source]:
     """The point of the options; with --lock it is locked first."""
     text, volume = names.split_volume(options.point)
     service = client(options)
-    try:
+    seq: int | None = None
+    with contextlib.suppress(UnreachableError):
         seq = int(service.place(text)["seq"])
-    except UnreachableError:
+    if seq is not None:
+        point = f"{text.partition('@')[0]}@seq:{seq}"
+        if getattr(options, "lock", False):
+            service.add_lock(point, until=None, reason="locked while browsing", immutable=False)
+            say(f"{point} is locked; to take it back: cdp point unlock {point}")
+    else:
         _check_no_lock(options)
+    if seq is None or options.key_file is not None:
+        # A key stays with whoever has it.
         from recovery.files_local import opened as opened_here
 
         with opened_here(options) as local:
             yield local
         return
-    point = f"{text.partition('@')[0]}@seq:{seq}"
-    if getattr(options, "lock", False):
-        service.add_lock(point, until=None, reason="locked while browsing", immutable=False)
-        say(f"{point} is locked; to take it back: cdp point unlock {point}")
     yield AskedFiles(service, point + ("" if volume is None else f"/{volume}"))
 
 

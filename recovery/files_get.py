@@ -27,7 +27,7 @@ def get(options: Namespace) -> None:
     """Fetch. CorruptError at the end if a file could not be had; the others are there."""
     if options.tar == "-" and options.json:
         options.json = False  # the stream has the standard output
-    if not may_read(default_state_dir(options.state_dir)) and _asked(options):
+    if not may_read(default_state_dir(options.state_dir)) and options.key_file is None and _asked(options):
         return
     with opened(options) as local:
         browser, volume = local.browser, local.volume

@@ -4,6 +4,7 @@ import contextlib
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cdpserver import names
@@ -22,11 +23,11 @@ ZEROS = bytes(1 << 20)
 class LocalFiles:
     """What `recovery.files` wants to know, from a browser of this process."""
 
-    def __init__(self, held: HeldPoint, browser: Browser, volume: str | None) -> None:
+    def __init__(self, name: str, browser: Browser, volume: str | None) -> None:
         self.browser, self._files, self._named = browser, Files(browser), volume
-        self.name = held.name
+        self.name = name
         """The point, absolute, without a volume."""
-        self.point = held.name + ("" if volume is None else f"/{volume}")
+        self.point = name + ("" if volume is None else f"/{volume}")
         self._volume: str | None = None
 
     @property
@@ -82,7 +83,28 @@ def opened(options: Namespace) -> Iterator[LocalFiles]:
     with contextlib.suppress(UnreachableError):
         when = Seq(int(client(options).place(text)["seq"]))
     with contextlib.closing(HeldPoint(state, disk, when)) as held, Browser(held.view) as browser:
-        yield LocalFiles(held, browser, volume)
+        if getattr(options, "key_file", None) is None:
+            yield LocalFiles(held.name, browser, volume)
+            return
+        with _unlocked(options, held, browser, volume) as files:
+            yield files
+
+
+@contextlib.contextmanager
+def _unlocked(
+    options: Namespace, held: HeldPoint, browser: Browser, named: str | None
+) -> Iterator[LocalFiles]:
+    """The same of what a LUKS volume of the point holds."""
+    from recovery import files_locked
+    from recovery.opened import opened as exported
+
+    key = files_locked.check_key(Path(options.key_file))
+    outer, inner = files_locked.split(browser, named)
+    files_locked.check_version(browser, held.view, outer)
+    with exported(options, held.name) as export:
+        uri = export.uri.replace("?", f"/{outer}?", 1) if outer else export.uri
+        with files_locked.unlocked(uri, key) as disk, Browser(disk) as within:
+            yield LocalFiles(held.name, within, inner)
 
 
 def _bytes(text: str | None) -> bytes | None:

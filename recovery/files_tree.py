@@ -104,6 +104,9 @@ def add_files(commands: Commands) -> None:
     _add_path(diff, needs_path=False)
     for command in (ls, cat, stat, preview, find, get):
         _add_place(command, needs_path=command not in (ls, find))
+        command.add_argument(
+            "--key-file", metavar="PATH", help="the passphrase of a LUKS volume, in a file (LUKS 1)"
+        )
     for command in (ls, preview, find):
         command.add_argument("--lock", action="store_true", help="and lock the point, for a restore later")
 

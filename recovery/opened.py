@@ -87,6 +87,7 @@ def alone(name: str, parameters: list[str], socket: Path) -> Iterator[None]:
     plugin = Path(found.submodule_search_locations[0]) / f"{name}.py"
     # nbdkit finds its Python by PATH. It is not to hear the terminal's Ctrl-C before we have ended.
     path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    ready = socket.with_suffix(".pid")  # there is a moment when there is a socket that refuses
     command = [
         "nbdkit",
         "-f",
@@ -95,6 +96,8 @@ def alone(name: str, parameters: list[str], socket: Path) -> Iterator[None]:
         "-r",
         "-U",
         str(socket),
+        "-P",
+        str(ready),
         "--exit-with-parent",
         "python",
         str(plugin),
@@ -110,7 +113,7 @@ def alone(name: str, parameters: list[str], socket: Path) -> Iterator[None]:
         )
         try:
             deadline = time.monotonic() + START_S
-            while not socket.exists():
+            while not ready.exists():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise _did_not_start(log)
                 time.sleep(0.005)

@@ -175,8 +175,10 @@ def open_tree(volume: Volume, reader: Reader, remarks: list[str]) -> Tree:
     """The file system of a volume, read through `reader`. RefusedError for none, or an encrypted one; CorruptError."""
     where = volume.name or "the disk"
     if volume.holds in ("luks", "bitlocker"):
+        here = "cdp file has --key-file for its passphrase; or " if volume.holds == "luks" else ""
         raise RefusedError(
-            f"{where} is encrypted ({volume.holds})", hint="attach it to a VM that has the key: cdp fork add"
+            f"{where} is encrypted ({volume.holds})",
+            hint=f"{here}attach it to a VM that has the key: cdp fork add",
         )
     if volume.holds not in FILE_SYSTEMS:
         held = f"holds {volume.holds}" if volume.holds else "holds no file system that is known"
