@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from cdpserver.files.browser import Browser
+from cdpserver.files.browser import Browser, Disk
 from cdpserver.files.source import Reader
 from tests.filesystems import ImageDisk, run
 
@@ -250,8 +250,13 @@ def _walk(top: bytes) -> Iterator[tuple[bytes, Entry]]:
 
 def browsed_tree(image: Path) -> tuple[Tree, list[str]]:
     """What we show of it, and what we say."""
+    return browsed_disk(ImageDisk(image))
+
+
+def browsed_disk(disk: Disk) -> tuple[Tree, list[str]]:
+    """The same of anything that a browser reads."""
     found: Tree = {}
-    with Browser(ImageDisk(image)) as browser:
+    with Browser(disk) as browser:
         volume = browser.choose(None)
         remarks = browser.open(volume)
         for file in browser.walk(volume, b"/", full=True):
