@@ -16,7 +16,7 @@ from rich.console import Console
 from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
-from tools.measure import chains, costs, idle, machine, many, opening, reads, result, workers, writes
+from tools.measure import chains, costs, files, idle, machine, many, opening, reads, result, workers, writes
 from tools.measure.context import QUICK, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
@@ -33,6 +33,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "idle": idle.idle,
     "forward": workers.forward,
     "takeover": workers.takeover,
+    "files": files.files,
 }
 
 
@@ -47,6 +48,11 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="figures, samples and the machine as JSON")
     parser.add_argument(
         "--directory", type=Path, help="where to put the files: the file system to measure on"
+    )
+    parser.add_argument(
+        "--guestfish",
+        action="store_true",
+        help="files: measure guestfish, too (libguestfs-tools and a kernel package; in software, half a minute a round)",
     )
     chosen = parser.parse_args(arguments)
     chosen.rounds = chosen.rounds or (1 if chosen.quick else 5)
@@ -64,7 +70,7 @@ def measure(chosen: argparse.Namespace, directory: Path, say: Callable[[str], No
     """Run the benches that were chosen, one after the other, against one server."""
     found = []
     with Server(directory / "state") as server:
-        context = Context(directory, Ours(server), chosen.rounds, sizes(chosen), say)
+        context = Context(directory, Ours(server), chosen.rounds, sizes(chosen), say, chosen.guestfish)
         for name in chosen.only or BENCHES:
             found += BENCHES[name](context)
     return found

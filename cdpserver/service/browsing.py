@@ -155,10 +155,9 @@ class Browsing:
     async def _make_spare(self) -> None:
         """What keeps one from starting is said to who wants it."""
         self._wanted = trio.Event()
-        async with self._making:
-            if self._spare is None or not self._spare.is_there:
-                with contextlib.suppress(CdpError):
-                    self._spare = await self._start()
+        if self._spare is None or not self._spare.is_there:
+            with contextlib.suppress(CdpError):
+                self._spare = await self._start()
 
     async def _start(self) -> Session:
         ours, theirs = socket.socketpair()
@@ -216,11 +215,11 @@ class Browsing:
 
     async def _of(self, entry: Entry, seq: int) -> Session:
         key = (entry.id, seq)
+        if (known := self._known(key)) is not None:
+            return known
         async with self._making:
-            found = self._open.get(key)
-            if found is not None and found.is_there:
-                found.used = trio.current_time()
-                return found
+            if (known := self._known(key)) is not None:
+                return known
             await self._drop(key)
             await self._make_room()
             session, self._spare = self._spare, None
@@ -232,6 +231,13 @@ class Browsing:
             session.used = trio.current_time()
             self._open[key] = session
             return session
+
+    def _known(self, key: Key) -> Session | None:
+        found = self._open.get(key)
+        if found is None or not found.is_there:
+            return None
+        found.used = trio.current_time()
+        return found
 
     async def _make_room(self) -> None:
         unused = sorted(

@@ -32,6 +32,8 @@ class Sizes:
     idle_seconds: float = 8.0
     forward_seconds: float = 2.0
     takeovers: int = 3
+    small_files: int = 8000
+    large_file: int = 512 * MIB
 
 
 QUICK = Sizes(
@@ -53,6 +55,8 @@ QUICK = Sizes(
     idle_seconds=1.0,
     forward_seconds=0.3,
     takeovers=1,
+    small_files=30,
+    large_file=4 * MIB,
 )
 """Enough to see that everything works; the figures say little."""
 
@@ -66,6 +70,8 @@ class Context:
     rounds: int
     sizes: Sizes
     say: Callable[[str], None] = field(repr=False)
+    guestfish: bool = False
+    """Does it take part? A virtual machine in software takes half a minute to start."""
 
     def settle(self) -> None:
         """Nobody's dirty pages are written during somebody else's turn."""
