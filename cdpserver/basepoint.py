@@ -19,11 +19,11 @@ from typing import Any
 from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
+from cdpserver.cuts import Cut, cuts, find_cut
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.log import FIRST_INTERVAL, Journal
 from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
-from cdpserver.points import Cut, cuts, find_cut
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
 from cdpserver.timeline import ImageBase, PointBase

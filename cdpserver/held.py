@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from cdpserver import groups
 from cdpserver import timeline as timeline_file
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
-from cdpserver.errors import NotFoundError, RemovedError
+from cdpserver.errors import RemovedError
 from cdpserver.journal.log import Position
 from cdpserver.leases import Lease
-from cdpserver.names import Seq, When, show
+from cdpserver.names import Seq, When
 from cdpserver.points import Timeline as Points
 from cdpserver.state import StateDir
 from cdpserver.view.history import History
@@ -19,7 +20,7 @@ def open_history(catalog: Catalog, state_dir: Path, name: str) -> History:
     """The history of a disk or fork. NotFoundError, or RemovedError while it is being removed."""
     entry = catalog.get(name)
     if entry is None:
-        raise NotFoundError(f"there is no disk {show(name)}", hint="cdp disk list shows the names")
+        raise groups.no_disk(catalog, name)
     if entry.state != "live":
         raise RemovedError(f"{name} is being removed")
     return History(state_dir, timeline_file.load(StateDir(state_dir).timeline(entry.id)))

@@ -4,19 +4,18 @@ A recovery point is the last record of a second in which data changed. Nothing i
 that second; what is not indexed yet is counted from the header log.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+from cdpserver.cuts import find_cut
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
 from cdpserver.index.build import SECOND_NS, merge_rows, point_rows, split_at_controls
 from cdpserver.index.store import PointRow, Snapshot, find_index, open_index, release
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.instants import Instant, Instants
-from cdpserver.journal.log import FIRST_INTERVAL, Journal, Position, interval_path
+from cdpserver.journal.log import FIRST_INTERVAL, Position, interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
 from cdpserver.nodes import Node, nodes
@@ -54,55 +53,6 @@ class Point:
             "name": self.name,
             "locked": self.locked,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Where a base point was cut: its number and place, the last of an interval."""
-
-    number: int
-    seq: int
-    time_ns: int
-    interval: int
-
-
-def cuts(journal: Journal) -> list[Cut]:
-    """Every cut that the journal holds, oldest first."""
-    found = []
-    for interval, after in pairwise(journal.intervals):
-        # Most intervals end with a cut; a count that did not move saves a look.
-        if after != interval + 1 or _cuts_at(journal, after) != _cuts_at(journal, interval):
-            cut = _cut_at_end(journal, interval)
-            if cut is not None:
-                found.append(cut)
-    return found
-
-
-def find_cut(journal: Journal, number: int) -> Cut | None:
-    """Cut `number`, if the journal holds it; costs a bisection over the intervals."""
-    held = journal.intervals
-    index = bisect_left(held, number + 1, key=lambda interval: _cuts_at(journal, interval))
-    if index == 0 or index == len(held):
-        return None
-    cut = _cut_at_end(journal, held[index - 1])
-    return cut if cut is not None and cut.number == number else None
-
-
-def _cuts_at(journal: Journal, interval: int) -> int:
-    """Cuts before an interval began."""
-    return journal.first_reader(interval).header.carry.cuts
-
-
-def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
-    """The cut that ended an interval; None if the writer closed it for its size."""
-    reader = journal.reader(interval, journal.segments(interval)[-1])
-    for number in range(reader.count - 1, -1, -1):
-        record = reader.records(number, number + 1)[0]
-        if record["kind"] == Kind.CONTROL:
-            message = reader.control(record)
-            if message["type"] == "cut":
-                return Cut(int(message["number"]), int(record["seq"]), int(record["time"]), interval)
-    return None
 
 
 def _place(node: Node) -> Position:
@@ -255,8 +205,10 @@ class Timeline:
         for seq, time_ns, message in controls:
             state = control.fold(state, message, seq=seq, time_ns=time_ns)
             if message["type"] == "mark":
+                at, at_ns = control.marked(message, seq=seq, time_ns=time_ns)
+                grade = control.marked_grade(message, state)
                 name = message["name"]
-                yield Point("bookmark", time_ns, seq, 0, 0, state.grade, name, state.session, state.evidence)
+                yield Point("bookmark", at_ns, at, 0, 0, grade, name, state.session, state.evidence)
 
     def _base_points(self) -> list[Point]:
         """Those whose files are there, whether the history around them is or not."""
@@ -296,13 +248,21 @@ class Timeline:
         for interval in reversed(self.journal.intervals):
             for snapshot in self._snapshots(interval):
                 found = snapshot.named(f"mark/{name}") if snapshot is not None else None
-                if found is not None:
-                    return Position(interval, 0, found[0], found[1])
                 done = snapshot.indexed if snapshot is not None else 0
-            reader = self.journal.first_reader(interval)
-            for _, message in self._tail(interval, max(done, reader.first_seq - 1), reader.header.carry):
-                if message is not None and message[2] == control.mark(name):
-                    return Position(interval, 0, message[0], message[1])
+            if found is None:
+                found = self._bookmark_in_tail(interval, done, name)
+            if found is not None:
+                seq, time_ns = control.marked(found[2], seq=found[0], time_ns=found[1])
+                return Position(interval, 0, seq, time_ns)
+        return None
+
+    def _bookmark_in_tail(
+        self, interval: int, done: int, name: str
+    ) -> tuple[int, int, dict[str, Any]] | None:
+        reader = self.journal.first_reader(interval)
+        for _, placed in self._tail(interval, max(done, reader.first_seq - 1), reader.header.carry):
+            if placed is not None and (placed[2]["type"], placed[2].get("name")) == ("mark", name):
+                return placed
         return None
 
     def resolve(self, when: When, *, now_ns: int) -> Position:

@@ -7,14 +7,22 @@ from cdpserver.errors import UsageError
 
 
 def point(text: str) -> str:
-    """`DISK@WHEN`"""
+    """`DISK@WHEN`, `VM@WHEN` or `GROUP@WHEN`"""
     names.parse_point(text)
     return text
 
 
 def place(text: str) -> str:
-    """`DISK@WHEN`, `DISK@WHEN/p2` or `DISK@WHEN/lv/VG/LV`"""
-    names.parse_point(names.split_volume(text)[0])
+    """`DISK@WHEN`, `DISK@WHEN/p2` or `DISK@WHEN/lv/VG/LV`; `VM@WHEN/DISK` and the same after it."""
+    name, _, rest = text.partition("@")
+    when, _, inner = rest.partition("/")
+    names.parse_point(f"{name}@{when}" if "@" in text else text)
+    try:
+        names.split_volume(text)
+    except UsageError:
+        if "/" in name:
+            raise
+        names.check_name(inner.partition("/")[0])
     return text
 
 
@@ -42,7 +50,7 @@ def take_disk(*commands: ArgumentParser, metavar: str = "DISK", optional: bool =
 def take_point(*commands: ArgumentParser, help: str | None = None) -> None:
     """Each of them is about one point."""
     for command in commands:
-        command.add_argument("point", metavar="DISK@WHEN", type=point, help=help)
+        command.add_argument("point", metavar="DISK@WHEN", type=point, help=help or "or VM@WHEN, GROUP@WHEN")
 
 
 def take_place(*commands: ArgumentParser) -> None:
@@ -52,7 +60,7 @@ def take_place(*commands: ArgumentParser) -> None:
             "point",
             metavar="DISK@WHEN",
             type=place,
-            help="and where there are several: /p2 or /lv/VG/LV after it",
+            help="and where there are several: /p2 or /lv/VG/LV after it; VM@WHEN/DISK as well",
         )
 
 

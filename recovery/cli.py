@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
-from recovery.arguments import count, take_disk, take_place, take_point, take_yes, when
+from recovery.arguments import count, take_disk, take_point, take_yes, when
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
+from recovery.points_tree import add_groups, add_points
 from recovery.protect_tree import add_protect
 from recovery.recover_tree import add_recover
 from recovery.repo_tree import add_repositories
-from recovery.retention_tree import add_capacity, add_locks, add_retention
+from recovery.retention_tree import add_capacity, add_retention
 from recovery.tree import Commands, lazy
 
 INTERNAL = 1
@@ -51,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seeing(commands)
     add_protect(commands)
     _add_disk(commands)
-    _add_points(commands)
+    add_points(commands)
+    add_groups(commands)
     chain_tree.add(commands)
     add_export(commands)
     add_files(commands)
@@ -135,38 +137,6 @@ def _add_disk(commands: Commands) -> None:
     )
     take_disk(resize, show, remove, synced, metavar="NAME")
     resize.add_argument("size", metavar="SIZE", type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
-
-
-def _add_points(commands: Commands) -> None:
-    point = commands.group("point", "recovery points and bookmarks")
-    listing = point.leaf(
-        "list",
-        lazy("remote", "point_list"),
-        "List points, oldest first.",
-        "cdp point list web/vda --since -10m --kind rp --limit 20",
-    )
-    take_disk(listing, optional=True)
-    listing.add_argument("--vm", metavar="VM", type=names.check_name, help="where all its disks are good")
-    listing.add_argument("--since", metavar="WHEN", type=when)
-    listing.add_argument("--until", metavar="WHEN", type=when)
-    listing.add_argument("--kind", choices=("rp", "bp", "bookmark"))
-    listing.add_argument("--limit", metavar="N", type=count, help="only the newest N")
-    mark = point.leaf(
-        "mark",
-        lazy("remote", "point_mark"),
-        "Give the newest instant a name.",
-        "cdp point mark web/vda --name before-upgrade",
-    )
-    take_disk(mark)
-    mark.add_argument("--name", required=True, type=names.check_bookmark)
-    add_locks(point)
-    uri = commands.leaf(
-        "uri",
-        lazy("remote", "uri"),
-        "Print the NBD URI of a point, or of a volume in it: always of the same instant, however often opened.",
-        "nbdinfo $(cdp uri web/vda@-90s)",
-    )
-    take_place(uri)
 
 
 def _add_fork(commands: Commands) -> None:

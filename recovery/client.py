@@ -115,9 +115,8 @@ class Client:
         query = {"since": since, "until": until, "kind": kind, "limit": limit}
         return self._list("GET", _disk(name, "points"), query=query)
 
-    def vm_points(self, vm: str, *, since: str | None, until: str | None, limit: int | None) -> list[Object]:
-        """Instants at which every disk of a VM is good, oldest first."""
-        query = {"since": since, "until": until, "limit": limit}
+    def vm_points(self, vm: str, **query: Any) -> list[Object]:
+        """Instants at which every disk of a VM or group is good, oldest first; `since`, `until`, `kind`, `limit`."""
         return self._list("GET", f"vms/{quote(vm)}:points", query=query)
 
     def mark(self, name: str, bookmark: str) -> Object:
@@ -136,12 +135,9 @@ class Client:
         """Where a point is: its URIs, timeline, seq and time."""
         return self._object("GET", "uri", query={"point": point})
 
-    def uri(self, point: str) -> str:
-        """The absolute NBD URI of a point."""
-        uri = self.place(point).get("uri")
-        if not isinstance(uri, str):
-            raise self._strange("an answer without a URI")
-        return uri
+    def point(self, point: str) -> Object:
+        """One instant of a disk, VM or group, and what its grade rests on."""
+        return self._object("GET", f"points/{quote(point)}")
 
     def rebuild(self, name: str, number: int) -> Object:
         """Make the file of a base point anew."""
@@ -170,6 +166,24 @@ class Client:
     def remove_lock(self, which: str) -> Object:
         """Take a lock back, by its id or by DISK@WHEN."""
         return self._object("DELETE", f"locks/{quote(which)}")
+
+    # -- groups --------------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[Object]:
+        """Every group."""
+        return self._list("GET", "groups")
+
+    def group(self, name: str) -> Object:
+        """One group."""
+        return self._object("GET", f"groups/{quote(name)}")
+
+    def add_group(self, name: str, members: list[str]) -> Object:
+        """Make a group, or add members."""
+        return self._object("PUT", f"groups/{quote(name)}", body={"members": members})
+
+    def remove_group(self, name: str, members: list[str]) -> Object:
+        """Take members out, or the group away."""
+        return self._object("DELETE", f"groups/{quote(name)}", body={"members": members})
 
     # -- running VMs ---------------------------------------------------------------------------------------------
 

@@ -21,8 +21,10 @@ from cdpserver.copying.target import NbdTarget, RawFile
 from cdpserver.errors import CorruptError, NoSpaceError, RefusedError, UsageError
 from cdpserver.names import format_bytes, parse_point
 from recovery.bar import Bar, moving
+from recovery.export_several import export_several
 from recovery.opened import Opened, opened
 from recovery.output import answer, answer_json, say
+from recovery.together import several
 from recovery.unfinished import Output, Partial, Unfinished, load, save
 
 PATIENCE_S = 60.0
@@ -43,6 +45,12 @@ Origin: TypeAlias = Callable[[Unfinished | None], AbstractContextManager[Opened]
 
 def export(options: Namespace) -> None:
     """Copy, and verify if asked. NoSpaceError, RefusedError, CorruptError; the same command goes on."""
+    found = several(options, options.point)
+    _answer(options, _one(options) if found is None else export_several(options, found, _one))
+
+
+def _one(options: Namespace) -> dict[str, Any]:
+    """The export of one disk."""
 
     def origin(left: Unfinished | None) -> AbstractContextManager[Opened]:
         if left is not None and left.point == options.point:
@@ -50,11 +58,23 @@ def export(options: Namespace) -> None:
             return opened(options, f"{parse_point(options.point)[0]}@seq:{left.seq}")
         return opened(options, options.point)
 
-    write_out(options, origin)
+    return _written(options, origin)
 
 
 def write_out(options: Namespace, origin: Origin) -> None:
     """What `origin` opens, to `options.output`, as `export` does."""
+    _answer(options, _written(options, origin))
+
+
+def _answer(options: Namespace, result: dict[str, Any]) -> None:
+    if options.json:
+        answer_json(result)
+        return
+    for one in result.get("disks", [result]):
+        answer(_told(one))
+
+
+def _written(options: Namespace, origin: Origin) -> dict[str, Any]:
     output = Output.parse(options.output)
     if options.format != "raw" and output.kind != "file":
         raise UsageError("a device or an NBD server takes raw content", hint="leave --format out")
@@ -65,16 +85,13 @@ def write_out(options: Namespace, origin: Origin) -> None:
                 f"{output.text} is there already",
                 hint="--force replaces it, --verify compares it with the point",
             )
-        result = work.compare_only()
-    else:
-        result = work.run()
-    if options.json:
-        answer_json(result)
-    else:
-        answer(_told(result))
+        return work.compare_only()
+    return work.run()
 
 
 def _told(result: dict[str, Any]) -> str:
+    if result["action"] == "finished before":
+        return f"{result['output']}: {result['point']}, finished before"
     same = "compared: no difference"
     if result["action"] == "compared":
         return f"{result['output']} holds {result['point']}; {same}"

@@ -17,7 +17,7 @@ def add_export(commands: Commands) -> None:
         "--output",
         required=True,
         metavar="OUTPUT",
-        help="a file, a block device, nbd://... or nbd+unix://...",
+        help="a file, a block device, nbd://... or nbd+unix://...; of a VM or group a directory",
     )
     export.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of a file; default: raw")
     export.add_argument(

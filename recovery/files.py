@@ -28,6 +28,7 @@ from recovery.output import (
     say,
 )
 from recovery.remote import client
+from recovery.together import one_disk
 
 SORTED = 100_000
 """Rows of a table that are lined up; what is beyond comes as it is."""
@@ -71,6 +72,7 @@ class Source(Protocol):
 @contextlib.contextmanager
 def opened(options: Namespace) -> Iterator[Source]:
     """The point of the options; with --lock it is locked first."""
+    options.point = one_disk(options, options.point)
     text, volume = names.split_volume(options.point)
     service = client(options)
     seq: int | None = None

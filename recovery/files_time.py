@@ -11,6 +11,7 @@ from recovery.files import path_of, shown_name
 from recovery.files_asked import pages, path_query
 from recovery.output import Column, answer_json_items, answer_table, say
 from recovery.remote import client
+from recovery.together import one_disk
 
 HISTORY_COLUMNS = (
     Column("time_ns", "from"),
@@ -54,6 +55,7 @@ def _history(options: Namespace) -> Iterator[dict[str, Any]]:
 
 def diff(options: Namespace) -> None:
     """What differs between two points."""
+    options.point, options.other = one_disk(options, options.point), one_disk(options, options.other)
     found = _diff(options)
     if options.json:
         answer_json_items(found)

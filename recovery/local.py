@@ -114,23 +114,36 @@ def _busy(doing: str) -> Iterator[None]:
 
 
 def check(options: Namespace) -> None:
-    """Verify everything of a disk. CorruptError after the answer if anything is damaged."""
+    """Verify everything of a disk, or of each disk of a VM or group. CorruptError after the answer if anything is damaged."""
+    from cdpserver import groups
     from cdpserver.check import check_timeline
+    from cdpserver.vm import instant
 
     state = StateDir.open(default_state_dir(options.state_dir))
-    id = _timeline(state, options.disk)
-    with _progress() as progress:
-        report = check_timeline(state.path, id, boot_id=boot_id(), full=options.full, progress=progress)
+    disks = {options.disk: ""}
+    with Catalog.open(state, writable=False) as catalog:
+        several = groups.is_several(catalog, options.disk)
+        if several:
+            disks = {entry.name: entry.id for entry in instant.disks_of(state, catalog, options.disk)}
+    reports = {}
+    for disk, known in disks.items():
+        id = known or _timeline(state, disk)
+        with _progress() as progress:
+            reports[disk] = check_timeline(
+                state.path, id, boot_id=boot_id(), full=options.full, progress=progress
+            )
+        if not options.json:
+            _answer_report(disk, reports[disk], state.path)
     if options.json:
-        answer_json(report.as_dict(options.disk, state.path))
-    else:
-        _answer_report(options.disk, report, state.path)
-    if not report.whole:
-        places = len(report.damage) + report.untold
-        raise CorruptError(
-            f"{options.disk} is damaged in {places} place{'s' if places > 1 else ''}",
-            hint=report.damage[0].finding.hint,
-        )
+        told = [report.as_dict(disk, state.path) for disk, report in reports.items()]
+        answer_json(told if several else told[0])
+    for disk, report in reports.items():
+        if not report.whole:
+            places = len(report.damage) + report.untold
+            raise CorruptError(
+                f"{disk} is damaged in {places} place{'s' if places > 1 else ''}",
+                hint=report.damage[0].finding.hint,
+            )
 
 
 def _answer_report(disk: str, report: "Report", root: Path) -> None:

@@ -47,5 +47,8 @@ def _answer(options: Namespace, made: dict[str, Any]) -> None:
     if options.json:
         answer_json(made)
         return
+    if "locks" in made:
+        answer_table(COLUMNS, made["locks"], nothing="no disks")
+        return
     hidden = ("until_ns", "off_ns", "created_ns", "expired", "disk", "seq")
     answer_fields({key: value for key, value in made.items() if key not in hidden})

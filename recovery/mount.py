@@ -19,12 +19,14 @@ from recovery import kernel_mount
 from recovery.opened import Opened, opened
 from recovery.output import say
 from recovery.remote import client
+from recovery.together import one_disk
 
 START_S = 30.0
 
 
 def mount(options: Namespace) -> None:
     """The point is below the directory on return."""
+    options.point = one_disk(options, options.point)
     directory = Path(options.directory).resolve()
     if not directory.is_dir() or os.path.ismount(directory):
         raise UsageError(f"{directory} is no directory that is free", hint="make an empty one: mkdir")

@@ -14,7 +14,6 @@ from cdpserver.state import StateDir, default_state_dir
 from recovery.client import Client
 from recovery.output import (
     Column,
-    answer,
     answer_fields,
     answer_json,
     answer_table,
@@ -31,17 +30,6 @@ DISK_COLUMNS = (
     Column("journal_bytes", "journal", right=True),
     Column("lag_ns", "lag", right=True),
     Column("uri"),
-)
-POINT_COLUMNS = (
-    Column("time_ns", "time"),
-    Column("age", right=True),
-    Column("kind"),
-    Column("seq", right=True),
-    Column("records", right=True),
-    Column("bytes", right=True),
-    Column("grade"),
-    Column("name"),
-    Column("locked"),
 )
 BASE_POINT_COLUMNS = (
     Column("number", right=True),
@@ -65,14 +53,14 @@ def _watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:
     return watch(service, job)
 
 
-def _answer_one(options: Namespace, value: dict[str, Any]) -> None:
+def answer_one(options: Namespace, value: dict[str, Any]) -> None:
     if options.json:
         answer_json(value)
     else:
         answer_fields(value)
 
 
-def _answer_list(
+def answer_list(
     options: Namespace, columns: tuple[Column, ...], rows: list[dict[str, Any]], nothing: str
 ) -> None:
     if options.json:
@@ -90,23 +78,23 @@ def disk_add(options: Namespace) -> None:
     full_name(options.name, options.vm)
     # The service has another working directory.
     base = None if options.base is None else os.path.abspath(options.base)
-    _answer_one(options, client(options).add_disk(options.name, size=options.size, vm=options.vm, base=base))
+    answer_one(options, client(options).add_disk(options.name, size=options.size, vm=options.vm, base=base))
 
 
 def disk_list(options: Namespace) -> None:
     """Every disk."""
     rows = client(options).disks()
-    _answer_list(options, DISK_COLUMNS, rows, "no disks; add one: cdp disk add NAME --size SIZE")
+    answer_list(options, DISK_COLUMNS, rows, "no disks; add one: cdp disk add NAME --size SIZE")
 
 
 def disk_show(options: Namespace) -> None:
     """One disk."""
-    _answer_one(options, client(options).disk(options.name))
+    answer_one(options, client(options).disk(options.name))
 
 
 def disk_resize(options: Namespace) -> None:
     """Let a disk grow, as its source has."""
-    _answer_one(options, client(options).resize_disk(options.name, size=options.size))
+    answer_one(options, client(options).resize_disk(options.name, size=options.size))
 
 
 def disk_remove(options: Namespace) -> None:
@@ -133,68 +121,40 @@ def disk_synced(options: Namespace) -> None:
     """Say that the first copy, or a resync, is complete."""
     service = client(options)
     value = service.synced(options.name, session=options.session, write_blocking=options.write_blocking)
-    _answer_one(options, value)
+    answer_one(options, value)
 
 
 # --- points
 
 
-def point_list(options: Namespace) -> None:
-    """Points, oldest first: of a disk, or those that the disks of a VM have in common."""
-    if (options.disk is None) == (options.vm is None):
-        raise UsageError("name a disk, or a VM with --vm", hint="cdp point list --help")
-    span = {"since": options.since, "until": options.until, "limit": options.limit}
-    if options.disk is not None:
-        rows = client(options).points(options.disk, kind=options.kind, **span)
-    elif options.kind in (None, "rp"):
-        rows = client(options).vm_points(options.vm, **span)
-    else:
-        raise UsageError(
-            f"a VM has no {options.kind} of its own", hint="list those of its disks: cdp disk list"
-        )
-    if not options.json:
-        rows = [row | {"age": row.get("time_ns")} for row in rows]
-    _answer_list(options, POINT_COLUMNS, rows, f"{options.disk or options.vm} has no such points")
-
-
-def point_mark(options: Namespace) -> None:
-    """A bookmark."""
-    _answer_one(options, client(options).mark(options.disk, options.name))
-
-
 def bp_cut(options: Namespace) -> None:
     """Cut a base point, and wait until it is published."""
     service = client(options)
-    _answer_one(options, service.cut(options.disk))
+    answer_one(options, service.cut(options.disk))
 
 
 def bp_list(options: Namespace) -> None:
     """Published base points."""
     rows = client(options).base_points(options.disk)
-    _answer_list(options, BASE_POINT_COLUMNS, rows, f"{options.disk} has no base points yet")
-
-
-def uri(options: Namespace) -> None:
-    """The URI of a point, alone on its line."""
-    found = client(options).uri(options.point)
-    if options.json:
-        answer_json({"uri": found})
-    else:
-        answer(found)
+    answer_list(options, BASE_POINT_COLUMNS, rows, f"{options.disk} has no base points yet")
 
 
 # --- forks
 
 
 def fork_add(options: Namespace) -> None:
-    """A writable disk on top of a point."""
-    _answer_one(options, client(options).add_fork(options.point, options.name))
+    """A writable disk on top of a point; of a VM or group one for each of its disks."""
+    made = client(options).add_fork(options.point, options.name)
+    if options.json or "forks" not in made:
+        answer_one(options, made)
+    else:
+        answer_table(FORK_COLUMNS, made["forks"], nothing="no disks")
 
 
 def fork_list(options: Namespace) -> None:
     """Every fork."""
     rows = client(options).forks()
-    _answer_list(options, FORK_COLUMNS, rows, "no forks; add one: cdp fork add DISK@WHEN NAME")
+    answer_list(options, FORK_COLUMNS, rows, "no forks; add one: cdp fork add DISK@WHEN NAME")
 
 
 def fork_remove(options: Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cdpserver.index import build, indexer, merging, store
+from cdpserver.journal import control
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
 from cdpserver.journal.record import RECORD_SIZE
@@ -345,9 +346,10 @@ class Line:
         self.disk.synced(None, write_blocking=write_blocking)
         self._note()
 
-    def mark(self, name: str) -> None:
-        """A bookmark."""
-        self.marks[name] = self.writer.mark(name)[0]
+    def mark(self, name: str, at: tuple[int, int] | None = None) -> None:
+        """A bookmark; of an earlier record `at` (seq, time) if that is given."""
+        seq = self.writer.mark(control.mark(name, at=at))[0]
+        self.marks[name] = seq if at is None else at[0]
         self._note()
 
     def cut(self) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import nbd
 
 from cdpserver import basepoint, qemu
+from cdpserver.cuts import find_cut
 from cdpserver.nodes import base_point_path, newest_at, write_note
-from cdpserver.points import find_cut
 from cdpserver.view.chain import write_map
 from cdpserver.view.history import History
 from tests.core import Line, remove

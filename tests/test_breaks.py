@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from cdpserver.errors import NotFoundError, RefusedError, RemovedError, UsageError
+from cdpserver.journal import control
 from cdpserver.journal.control import Grade
 from cdpserver.names import At, MirrorExport
 from cdpserver.stretches import grade_at, stretches
@@ -78,7 +79,7 @@ def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
     assert offered(line, broke_ns, *inside, began_ns - 1, began_ns, world.now_ns) == [
         Grade.UNORDERED, None, None, None, None, Grade.UNORDERED, Grade.CRASH,
     ]  # fmt: skip
-    line.disk.marker("bookmark").mark("after")
+    line.disk.marker("bookmark").mark(control.mark("after"))
 
 
 def test_a_gap_that_is_over_when_it_is_said(line: Line) -> None:

@@ -22,6 +22,7 @@ from cdpserver.check.damage import Effects, Finding
 from cdpserver.check.segments import SegmentCheck
 from cdpserver.index.indexer import TimelineIndexer, rebuild
 from cdpserver.index.store import IndexFile
+from cdpserver.journal import control
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import DTYPE, RECORD_SIZE, Kind
@@ -106,7 +107,7 @@ def fill(disk: Disk) -> None:
     writer = disk.open()
     writer.synced(1, write_blocking=True)
     seqs = {"a": disk.write(0, 1), "b": disk.write(1, 2), "a2": disk.write(0, 3)}
-    seqs["mark"] = writer.mark("before-upgrade")[0]
+    seqs["mark"] = writer.mark(control.mark("before-upgrade"))[0]
     disk.now_ns += SECOND_NS
     writer.zero(16 * BLOCK, 16 * BLOCK)
     seqs["zero"] = writer.last_seq

@@ -392,7 +392,7 @@ def test_a_service_goes_on(short_path: Path) -> None:
     with Server(state.path) as server:
         assert sorted(disk["name"] for disk in server.client.disks()) == sorted(IDS)
         until((state.timeline("t1") / "bp-1.qcow2").exists, "base point 1")
-        assert server.client.uri("web/root@before")
+        assert server.client.place("web/root@before")["uri"]
     said = {event.get("file") for event in read_events(state.events, 1000)}
     assert said >= {"clock.json", "events.jsonl", "timelines/t1/lease"}
     with Catalog.open(state, writable=False) as catalog:

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdpserver import limits, messages
+from cdpserver.cuts import find_cut
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, firstcopy, log, record, segment
 from cdpserver.journal.begin import lock_timeline
@@ -25,7 +26,6 @@ from cdpserver.journal.control import Grade, State
 from cdpserver.journal.log import CACHED_READERS, Journal
 from cdpserver.journal.record import Kind, Record
 from cdpserver.journal.segment import SEALED, Header
-from cdpserver.points import find_cut
 from cdpserver.retention.facts import _intervals
 from tests.core import ROOT, Line, World, check_log, scratch
 from tests.model import BLOCK, SAME, equals_but, read_log

@@ -21,10 +21,10 @@ from cdpserver import basepoint, qemu
 from cdpserver.catalog import Catalog
 from cdpserver.chain.room import chain
 from cdpserver.config import Config, parse_config
+from cdpserver.cuts import find_cut
 from cdpserver.journal.log import intervals
 from cdpserver.names import format_bytes
 from cdpserver.nodes import base_point_path, nodes, write_note
-from cdpserver.points import find_cut
 from cdpserver.retention import prune
 from cdpserver.retention.policy import Policy
 from cdpserver.view.chain import write_map

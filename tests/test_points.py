@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cdpserver import names
+from cdpserver.errors import RefusedError
+from cdpserver.journal import control
+from cdpserver.journal.control import Grade
 from tests.core import INDEXER, SECOND_NS, World, scratch
 from tests.test_service import Server, pattern, write
 
@@ -26,6 +30,35 @@ def test_a_bookmark_of_any_length_is_listed_and_found(name: str, indexed: bool) 
             assert [(point.name, point.seq) for point in found] == [(name, disk.marks[name])]
             position = points.bookmark(name)
             assert position is not None and position.seq == disk.marks[name]
+        world.close()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_bookmark_may_name_an_earlier_record_and_its_grade(indexed: bool) -> None:
+    """As those of a VM do: what came between it and its record is not in it."""
+    with scratch() as path:
+        world = World(path)
+        disk = world.add(1 << 20)
+        disk.write(0, b"x" * 4096)
+        disk.synced()
+        disk.write(0, b"y" * 4096)
+        at = disk.last_seq, disk.writer.last_time_ns
+        world.now_ns += SECOND_NS
+        disk.write(0, b"z" * 4096)
+        interval = disk.writer.interval
+        disk.writer.mark(control.mark("frozen", at=at, grade=Grade.APP), interval=interval)
+        if indexed:
+            INDEXER.call("drain", disk.directory, world.boot)
+        with disk.points() as points:
+            (found,) = points.points(now_ns=world.now_ns + SECOND_NS, kind="bookmark")
+            assert (found.seq, found.time_ns, found.grade) == (*at, Grade.APP)
+            place = points.resolve(names.Mark("frozen"), now_ns=world.now_ns)
+            assert (place.seq, place.time_ns) == at
+        with disk.view(at[0]) as view:
+            assert view.read(0, 1) == b"y"
+        disk.cut()
+        with pytest.raises(RefusedError, match="meanwhile"):
+            disk.writer.mark(control.mark("late", at=at), interval=interval)
         world.close()
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from cdpserver import limits
+from cdpserver.cuts import find_cut
 from cdpserver.index.store import CLOSED_NAME, open_name
 from cdpserver.journal import segment
 from cdpserver.journal.log import Journal, interval_path
-from cdpserver.points import find_cut
 from cdpserver.timeline import PointBase, Timeline
 from cdpserver.view.layers import Layer
 from tests.core import INDEXER, Line, World, check_view, remove, scratch

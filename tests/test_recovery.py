@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from cdpserver import limits
+from cdpserver.cuts import find_cut
 from cdpserver.errors import CorruptError
 from cdpserver.journal import recovery, segment
 from cdpserver.journal.log import Journal
 from cdpserver.journal.segment import PAGE
-from cdpserver.points import find_cut
 from cdpserver.target.leftover import needs_recovery
 from tests.core import Line, World, remove, scratch
 from tests.model import BLOCK, CONTROL, DATA, LogRecord, read_log

@@ -67,8 +67,11 @@ class Busy(Kept):
         line, chance = self.line, self.chance
         for count in range(writes):
             self.change()
+            if count == writes // 4:
+                earlier = line.last_seq, line.writer.last_time_ns
             if count == writes // 3:
                 line.mark(f"m{number}")
+                line.mark(f"e{number}", at=earlier)
             if remirror and count == writes // 2:
                 line.disconnect()
                 for block in range(0, 64, 8):
@@ -198,7 +201,7 @@ def test_points_bookmarks_and_deltas_of_thinned_history(busy: Busy) -> None:
         listed = points.points(now_ns=busy.world.now_ns + MINUTE_NS)
         assert points.count(now_ns=busy.world.now_ns + MINUTE_NS) == sum(p.kind == "rp" for p in listed)
         names = {p.name for p in listed}
-        assert {"m0", "m1", "bp:0", "bp:1"} <= names
+        assert {"m0", "m1", "e0", "e1", "bp:0", "bp:1"} <= names
         for point in listed:
             where = points.resolve(Seq(point.seq), now_ns=busy.world.now_ns)
             assert where.seq == point.seq

@@ -43,10 +43,12 @@ STAGES = (
         "cdpserver.locks",
         "cdpserver.offtime",
         "cdpserver.forks",
+        "cdpserver.groups",
     ),
     ("cdpserver.index", "cdpserver.copying"),
     ("cdpserver.view",),
     (
+        "cdpserver.cuts",
         "cdpserver.points",
         "cdpserver.stretches",
         "cdpserver.check",

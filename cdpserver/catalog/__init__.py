@@ -17,7 +17,15 @@ import lmdb
 
 from cdpserver import durable, timeline
 from cdpserver.catalog import recovery
-from cdpserver.catalog.content import Content, Entry, EntryState, check_free, read_copy
+from cdpserver.catalog.content import (
+    Content,
+    Entry,
+    EntryState,
+    check_free,
+    check_group_free,
+    check_no_group,
+    read_copy,
+)
 from cdpserver.catalog.rows import Row, Table
 from cdpserver.catalog.store import Store, build
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, UsageError
@@ -135,6 +143,7 @@ class Catalog:
 
         def put(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
             check_free(entry, content.entries)
+            check_no_group(entry, content)
             store.put(txn, entry)
             # An id that did not come from next_id must not come from it later.
             store.put_next_id(txn, max(content.next_id, int(id[1:]) + 1))
@@ -164,8 +173,16 @@ class Catalog:
         return self._change(delete)
 
     def put_row(self, table: Table, row: Row) -> None:
-        """Add a row, or replace the one of its id. UsageError for what cannot be kept, RefusedError when full."""
-        self._change(lambda store, txn, _: store.put_row(txn, table, row))
+        """Add a row, or replace the one of its id. UsageError for what cannot be kept, RefusedError when full,
+        or for a group that would be called as a disk or VM.
+        """
+
+        def put(store: Store, txn: lmdb.Transaction, content: Content) -> None:
+            if table == "groups":
+                check_group_free(str(row.fields.get("group")), content)
+            store.put_row(txn, table, row)
+
+        self._change(put)
 
     def delete_row(self, table: Table, id: str) -> Row:
         """Delete a row; what it was. NotFoundError."""

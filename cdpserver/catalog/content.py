@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cdpserver import durable
-from cdpserver.catalog.rows import FORMAT, TABLES, TABLES_BY_FORMAT, Rows, empty_rows, read_row
+from cdpserver.catalog.rows import FORMAT, TABLES, TABLES_BY_FORMAT, Rows, Table, empty_rows, read_row
 from cdpserver.durable import corrupt_json, take_int, take_keys, take_str
 from cdpserver.errors import RefusedError, UsageError
 from cdpserver.names import check_disk_name, show
@@ -99,3 +99,21 @@ def check_free(entry: Entry, entries: dict[str, Entry]) -> None:
         raise RefusedError(f"{vm} is a disk, so no VM can be called so", hint="choose another name")
     if any(other.startswith(f"{entry.name}/") for other in entries):
         raise RefusedError(f"{entry.name} is a VM, so no disk can be called so", hint="choose another name")
+
+
+def check_no_group(entry: Entry, content: Content) -> None:
+    """RefusedError if a group has the name of a disk, or of its VM."""
+    top = entry.name.partition("/")[0]
+    if top in _of_rows(content, "groups", "group"):
+        raise RefusedError(f"{top} is a group, so no disk or VM can be called so", hint="choose another name")
+
+
+def check_group_free(name: str, content: Content) -> None:
+    """RefusedError if a disk or VM has the name that a group is to have."""
+    held = {other.partition("/")[0] for other in content.entries} | _of_rows(content, "vms", "vm")
+    if name in held:
+        raise RefusedError(f"there is a disk or VM {name} already", hint="choose another name for the group")
+
+
+def _of_rows(content: Content, table: Table, key: str) -> set[object]:
+    return {row.fields.get(key) for row in content.rows[table].values()}

@@ -354,7 +354,8 @@ class SegmentCheck:
         try:
             message = control.decode(payload)
             if message["type"] == "mark":
-                self.effects.name(seq, time_ns, str(message["name"]))
+                at, at_ns = control.marked(message, seq=seq, time_ns=time_ns)
+                self.effects.name(at, at_ns, str(message["name"]))
             elif message["type"] == "cut":
                 self.cuts[int(message["number"])] = seq, time_ns
                 self.sizes[int(message["number"])] = self._disk_size(reader)

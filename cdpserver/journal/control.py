@@ -77,6 +77,11 @@ class State:
         return SYNCED * self.synced | WRITE_BLOCKING * self.write_blocking | FORK * self.fork
 
 
+def shown(state: State) -> dict[str, Any]:
+    """Why instants in this state have their grade."""
+    return show_evidence(state.session, state.evidence)
+
+
 def show_evidence(session: int, evidence: int) -> dict[str, Any]:
     """Why a point has its grade, for people and programs."""
     if evidence & FORK:
@@ -132,9 +137,25 @@ def synced(number: int, *, write_blocking: bool, bitmap: str = "", direct: bool 
     return message | ({"bitmap": bitmap} if bitmap else {}) | ({"direct": True} if direct else {})
 
 
-def mark(name: str) -> dict[str, Any]:
-    """A bookmark."""
-    return {"type": "mark", "name": name}
+def mark(name: str, *, at: tuple[int, int] | None = None, grade: Grade | None = None) -> dict[str, Any]:
+    """A bookmark of this record; or of an earlier one of its interval, `at` (seq, time), that has this grade."""
+    message: dict[str, Any] = {"type": "mark", "name": name}
+    if at is not None:
+        message |= {"at_seq": at[0], "at_time_ns": at[1]}
+    if grade is not None:
+        message["grade"] = int(grade)
+    return message
+
+
+def marked(message: dict[str, Any], *, seq: int, time_ns: int) -> tuple[int, int]:
+    """(seq, time) of the instant that a mark, which is the record `seq`, names."""
+    return message.get("at_seq", seq), message.get("at_time_ns", time_ns)
+
+
+def marked_grade(message: dict[str, Any], state: State) -> Grade:
+    """The grade of the instant that a mark names, by what was known when it was set; `state` is that after the mark."""
+    grade = message.get("grade")
+    return state.grade if grade is None else Grade(grade)
 
 
 def cut(number: int) -> dict[str, Any]:
@@ -186,6 +207,9 @@ FIELDS: dict[str, dict[str, type]] = {
 }
 """What each type of message carries (docs/format.md)."""
 
+OPTIONAL: dict[str, tuple[str, ...]] = {"mark": ("at_seq", "at_time_ns", "grade")}
+"""Numbers that it may carry besides."""
+
 
 def decode(payload: bytes) -> dict[str, Any]:
     """A control record's message; CorruptError unless it is a map with a type and, of a known type, its fields."""
@@ -196,6 +220,10 @@ def decode(payload: bytes) -> dict[str, Any]:
     for name, wanted in FIELDS.get(kind, {}).items():
         if type(message.get(name)) is not wanted:
             raise CorruptError(f"the control record {kind!r} has no {name} that can be read")
+    for name in OPTIONAL.get(kind, ()):
+        value = message.get(name, 0)
+        if type(value) is not int or value < 0 or (name == "grade" and value > max(Grade)):
+            raise CorruptError(f"the control record {kind!r} has a {name} that cannot be read")
     if kind == "grow":
         _check_size(message["size"], "a control record")
     if kind == "synced" and type(message.get("bitmap", "")) is not str:

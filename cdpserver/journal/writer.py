@@ -20,7 +20,6 @@ from typing import Any
 from cdpserver import durable, limits
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
-from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
 from cdpserver.journal.resync import Reads, Resync
@@ -41,7 +40,7 @@ class JournalWriter:
         self.uuid = uuid
         self.size = size
         self.boot_id = boot_id
-        self.state = State()
+        self.state = control.State()
         self.last_seq = self.last_time_ns = 0
         self.change_seq = self.durable_seq = self.payload_bytes = 0
         self.recovered: dict[str, Any] | None = None
@@ -131,9 +130,8 @@ class JournalWriter:
         if missing:
             self.recovered["empty_or_missing"] = missing
         first_seq = max(found.durable_seq, lost_after) + limits.SEQ_JUMP
-        segment = self._new_segment(place, first_seq, new_interval=self._ends_interval)
+        segment = self._segment = self._new_segment(place, first_seq, new_interval=self._ends_interval)
         self._ends_interval = False
-        self._segment = segment
         self._jump = (lost_after, segment.header.first_seq)
         self.last_seq = segment.header.first_seq - 1
         if not self.state.fork:
@@ -356,10 +354,13 @@ class JournalWriter:
         self.commit()
         return result
 
-    def mark(self, name: str) -> tuple[int, int]:
-        """A bookmark, durable on return: (seq, time)."""
+    def mark(self, message: dict[str, Any], *, interval: int | None = None) -> tuple[int, int]:
+        """A bookmark, durable on return: (seq, time) of its record. RefusedError unless that is in `interval`."""
         with self._lock:
-            result = self._put_control(control.mark(name))
+            self._reserve(0)
+            if interval not in (None, self.interval):
+                raise RefusedError("a base point was cut meanwhile", hint="set the bookmark again")
+            result = self._put_control(message)
         self.commit()
         return result
 
@@ -408,10 +409,9 @@ class JournalWriter:
             if self._broken:
                 raise BrokenError(self._broken)
             with self._lock:
-                upto, started = self.change_seq, self._clock_ns()
+                upto, started, current = self.change_seq, self._clock_ns(), self._segment
                 retired, self._retired = self._retired, []
                 fresh, self._fresh_dirs = self._fresh_dirs, []
-                current = self._segment
             self._sync(current, retired, fresh)
             with self._lock:
                 self.durable_seq = upto

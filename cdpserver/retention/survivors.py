@@ -78,7 +78,9 @@ def choose(
             last = int(record["seq"])
             if record["kind"] == Kind.CONTROL:
                 message = part.reader.control(record)
-                if message["type"] in ("mark", "cut"):
+                if message["type"] == "mark":
+                    wanted.add(control.marked(message, seq=last, time_ns=0)[0])
+                elif message["type"] == "cut":
                     wanted.add(last)
                 state = control.fold(state, message, seq=last, time_ns=int(record["time"]))
     chosen.close()

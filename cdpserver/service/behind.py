@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from cdpserver.cuts import find_cut
 from cdpserver.index.store import find_index, open_index, release
 from cdpserver.journal.log import Journal, interval_path
-from cdpserver.points import find_cut
 
 _BASE_POINT = re.compile(r"bp-([0-9]{1,18})\.qcow2")
 

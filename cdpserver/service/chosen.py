@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cdpserver import names
+from cdpserver import groups, names
 from cdpserver.catalog import Entry
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
 from cdpserver.journal.control import Grade
@@ -34,11 +34,15 @@ class Chosen:
 def choose(core: Core, point: str, *, force: bool, most: int) -> list[Chosen]:
     """The disks of a point, at most `most`. RefusedError for an unordered one, or one next to a gap, unless forced."""
     what, when = names.parse_point(point)
+    if groups.find(core.catalog, what) is not None:
+        raise UsageError(
+            f"{what} is a group", hint=f"run its VMs one by one, all at the time of: cdp point show {point}"
+        )
     entries = _entries(core, what)
     if len(entries) > most:
         raise RefusedError(f"{what} has more than {most} disks", hint="run them one by one")
     if len(entries) > 1:
-        when = _one_time(core, what, when)
+        when = _one_time(core, what, when, force=force)
     return [_choose(core, entry, when, force=force) for entry in entries]
 
 
@@ -51,8 +55,10 @@ def _entries(core: Core, what: str) -> list[Entry]:
     return Vms(core).disks(what)
 
 
-def _one_time(core: Core, vm: str, when: When) -> When:
-    """The same instant for all disks: they share one clock, and nothing else."""
+def _one_time(core: Core, vm: str, when: When, *, force: bool) -> When:
+    """The same instant for all disks, at which all are good; if forced, whatever they are."""
+    if not force:
+        return At(Vms(core).resolve(vm, when).time_ns)
     now_ns = core.clock.now_ns()
     match when:
         case Latest():

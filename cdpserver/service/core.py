@@ -12,11 +12,11 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cdpserver import messages, names, progress, timeline
+from cdpserver import groups, messages, names, progress, timeline
 from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
-from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RemovedError
+from cdpserver.errors import BrokenError, CorruptError, RemovedError
 from cdpserver.events import EventLog
 from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
@@ -79,7 +79,7 @@ class Core:
         """The live disk or fork of this name. NotFoundError, RemovedError."""
         found = self.catalog.get(check_disk_name(name))
         if found is None:
-            raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
+            raise groups.no_disk(self.catalog, name)
         if found.state != "live":
             raise RemovedError(f"{name} is being removed", hint=f"to end that: cdp disk remove {name}")
         return found

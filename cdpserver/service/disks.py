@@ -14,10 +14,10 @@ from typing import Any
 
 import trio
 
-from cdpserver import durable, locks, names, timeline
+from cdpserver import durable, groups, locks, names, timeline
 from cdpserver.catalog import Entry
 from cdpserver.chain.lock import stays
-from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.forks import forks_of
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
@@ -141,7 +141,7 @@ class Disks:
         """One disk or fork. NotFoundError."""
         entry = self._core.catalog.get(names.check_disk_name(name))
         if entry is None:
-            raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
+            raise groups.no_disk(self._core.catalog, name)
         return await self._core.thread(facts.describe, self._core, entry, await self._status())
 
     async def list_disks(self) -> list[dict[str, Any]]:
@@ -204,7 +204,7 @@ class Disks:
         async with self._changing:
             entry = self._core.catalog.get(names.check_disk_name(name))
             if entry is None:
-                raise NotFoundError(f"there is no disk {name}", hint="list the disks: cdp disk list")
+                raise groups.no_disk(self._core.catalog, name)
             await self._core.thread(self._check_no_forks, entry)
             await self._core.thread(self._check_no_recovery, entry)
             await self._let_go(entry)

@@ -7,10 +7,12 @@ import trio
 from cdpserver import names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
+from cdpserver.journal import control
 from cdpserver.locks import locked_seqs
 from cdpserver.names import At
 from cdpserver.points import KINDS, Point
 from cdpserver.service.core import Core
+from cdpserver.service.vms import Vms
 
 SECOND_NS = 1_000_000_000
 
@@ -30,13 +32,16 @@ class Instants:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._vms = Vms(core)
         self._marking = trio.Lock()
 
     async def points(
         self, name: str, *, since: str | None, until: str | None, kind: str | None, limit: int | None
     ) -> list[dict[str, Any]]:
-        """Points of a disk in [since, until], oldest first; with `limit` the newest of them."""
+        """Points of a disk, VM or group in [since, until], oldest first; with `limit` the newest of them."""
         _check_kind(kind)
+        if await self._core.thread(self._vms.several, name):
+            return await self._vms.points(name, since=since, until=until, kind=kind, limit=limit)
         if limit is not None and limit < 0:
             raise UsageError(f"not a number of points: {limit}", hint="ask for 1 or more")
         entry = self._core.entry(name)
@@ -123,7 +128,8 @@ class Instants:
                 raise RefusedError(
                     f"{name} has a bookmark {bookmark} already", hint="choose another name for this one"
                 )
-            seq, time_ns = await self._core.targets.call(entry.id, "mark", disk=name, name=bookmark)
+            message = control.mark(bookmark)
+            seq, time_ns = await self._core.targets.call(entry.id, "mark", disk=name, message=message)
         self._core.log.emit("point.marked", disk=name, bookmark=bookmark, seq=seq)
         return await self._core.thread(self._bookmark, entry, bookmark, time_ns)
 
@@ -138,12 +144,14 @@ class Instants:
         return next(point.as_dict() for point in found if point.name == bookmark)
 
     async def uri(self, point: str) -> dict[str, Any]:
-        """Where `DISK@WHEN`, or a volume of it, is read: an absolute URI.
+        """Where `DISK@WHEN`, or a volume of it, is read: an absolute URI; of a VM or group that of each disk.
 
-        The instant is durable on return, unless the disk's writer is broken.
+        The instant is durable on return, unless a disk's writer is broken.
         """
         whole, volume = names.split_volume(point)
         disk, when = names.parse_point(whole)
+        if volume is None and await self._core.thread(self._vms.several, disk):
+            return await self._vms.uris(disk, when)
         entry = self._core.entry(disk)
         position, _ = await self._core.thread(self._core.resolve, entry, when)
         try:
@@ -153,3 +161,33 @@ class Instants:
             self._core.log.emit("point.not-durable", level="warning", point=point, reason=str(error))
         uris = self._core.point_uris(disk, position.seq, volume)
         return {**uris, "timeline": entry.id, "seq": position.seq, "time_ns": position.time_ns}
+
+    async def show(self, point: str) -> dict[str, Any]:
+        """One instant of a disk, VM or group: its grade, and what that rests on."""
+        disk, when = names.parse_point(point)
+        if await self._core.thread(self._vms.several, disk):
+            return await self._vms.show(disk, when)
+        return await self._core.thread(self._show, self._core.entry(disk), when)
+
+    def _show(self, entry: Entry, when: names.When) -> dict[str, Any]:
+        now_ns = self._core.clock.now_ns()
+        with self._core.points(entry) as points:
+            place = points.resolve(when, now_ns=now_ns)
+            state = points.journal.state_at(place.seq)
+            at = place.time_ns
+            named = [
+                point
+                for point in points.points(now_ns=now_ns, since_ns=at, until_ns=at)
+                if point.seq == place.seq and point.name is not None
+            ]
+        return {
+            "name": entry.name,
+            "point": f"{entry.name}@seq:{place.seq}",
+            "time": names.format_time(at),
+            "time_ns": at,
+            "seq": place.seq,
+            "grade": max([state.grade, *(point.grade for point in named)]).label,
+            "evidence": control.shown(state),
+            "names": [point.name for point in named],
+            "locked": place.seq in locked_seqs(self._core.catalog, entry.id, now_ns=now_ns),
+        }

@@ -5,7 +5,7 @@ from typing import Any
 
 import trio
 
-from cdpserver import names
+from cdpserver import groups, names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, NotFoundError, UsageError
 from cdpserver.retention import policies
@@ -50,6 +50,8 @@ class Policies:
         if name in entries:
             return [self._core.entry(name)]
         found = [entry for other, entry in entries.items() if other.startswith(f"{name}/")]
+        if groups.find(self._core.catalog, name) is not None:
+            raise UsageError(f"{name} is a group, which has no policy", hint="set those of its VMs and disks")
         if not found:
             raise NotFoundError(f"there is no disk or VM {name}", hint="list the disks: cdp disk list")
         return found

@@ -4,7 +4,7 @@ from typing import Any
 
 import trio
 
-from cdpserver import locks
+from cdpserver import groups, locks
 from cdpserver.config import Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.names import format_bytes
@@ -12,6 +12,7 @@ from cdpserver.retention.policy import REFUSE
 from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
 from cdpserver.service.core import Core
 from cdpserver.service.warned import Rising
+from cdpserver.vm import instant
 
 LOOK_S = 60.0
 """How often the service looks whether a pass is due."""
@@ -37,7 +38,14 @@ class Pruning:
         """A disk that refuses writes at its cap is near it, so it is looked at each time."""
 
     async def run(self, disk: str | None, *, dry_run: bool) -> list[dict[str, Any]]:
-        """What a pass dropped, or would drop. Raises why a disk that was named could not be looked at."""
+        """What a pass dropped, or would drop; of a VM or group that of each of its disks.
+
+        Raises why a disk that was named could not be looked at.
+        """
+        core = self._core
+        if disk is not None and await core.thread(groups.is_several, core.catalog, disk):
+            entries = await core.thread(instant.disks_of, core.state, core.catalog, disk)
+            return [gone for one in entries for gone in await self.run(one.name, dry_run=dry_run)]
         done = await self._pass(disk, dry_run=dry_run)
         if disk is not None and disk in done["failed"]:
             raise RefusedError(

@@ -199,7 +199,9 @@ class Registry:
             "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"], ago_ns=r["ago_ns"]),
             "mirrored": lambda r: self.disk(r["disk"]).mirrored(),
             "direct": lambda r: self.disk(r["disk"]).direct(),
-            "mark": lambda r: self.disk(r["disk"]).marker("bookmark").mark(r["name"]),
+            "mark": lambda r: (
+                self.disk(r["disk"]).marker("bookmark").mark(r["message"], interval=r.get("interval"))
+            ),
             "cut": lambda r: self.disk(r["disk"]).marker("base point").cut(),
             "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),
             "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),

@@ -31,16 +31,19 @@ class CommonPoint:
     records: int
     bytes: int
     grades: dict[str, Grade]
+    name: str | None = None
+    """That of a bookmark."""
 
     def as_dict(self) -> dict[str, Any]:
         """The point as the CLI and the API show it; its grade is that of the worst disk."""
         return {
-            "kind": "rp",
+            "kind": "rp" if self.name is None else "bookmark",
             "time": format_time(self.time_ns),
             "time_ns": self.time_ns,
             "records": self.records,
             "bytes": self.bytes,
             "grade": min(self.grades.values()).label,
+            "name": self.name,
             "disks": {disk: grade.label for disk, grade in self.grades.items()},
         }
 
@@ -74,3 +77,31 @@ def _grades(members: Sequence[Member], time_ns: int) -> dict[str, Grade] | None:
             return None
         grades[member.disk] = grade
     return grades
+
+
+def around(held: Sequence[list[Stretch]], time_ns: int) -> tuple[int | None, int | None]:
+    """The nearest instants at which every disk is good: (at or before a time, after it)."""
+    common = _good(held[0])
+    for one in held[1:]:
+        common = _both(common, _good(one))
+    before = [min(end - 1, time_ns) for start, end in common if start <= time_ns]
+    after = [start for start, _ in common if start > time_ns]
+    return max(before, default=None), min(after, default=None)
+
+
+def _good(found: list[Stretch]) -> list[tuple[int, int]]:
+    return [(part.start_ns, part.end_ns) for part in found if part.grade != Grade.UNORDERED]
+
+
+def _both(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What two lists of ranges, each ascending and without overlaps, have in common."""
+    found, i, j = [], 0, 0
+    while i < len(one) and j < len(other):
+        start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if start < end:
+            found.append((start, end))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found

@@ -46,7 +46,7 @@ class Server:
 
     def uri(self, point: str) -> str:
         """The absolute URI of `DISK@WHEN`."""
-        return self.client.uri(point)
+        return str(self.client.place(point)["uri"])
 
     def stop(self) -> int:
         """SIGTERM; the exit status. Once is enough."""

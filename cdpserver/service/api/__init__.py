@@ -21,7 +21,7 @@ from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import files as file_routes
 from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import locks as lock_routes
-from cdpserver.service.api import models, seeing
+from cdpserver.service.api import models, seeing, together
 from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import protection as protection_routes
 from cdpserver.service.api import pruning as pruning_routes
@@ -35,9 +35,12 @@ from cdpserver.service.capacity import Capacity
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
+from cdpserver.service.forks import Forks
+from cdpserver.service.groups import Groups
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
+from cdpserver.service.marks import Marks
 from cdpserver.service.overview import Overview
 from cdpserver.service.policies import Policies
 from cdpserver.service.protection import Protection
@@ -62,6 +65,8 @@ ADMINS_ONLY = {
     "remove_fork",
     "merge_base_points",
     "set_policy",
+    "add_group",
+    "remove_group",
     "clear_policy",
     "remove_lock",
     "prune",
@@ -132,12 +137,14 @@ def build(
     long = Long(answers, jobs)
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
+    app.include_router(vm_routes.marks_routes(answers, Marks(core, instants)))
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
     app.include_router(chain_routes.routes(answers, long, base_points.merges))
     app.include_router(disk_routes.disks(answers, long, disks))
-    app.include_router(disk_routes.forks(answers, long, disks))
+    app.include_router(disk_routes.forks(answers, long, disks, Forks(core, disks)))
     app.include_router(seeing.routes(core, answers, Overview(core, children, protection)))
     app.include_router(vm_routes.routes(answers, Vms(core)))
+    app.include_router(vm_routes.groups_routes(answers, Groups(core)))
     app.include_router(protection_routes.routes(answers, protection))
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))
@@ -164,10 +171,20 @@ def build(
             }
         )
 
-    @app.get("/v1/uri", tags=["points"], response_model=models.PointUri)
+    @app.get("/v1/uri", tags=["points"], response_model=models.PointUri | together.SeveralUris)
     async def point_uri(point: str) -> Response:
-        """Where DISK@WHEN, or DISK@WHEN/p2 or DISK@WHEN/lv/VG/LV, is read: an absolute NBD URI, durable on return."""
+        """Where DISK@WHEN, or DISK@WHEN/p2 or DISK@WHEN/lv/VG/LV, is read: an absolute NBD URI, durable on return.
+
+        Of VM@WHEN and GROUP@WHEN that of each disk.
+        """
         return await answers.one(await instants.uri(point))
+
+    @app.get(
+        "/v1/points/{point:path}", tags=["points"], response_model=together.Shown | together.SeveralShown
+    )
+    async def show_point(point: str) -> Response:
+        """One instant of a disk, VM or group: its grade, and what that rests on."""
+        return await answers.one(await instants.show(point))
 
     return app
 

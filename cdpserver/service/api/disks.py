@@ -9,12 +9,13 @@ from starlette.responses import Response
 from cdpserver.errors import UsageError
 from cdpserver.names import full_name
 from cdpserver.points import KINDS
-from cdpserver.service.api import models, paging
+from cdpserver.service.api import models, paging, together
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.jobs import ACCEPTED, Long, Prefer
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.disks import Disks
+from cdpserver.service.forks import Forks
 from cdpserver.service.instants import Instants
 
 DISK = "/v1/disks/{name:path}"
@@ -38,7 +39,9 @@ def verbs(
         return await long.answer(prefer, "disk.synced", name, work)
 
     @routes.get(
-        f"{DISK}:points", tags=["points"], response_model=list[models.Point] | models.Page[models.Point]
+        f"{DISK}:points",
+        tags=["points"],
+        response_model=list[models.Point] | models.Page[models.Point] | list[models.VmPoint],
     )
     async def list_points(
         name: str,
@@ -49,7 +52,7 @@ def verbs(
         page_size: PageSize = None,
         page_token: PageToken = None,
     ) -> Response:
-        """Points in [since, until], oldest first."""
+        """Points in [since, until], oldest first; of a VM or group those that all its disks have, whole."""
         if not paging.is_paged(page_size, page_token):
             found = await instants.points(name, since=since, until=until, kind=kind, limit=limit)
             return await answers.many(found)
@@ -66,11 +69,6 @@ def verbs(
             lambda point: (point["time_ns"], point["seq"], KINDS.index(point["kind"])),
             size,
         )
-
-    @routes.post(f"{DISK}:mark", tags=["points"], response_model=models.Point)
-    async def set_bookmark(name: str, body: models.Mark) -> Response:
-        """Give the newest instant a name."""
-        return await answers.one(await instants.mark(name, body.name))
 
     @routes.post(f"{DISK}:cut", tags=["base points"], response_model=models.BasePoint, responses=ACCEPTED)
     async def cut_base_point(name: str, prefer: Prefer = None) -> Response:
@@ -134,14 +132,14 @@ def disks(answers: Answers, long: Long, disks: Disks) -> APIRouter:
     return routes
 
 
-def forks(answers: Answers, long: Long, disks: Disks) -> APIRouter:
+def forks(answers: Answers, long: Long, disks: Disks, several: Forks) -> APIRouter:
     """The forks."""
     routes = APIRouter(tags=["forks"])
 
-    @routes.post("/v1/forks", response_model=models.Disk)
+    @routes.post("/v1/forks", response_model=models.Disk | together.SeveralForks)
     async def add_fork(body: models.AddFork) -> Response:
-        """A writable disk on top of a point, which is made durable first."""
-        return await answers.one(await disks.fork(body.point, body.name))
+        """A writable disk on top of a point, which is made durable first; of a VM or group one for each disk, or none."""
+        return await answers.one(await several.add(body.point, body.name))
 
     @routes.get("/v1/forks", response_model=list[models.Disk] | models.Page[models.Disk])
     async def list_forks(page_size: PageSize = None, page_token: PageToken = None) -> Response:

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from cdpserver.service.api import models, paging
+from cdpserver.service.api import models, paging, together
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.locks import Locks
@@ -17,10 +17,10 @@ def _age(lock: dict[str, Any]) -> paging.Key:
 
 
 def routes(answers: Answers, locks: Locks) -> APIRouter:
-    """A lock holds one point of one disk."""
+    """A lock holds one point of one disk; those of a VM or group are set and taken back together."""
     routes = APIRouter(tags=["locks"])
 
-    @routes.post("/v1/locks", response_model=models.Lock)
+    @routes.post("/v1/locks", response_model=models.Lock | together.SeveralLocks)
     async def add_lock(body: models.AddLock) -> Response:
         """Lock a point, which is made durable first; durable on return. A locked point gets the new terms."""
         return await answers.one(
@@ -39,7 +39,7 @@ def routes(answers: Answers, locks: Locks) -> APIRouter:
         left = [lock for lock in found if after is None or _age(lock) > after]
         return await paging.answer_page(answers, "locks", left, _age, page_size)
 
-    @routes.delete("/v1/locks/{lock:path}", response_model=models.Lock)
+    @routes.delete("/v1/locks/{lock:path}", response_model=models.Lock | together.SeveralLocks)
     async def remove_lock(lock: str) -> Response:
         """Take a lock back, by its id or by DISK@WHEN. An immutable one stays until its time has come."""
         return await answers.one(await locks.remove(lock))

@@ -110,7 +110,7 @@ class SetPolicy(Body):
 class AddLock(Body):
     """POST /v1/locks"""
 
-    point: Text = Field(description="DISK@WHEN")
+    point: Text = Field(description="DISK@WHEN, or VM@WHEN or GROUP@WHEN for all their disks.")
     until: Text | None = Field(None, description="A time, or how long from now.", examples=["30d"])
     reason: Text | None = None
     immutable: bool = Field(False, description="Nobody can end it before `until`.")
@@ -278,7 +278,7 @@ class Point(Answer):
 
 
 class VmPoint(Answer):
-    """An instant at which every disk of a VM is good."""
+    """An instant at which every disk of a VM or group is good."""
 
     kind: str
     time: str
@@ -286,6 +286,7 @@ class VmPoint(Answer):
     records: Count
     bytes: Count
     grade: str = Field(description="That of the worst disk.")
+    name: str | None = Field(description="Of a bookmark that all disks have.")
     disks: dict[str, str] = Field(description="The grade of each disk there.")
 
 

@@ -1,0 +1,57 @@
+"""Cuts: where base points were cut, as the journal says it. A cut is the last record of an interval."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cdpserver.journal.log import Journal
+from cdpserver.journal.record import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a base point was cut: its number and place, the last of an interval."""
+
+    number: int
+    seq: int
+    time_ns: int
+    interval: int
+
+
+def cuts(journal: Journal) -> list[Cut]:
+    """Every cut that the journal holds, oldest first."""
+    found = []
+    for interval, after in pairwise(journal.intervals):
+        # Most intervals end with a cut; a count that did not move saves a look.
+        if after != interval + 1 or _cuts_at(journal, after) != _cuts_at(journal, interval):
+            cut = _cut_at_end(journal, interval)
+            if cut is not None:
+                found.append(cut)
+    return found
+
+
+def find_cut(journal: Journal, number: int) -> Cut | None:
+    """Cut `number`, if the journal holds it; costs a bisection over the intervals."""
+    held = journal.intervals
+    index = bisect_left(held, number + 1, key=lambda interval: _cuts_at(journal, interval))
+    if index == 0 or index == len(held):
+        return None
+    cut = _cut_at_end(journal, held[index - 1])
+    return cut if cut is not None and cut.number == number else None
+
+
+def _cuts_at(journal: Journal, interval: int) -> int:
+    """Cuts before an interval began."""
+    return journal.first_reader(interval).header.carry.cuts
+
+
+def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
+    """The cut that ended an interval; None if the writer closed it for its size."""
+    reader = journal.reader(interval, journal.segments(interval)[-1])
+    for number in range(reader.count - 1, -1, -1):
+        record = reader.records(number, number + 1)[0]
+        if record["kind"] == Kind.CONTROL:
+            message = reader.control(record)
+            if message["type"] == "cut":
+                return Cut(int(message["number"]), int(record["seq"]), int(record["time"]), interval)
+    return None

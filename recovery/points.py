@@ -1,0 +1,75 @@
+"""`cdp point` and `cdp uri`: points of disks, and those that the disks of a VM or group have in common."""
+
+from argparse import Namespace
+from typing import Any
+
+from cdpserver.errors import UsageError
+from recovery.output import Column, answer, answer_fields, answer_json
+from recovery.remote import answer_list, answer_one, client
+from recovery.together import one_disk
+
+POINT_COLUMNS = (
+    Column("time_ns", "time"),
+    Column("age", right=True),
+    Column("kind"),
+    Column("seq", right=True),
+    Column("records", right=True),
+    Column("bytes", right=True),
+    Column("grade"),
+    Column("name"),
+    Column("locked"),
+)
+
+
+def point_list(options: Namespace) -> None:
+    """Points, oldest first: of a disk, or those that the disks of a VM have in common."""
+    if (options.disk is None) == (options.vm is None):
+        raise UsageError("name a disk, or a VM with --vm", hint="cdp point list --help")
+    span = {"since": options.since, "until": options.until, "kind": options.kind, "limit": options.limit}
+    if options.disk is not None:
+        rows = client(options).points(options.disk, **span)
+    else:
+        rows = client(options).vm_points(options.vm, **span)
+    if not options.json:
+        rows = [row | {"age": row.get("time_ns")} for row in rows]
+    answer_list(options, POINT_COLUMNS, rows, f"{options.disk or options.vm} has no such points")
+
+
+def point_mark(options: Namespace) -> None:
+    """A bookmark; of a VM or group at one instant of all its disks."""
+    made = client(options).mark(options.disk, options.name)
+    if not options.json and "disks" in made:
+        made |= {"disks": ", ".join(f"{disk} {grade}" for disk, grade in made["disks"].items())}
+    answer_one(options, made)
+
+
+def point_show(options: Namespace) -> None:
+    """One instant, and what its grade rests on."""
+    shown = client(options).point(options.point)
+    if options.json:
+        answer_json(shown)
+        return
+    hidden = ("disks", "time_ns", "evidence")
+    fields = {key: value for key, value in shown.items() if key not in hidden}
+    fields |= {"evidence": _evidence(shown)} if "evidence" in shown else {}
+    for disk in shown.get("disks", ()):
+        fields[disk["disk"]] = f"seq:{disk['seq']}, {disk['grade']}: {_evidence(disk)}"
+    answer_fields(fields)
+
+
+def _evidence(shown: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in shown["evidence"].items() if value is not None)
+
+
+def uri(options: Namespace) -> None:
+    """The URI of a point, alone on its line; of a VM or group one for each disk, all of one instant."""
+    service = client(options)
+    name, _, rest = options.point.partition("@")
+    if "/" in rest and "/" not in name:
+        options.point = one_disk(options, options.point)
+    found = service.place(options.point)
+    if options.json:
+        answer_json(found if "disks" in found else {"uri": found["uri"]})
+        return
+    for disk in found.get("disks", [found]):
+        answer(disk["uri"])
