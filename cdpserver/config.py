@@ -23,6 +23,7 @@ from cdpserver.config_values import (
     GroupValue,
     Kind,
     NumberValue,
+    ProgramValue,
     SizeValue,
     parse_listen,
 )
@@ -70,6 +71,8 @@ class Config:
     role_admin: str | None = None
     store_size_cap: int | None = None
     store_lock_quota: int = 50
+    freeze_before: str | None = None
+    freeze_after: str | None = None
     policy_rp_every_ns: int = _DEFAULT.rp_every_ns
     policy_bp_every_ns: int = _DEFAULT.bp_every_ns
     policy_keep_rp: tuple[Step, ...] = _DEFAULT.keep_rp
@@ -77,6 +80,8 @@ class Config:
     policy_max_chain: int = _DEFAULT.max_chain
     policy_size_cap: int | None = _DEFAULT.size_cap
     policy_at_cap: str = _DEFAULT.at_cap
+    policy_mark_every_ns: int | None = _DEFAULT.mark_every_ns
+    policy_freeze: str = _DEFAULT.freeze
 
     @property
     def policy(self) -> Layer:
@@ -193,6 +198,22 @@ KEYS = (
         NumberValue(least=1, most=100),
         "How much of a cap, or of the file system, locked points may hold before new locks are refused, in percent.",
         section="store",
+    ),
+    Key(
+        "before",
+        "freeze_before",
+        ProgramValue(),
+        "Run as PROGRAM VM BOOKMARK before a guest is frozen; if it fails, the guest is not frozen. It has ten seconds.",
+        section="freeze",
+        absent="none",
+    ),
+    Key(
+        "after",
+        "freeze_after",
+        ProgramValue(),
+        "The same after the thaw, whatever came of it.",
+        section="freeze",
+        absent="none",
     ),
     *(
         Key(

@@ -96,6 +96,51 @@ class DurationValue:
         return f'"{format_duration(value)}"'
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanValue:
+    """A duration in nanoseconds, from `least` to `most`; or none."""
+
+    least: int
+    most: int
+    example: ClassVar[str] = '"1h"'
+
+    @property
+    def takes(self) -> str:
+        return f"{self._duration.takes}, or none"
+
+    @property
+    def _duration(self) -> DurationValue:
+        return DurationValue(least=self.least, most=self.most)
+
+    def read(self, key: str, value: object) -> int | None:
+        return self.read_option(key, _text(key, value, DURATION_FORMS))
+
+    def read_option(self, key: str, text: str) -> int | None:
+        return None if text == "none" else self._duration.read_option(key, text)
+
+    def write(self, value: int | None) -> str:
+        return '"none"' if value is None else self._duration.write(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramValue:
+    """The absolute path of a program; whether it is there is seen when it is run."""
+
+    takes: ClassVar[str] = "the absolute path of a program"
+    example: ClassVar[str] = '"/etc/cdpserver/before-freeze"'
+
+    def read(self, key: str, value: object) -> str:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> str:
+        if not text.startswith("/") or not text.isprintable() or '"' in text or "\\" in text:
+            raise UsageError(f"{key}: not a program: {show(text)}", hint=f"it takes {self.takes}")
+        return text
+
+    def write(self, value: str) -> str:
+        return f'"{value}"'
+
+
 @dataclass(frozen=True, slots=True)
 class GroupValue:
     """The name of a Unix group; whether there is such a group is asked when the service starts."""

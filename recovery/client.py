@@ -119,9 +119,9 @@ class Client:
         """Instants at which every disk of a VM or group is good, oldest first; `since`, `until`, `kind`, `limit`."""
         return self._list("GET", f"vms/{quote(vm)}:points", query=query)
 
-    def mark(self, name: str, bookmark: str) -> Object:
-        """A bookmark at the newest record."""
-        return self._object("POST", _disk(name, "mark"), body={"name": bookmark})
+    def mark(self, name: str, bookmark: str, **how: bool) -> Object:
+        """A bookmark at the newest record; `freeze` and `or_crash` for guests."""
+        return self._object("POST", _disk(name, "mark"), body={"name": bookmark, **how})
 
     def cut(self, name: str) -> Object:
         """Cut a base point; it is published when this returns."""
@@ -187,11 +187,8 @@ class Client:
 
     # -- running VMs ---------------------------------------------------------------------------------------------
 
-    def protect_vm(
-        self, vm: str, monitor: dict[str, str], *, disks: list[str], wait: bool, drive_mirror: bool
-    ) -> Object:
-        """Protect a VM by its monitor: `qmp`, or `libvirt` and perhaps `domain`; `disks` as QEMU names them, or none for all."""
-        body = {**monitor, "disks": disks, "wait": wait, "drive_mirror": drive_mirror}
+    def protect_vm(self, vm: str, body: Object) -> Object:
+        """Protect a VM: `qmp`, or `libvirt` and `domain`; `disks` as QEMU names them, `wait`, `drive_mirror`, `agent`."""
         return self._object("PUT", f"vms/{quote(vm)}", body=body)
 
     def vm(self, name: str) -> Object:

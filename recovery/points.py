@@ -37,7 +37,10 @@ def point_list(options: Namespace) -> None:
 
 def point_mark(options: Namespace) -> None:
     """A bookmark; of a VM or group at one instant of all its disks."""
-    made = client(options).mark(options.disk, options.name)
+    how = {"freeze": options.freeze, "or_crash": options.or_crash}
+    made = client(options).mark(
+        options.disk, options.name, **{key: True for key, is_so in how.items() if is_so}
+    )
     if not options.json and "disks" in made:
         made |= {"disks": ", ".join(f"{disk} {grade}" for disk, grade in made["disks"].items())}
     answer_one(options, made)

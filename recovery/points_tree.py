@@ -31,6 +31,16 @@ def add_points(commands: Commands) -> None:
     )
     mark.add_argument("disk", metavar="DISK|VM", type=names.check_disk_name)
     mark.add_argument("--name", required=True, type=names.check_bookmark)
+    mark.add_argument(
+        "--freeze",
+        action="store_true",
+        help="with the guests' file systems frozen, by their agents: grade app",
+    )
+    mark.add_argument(
+        "--or-crash",
+        action="store_true",
+        help="set it also if a guest cannot be frozen, with its lesser grade",
+    )
     show = point.leaf(
         "show",
         lazy("points", "point_show"),

@@ -22,13 +22,15 @@ def protect(options: Namespace) -> None:
     if options.remove:
         _remove(service, options)
         return
-    shown = service.protect_vm(
-        options.vm,
-        _monitor(options),
-        disks=options.disk,
-        wait=options.wait,
-        drive_mirror=options.drive_mirror,
-    )
+    body: dict[str, Any] = {
+        **_monitor(options),
+        "disks": options.disk,
+        "wait": options.wait,
+        "drive_mirror": options.drive_mirror,
+    }
+    if options.agent is not None:
+        body["agent"] = os.path.abspath(options.agent)
+    shown = service.protect_vm(options.vm, body)
     if options.wait_synced:
         shown = _wait_synced(service, options.vm, shown)
     if options.json:

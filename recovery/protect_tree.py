@@ -31,6 +31,9 @@ def add_protect(commands: Commands) -> None:
         help="the guest waits for a target that is gone, rather than leave a gap",
     )
     protect.add_argument("--drive-mirror", action="store_true", help="use drive-mirror, not blockdev-mirror")
+    protect.add_argument(
+        "--agent", metavar="PATH", help="the socket of its guest agent, for cdp point mark --freeze"
+    )
     protect.add_argument("--wait-synced", action="store_true", help="return when all disks are in sync")
     protect.add_argument(
         "--remove", action="store_true", help="end the protection; the disks keep their history"

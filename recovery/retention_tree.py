@@ -12,6 +12,8 @@ POLICY_OPTIONS = (
     ("max_chain", "N", "how many files a base point and what it stands on may be: 128"),
     ("size_cap", "SIZE", "how much room the history may take: 500G, or none"),
     ("at_cap", "WHAT", "what happens at the cap: shorten (history), or refuse (writes)"),
+    ("mark_every", "SPAN", "how often a bookmark of the VM is set: 1h, or none"),
+    ("freeze", "yes|no", "whether the guest is frozen for these bookmarks"),
 )
 """As in cdpserver.retention.policy, which is loaded only when it is needed."""
 
@@ -40,7 +42,15 @@ def add_retention(commands: Commands) -> None:
     for command in (set_, show, clear):
         command.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
     for name, metavar, summary in POLICY_OPTIONS:
-        set_.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=summary)
+        # `--freeze` alone says yes.
+        alone = "yes" if name == "freeze" else None
+        set_.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar=metavar,
+            help=summary,
+            const=alone,
+            nargs="?" if alone else None,
+        )
     prune = commands.leaf(
         "prune",
         lazy("pruning", "prune"),

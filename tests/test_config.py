@@ -18,7 +18,9 @@ from cdpserver.config_values import (
     DurationValue,
     GroupValue,
     NumberValue,
+    ProgramValue,
     SizeValue,
+    SpanValue,
 )
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import MAX_DISK_SIZE
@@ -29,7 +31,7 @@ from cdpserver.service import main
 from tests.core import ROOT
 
 SECOND = 1_000_000_000
-SECTIONS = ("roles", "store", "policy")
+SECTIONS = ("roles", "store", "freeze", "policy")
 
 
 def test_everything_has_a_default() -> None:
@@ -62,6 +64,11 @@ def test_every_key_is_read() -> None:
         max_chain = 100
         size_cap = "1G"
         at_cap = "refuse"
+        mark_every = "1h"
+        freeze = "yes"
+        [freeze]
+        before = "/usr/bin/true"
+        after = "/etc/cdpserver/after freeze"
     """
     given = tomllib.loads(text)
     inner = {f"{section}.{name}" for section in SECTIONS for name in given.pop(section)}
@@ -84,6 +91,10 @@ def test_every_key_is_read() -> None:
         policy_max_chain=100,
         policy_size_cap=1 << 30,
         policy_at_cap="refuse",
+        policy_mark_every_ns=3600 * SECOND,
+        policy_freeze="yes",
+        freeze_before="/usr/bin/true",
+        freeze_after="/etc/cdpserver/after freeze",
     )
 
 
@@ -237,7 +248,10 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
-        ("[zzz]\nred = 1", "unknown section 'zzz' (known sections are [limits], [roles], [store], [policy])"),
+        (
+            "[zzz]\nred = 1",
+            "unknown section 'zzz' (known sections are [limits], [roles], [store], [freeze], [policy])",
+        ),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),
         ("[limits]\nsocket_linger = '1h'", "write socket_linger above the first [section]"),
@@ -323,6 +337,10 @@ def values_of(key: Key) -> st.SearchStrategy[object]:
             return st.none() | st.integers(least // 512, MAX_DISK_SIZE // 512).map(lambda n: n * 512)
         case ChoiceValue(words):
             return st.sampled_from(words)
+        case SpanValue(least=least, most=most):
+            return st.none() | st.integers(least, most)
+        case ProgramValue():
+            return st.none() | st.from_regex(r"/[A-Za-z0-9_./ -]{1,40}", fullmatch=True)
     raise AssertionError(f"say here what {key.full_name} can be")
 
 

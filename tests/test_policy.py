@@ -107,6 +107,8 @@ def test_the_defaults_are_the_written_ones_and_sound() -> None:
         "max_chain": "128",
         "size_cap": "none",
         "at_cap": "shorten",
+        "mark_every": "none",
+        "freeze": "no",
     }
     assert contradiction(Policy()) is None
     assert combine([Layer("x", parse_values(shown))]).policy == Policy()

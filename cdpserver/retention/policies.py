@@ -12,7 +12,7 @@ from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.config import Config
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.names import split_name
-from cdpserver.retention.policy import BY_NAME, Effective, Layer, combine, parse_values
+from cdpserver.retention.policy import BY_NAME, Effective, Layer, Policy, combine, parse_values
 
 SCHEMA = 1
 
@@ -61,6 +61,12 @@ def layers(rows: Mapping[str, Row], config: Config, entry: Entry) -> list[Layer]
     if vm is not None:
         found.append(_layer(f"VM {vm}", rows.get(vm_row(vm))))
     return [*found, _layer("disk", rows.get(disk_row(entry.id)))]
+
+
+def of_vm_or_disk(rows: Mapping[str, Row], config: Config, entry: Entry) -> Policy:
+    """The policy of the VM that a disk is of, or of a disk that is of none. CorruptError."""
+    found = layers(rows, config, entry)
+    return combine(found[:-1] if split_name(entry.name)[1] is not None else found).policy
 
 
 def effective(catalog: Catalog, config: Config, entry: Entry) -> Effective:

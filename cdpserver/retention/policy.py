@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cdpserver.config_values import ChoiceValue, DurationValue, Kind, NumberValue, SizeValue
+from cdpserver.config_values import ChoiceValue, DurationValue, Kind, NumberValue, SizeValue, SpanValue
 from cdpserver.errors import UsageError
 from cdpserver.names import format_duration, format_size
 from cdpserver.retention.slots import Rule, SlotsValue, format_slots, parse_slots, span_ns
@@ -36,6 +36,9 @@ MIN_SIZE_CAP = 64 << 20
 
 SHORTEN, REFUSE = "shorten", "refuse"
 
+MIN_MARK_EVERY_NS = 10 * SECOND_NS
+"""A guest that is frozen more often does little else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -48,6 +51,8 @@ class Policy:
     max_chain: int = CHAIN_LIMIT
     size_cap: int | None = None
     at_cap: str = SHORTEN
+    mark_every_ns: int | None = None
+    freeze: str = "no"
 
     @property
     def keep_rp_ns(self) -> int:
@@ -119,6 +124,19 @@ FIELDS = (
         "at_cap",
         ChoiceValue((SHORTEN, REFUSE)),
         "What happens at a cap: the oldest history goes before its time, or writes are refused (ENOSPC).",
+    ),
+    Field(
+        "mark_every",
+        "mark_every_ns",
+        SpanValue(least=MIN_MARK_EVERY_NS, most=30 * DAY_NS),
+        "How often a bookmark of a VM, or of a disk that is of none, is set by the service.",
+        absent="none",
+    ),
+    Field(
+        "freeze",
+        "freeze",
+        ChoiceValue(("no", "yes")),
+        "Whether the guest is frozen for these bookmarks, by its agent; if that fails they are set all the same.",
     ),
 )
 

@@ -36,13 +36,17 @@ from cdpserver.service.children import READY_S, Children
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
+from cdpserver.service.freezer import Freezer
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.listeners import Listeners
+from cdpserver.service.marks import Marks
 from cdpserver.service.options import options
+from cdpserver.service.parts import Parts
 from cdpserver.service.prepare import bring_up_to_date, prepare
 from cdpserver.service.protection import Protection
 from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
+from cdpserver.service.schedule import Schedule
 from cdpserver.state import StateDir, default_state_dir
 
 SHUT_S = 20.0
@@ -72,6 +76,9 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
     protection = Protection(core, children, all_disks, base_points)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
     recoveries = Recoveries(core, all_disks, protection)
+    freezer = Freezer(core)
+    marks = Marks(core, protection, freezer)
+    parts = Parts(children, all_disks, protection, jobs, recoveries, marks)
     roles = Roles.of(core.config)
     # Who may do what is asked of each connection.
     core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
@@ -92,9 +99,10 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 nursery.start_soon(browsing.keep_running)
                 nursery.start_soon(watch_wall_clock, core)
                 nursery.start_soon(tails.watch, core, children.targets)
+                await nursery.start(freezer.run)
                 await nursery.start(protection.run)
-                await nursery.start(recoveries.keep_running)
-                app = api.build(core, children, all_disks, protection, jobs, recoveries, roles, stop.asked)
+                nursery.start_soon(Schedule(core, marks).keep_marking)
+                app = api.build(core, parts, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)
                     core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())

@@ -14,6 +14,9 @@ from cdpserver.retention.plan import fixed_bytes
 from cdpserver.retention.policy import FIELDS, SHORTEN, Layer, Policy, check_cap, combine, parse_values
 from cdpserver.service.core import Core
 
+OF_VMS = ("mark_every", "freeze")
+"""Values that all disks of a VM have in common."""
+
 
 class Policies:
     """The policies of a state directory. `changed` is told when one has changed."""
@@ -68,6 +71,11 @@ class Policies:
 
     def _set(self, name: str, given: Mapping[str, str]) -> None:
         parse_values(given)
+        if "/" in name and not given.keys().isdisjoint(OF_VMS):
+            raise UsageError(
+                f"{name} is marked with its VM",
+                hint=f"cdp policy set {name.partition('/')[0]} --mark-every 1h",
+            )
         id, about, disks = self._row_of(name)
         catalog = self._core.catalog
         texts = {**policies.texts_of(catalog.row("policies", id)), **given}

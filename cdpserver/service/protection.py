@@ -179,10 +179,13 @@ class Protection:
         devices: list[str],
         wait: bool,
         drive_mirror: bool,
+        agent: str | None = None,
     ) -> dict[str, Any]:
         """Protect a VM from now on, or as is said now. Its disks are registered, and its record durable, on return."""
         names.check_name(name)
         _check_connection(connection)
+        if agent is not None and not agent.startswith("/"):
+            raise UsageError(f"not an absolute path: {names.show(agent)}", hint="give the path from the root")
         async with self._changing(name) as before:
             self._check_free(name, connection)
             async with connect(connection) as monitor:
@@ -198,7 +201,7 @@ class Protection:
                     before.created_ns if before is not None else self._core.clock.now_ns(),
                     "drive-mirror" if drive_mirror else "blockdev-mirror",
                     wait,
-                    before.guest_agent if before is not None else None,
+                    before.guest_agent if agent is None and before is not None else agent,
                 )
                 for disk in found:
                     await self._register(name, disk)
@@ -275,6 +278,7 @@ class Protection:
             "domain": vm.connection.domain if isinstance(vm.connection, LibvirtDomain) else None,
             "method": vm.method,
             "wait": vm.wait,
+            "agent": vm.guest_agent,
             "disks": [self._disk(state) for state in running.controller.states.values()],
         }
 

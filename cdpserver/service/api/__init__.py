@@ -32,19 +32,14 @@ from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handle
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
 from cdpserver.service.capacity import Capacity
-from cdpserver.service.children import Children
 from cdpserver.service.core import Core
-from cdpserver.service.disks import Disks
 from cdpserver.service.forks import Forks
 from cdpserver.service.groups import Groups
 from cdpserver.service.instants import Instants
-from cdpserver.service.jobs import Jobs
 from cdpserver.service.locks import Locks
-from cdpserver.service.marks import Marks
 from cdpserver.service.overview import Overview
+from cdpserver.service.parts import Parts
 from cdpserver.service.policies import Policies
-from cdpserver.service.protection import Protection
-from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Role, Roles
 from cdpserver.service.vms import Vms
 
@@ -107,16 +102,7 @@ def _role_check(roles: Roles) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
-def build(
-    core: Core,
-    children: Children,
-    disks: Disks,
-    protection: Protection,
-    jobs: Jobs,
-    recoveries: Recoveries,
-    roles: Roles,
-    stopping: trio.Event,
-) -> FastAPI:
+def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastAPI:
     """The application; its streams end at `stopping`.
 
     Routes with a verb come first: a name may hold a slash, so its pattern takes everything.
@@ -132,12 +118,13 @@ def build(
         responses=ERRORS,
         dependencies=[Depends(_role_check(roles))],
     )
+    children, disks, protection = parts.children, parts.disks, parts.protection
     base_points = protection.base_points
     answers, instants = Answers(core), Instants(core)
-    long = Long(answers, jobs)
+    long = Long(answers, parts.jobs)
     add_error_handlers(app)
     app.add_middleware(Rim, log=core.log)
-    app.include_router(vm_routes.marks_routes(answers, Marks(core, instants)))
+    app.include_router(vm_routes.marks_routes(answers, parts.marks))
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
     app.include_router(chain_routes.routes(answers, long, base_points.merges))
     app.include_router(disk_routes.disks(answers, long, disks))
@@ -150,11 +137,11 @@ def build(
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(capacity_routes.routes(answers, Capacity(core)))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
-    app.include_router(recovery_routes.routes(answers, recoveries))
+    app.include_router(recovery_routes.routes(answers, parts.recoveries))
     app.include_router(file_routes.routes(core, answers, disks.browsing))
     app.include_router(time_routes.routes(core, answers, disks.browsing))
     app.include_router(download_routes.routes(core, disks.browsing))
-    app.include_router(job_routes.routes(answers, jobs))
+    app.include_router(job_routes.routes(answers, parts.jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
 

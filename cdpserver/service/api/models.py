@@ -72,6 +72,12 @@ class Mark(Body):
     """POST /v1/disks/NAME:mark"""
 
     name: Text
+    freeze: bool = Field(
+        False, description="Of a VM or group: freeze the guests' file systems for the instant."
+    )
+    or_crash: bool = Field(
+        False, description="Set it also if a guest cannot be frozen, with the lesser grade."
+    )
 
 
 class Rebuild(Body):
@@ -105,6 +111,8 @@ class SetPolicy(Body):
     max_chain: Text | None = Field(None, examples=["128"])
     size_cap: Text | None = Field(None, examples=["500G"])
     at_cap: Text | None = Field(None, examples=["shorten"])
+    mark_every: Text | None = Field(None, examples=["1h"])
+    freeze: Text | None = Field(None, examples=["yes"])
 
 
 class AddLock(Body):
@@ -340,6 +348,8 @@ class Policy(Answer):
     max_chain: str
     size_cap: str
     at_cap: str
+    mark_every: str
+    freeze: str
     sources: dict[str, str] = Field(description="default, configuration, VM NAME, or disk.")
     problem: str | None = Field(description="Why the values do not go together; nothing is pruned then.")
 

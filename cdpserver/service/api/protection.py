@@ -27,6 +27,7 @@ def routes(answers: Answers, protection: Protection) -> APIRouter:
                 devices=body.disks,
                 wait=body.wait,
                 drive_mirror=body.drive_mirror,
+                agent=body.agent,
             )
         )
 

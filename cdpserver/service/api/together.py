@@ -94,3 +94,4 @@ class Marked(VmPoint):
     """A bookmark of all disks."""
 
     of: str = Field(description="The VM or group.")
+    reason: str = Field(description="Why guests that were to be frozen were not; empty if they were.")

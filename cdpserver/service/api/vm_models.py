@@ -20,6 +20,9 @@ class ProtectVm(Body):
         False, description="The guest waits for a target that is gone, rather than leave a gap."
     )
     drive_mirror: bool = False
+    agent: Text | None = Field(
+        None, description="The absolute path of the guest agent's socket; else it stays."
+    )
 
 
 class VmDisk(Answer):
@@ -46,6 +49,7 @@ class Vm(Answer):
     domain: str | None
     method: str
     wait: bool
+    agent: str | None = Field(description="The guest agent's socket.")
     disks: list[VmDisk]
 
 

@@ -66,7 +66,9 @@ def marks_routes(answers: Answers, marks: Marks) -> APIRouter:
 
     @routes.post("/v1/disks/{name:path}:mark", response_model=models.Point | together.Marked)
     async def set_bookmark(name: str, body: models.Mark) -> Response:
-        """Give the newest instant a name; of a VM or group the same instant of all its disks."""
-        return await answers.one(await marks.mark(name, body.name))
+        """Give the newest instant a name; of a VM or group the same instant of all its disks, its guests frozen or not."""
+        return await answers.one(
+            await marks.mark(name, body.name, freeze=body.freeze, or_crash=body.or_crash)
+        )
 
     return routes

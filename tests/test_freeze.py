@@ -1,0 +1,212 @@
+"""Bookmarks of a real guest that is frozen by its agent for an instant, and thawed whatever befalls."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guest_image import guest_image
+from tests.guest_vm import Guest, booted, file_disk
+from tests.test_service import ApiError, Server, until
+
+pytestmark = pytest.mark.real
+
+
+@dataclass
+class World:
+    guest: Guest
+    server: Server
+
+    def mark(self, name: str, **more: Any) -> dict[str, Any]:
+        return dict(self.server.post("/v1/disks/web:mark", name=name, freeze=True, **more))
+
+    def in_sync(self) -> None:
+        def look() -> bool:
+            with contextlib.suppress(ApiError, OSError):
+                return bool(self.server.get("/v1/vms/web")["disks"][0]["state"] == "synced")
+            return False
+
+        until(look, "mirror in sync")
+
+    def restart(self) -> None:
+        """Another service, after the first was killed."""
+        self.server = Server(self.server.state_dir)
+        self.in_sync()
+
+    @property
+    def notes(self) -> list[Path]:
+        return list((self.server.state_dir / "run").glob("frozen-*.json"))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A protected guest that counts."""
+    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
+        path = Path(directory)
+        (path / "s.toml").write_text(f'[freeze]\nbefore = "{path}/before"\nafter = "{path}/after"\n')
+        for name in ("before", "after"):
+            (path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{path}/hooks\n[ ! -e {path}/fail ]\n')
+            (path / name).chmod(0o755)
+        root = guest_image().copy_root(path / "root.img")
+        with booted(path / "vm", file_disk("root", root)) as guest:
+            server = Server(path / "s", "--config", str(path / "s.toml"))
+            found = World(guest, server)
+            try:
+                body = {"qmp": str(guest.qmp), "agent": str(guest.agent)}
+                assert server.request("PUT", "/v1/vms/web", body)["agent"] == str(guest.agent)
+                found.in_sync()
+                guest.start("counter")
+                guest.wait_acks(3)
+                yield found
+            finally:
+                found.server.stop()
+
+
+def fsck(world: World, point: str, work: Path) -> tuple[str, Path]:
+    """What e2fsck says of a point, without touching it, and the point as a file."""
+    image = work / "point.img"
+    found = world.server.get(f"/v1/uri?point={point}")
+    (disk,) = found.get("disks", [found])
+    subprocess.run(["qemu-img", "convert", "-O", "raw", disk["uri"], str(image)], check=True)
+    done = subprocess.run(["e2fsck", "-fn", str(image)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout + done.stderr, image
+
+
+def test_a_file_that_nobody_synced_is_in_an_app_point(world: World, tmp_path: Path) -> None:
+    """The file system is clean without a replay of its journal, holds what was only written, and the guest goes on."""
+    guest, since = world.guest, len(world.guest.console)
+    guest.run("echo precious > /data/unsynced")
+    acked = guest.acks
+    made = world.mark("quiet")
+    assert (made["grade"], made["reason"]) == ("app", "")
+    guest.wait_for("GUEST freeze", since=since)
+    guest.wait_for("GUEST thaw", since=since)
+    guest.wait_acks(3)
+    said, image = fsck(world, "web@quiet", tmp_path)
+    assert "recover" not in said and "replay" not in said
+    for file, least in (("/data/unsynced", "precious"), ("/data/counter", "")):
+        held = subprocess.run(
+            ["debugfs", "-R", f"cat {file}", str(image)], capture_output=True, text=True, check=True
+        ).stdout
+        assert held.startswith(least)
+    assert int(held.split()[-1]) >= acked, "every number that was said to be durable before"
+    (point,) = world.server.get("/v1/vms/web:points?kind=bookmark")
+    assert (point["name"], point["grade"]) == ("quiet", "app")
+    shown = world.server.get("/v1/points/web@quiet")
+    assert shown["grade"] == "app" and shown["disks"][0]["evidence"]["synced"]
+    listed = (world.server.state_dir.parent / "hooks").read_text().splitlines()
+    assert listed == ["before web quiet", "after web quiet"]
+    assert world.notes == []
+
+
+def test_an_agent_that_hangs_holds_nobody_up(world: World) -> None:
+    """A hook in the guest hangs: the mark is refused, or less; when the hook lets go the guest is thawed at once."""
+    guest, since = world.guest, len(world.guest.console)
+    guest.run("touch /data/hang")
+    began = time.monotonic()
+    made = world.mark("despite", or_crash=True)
+    assert time.monotonic() - began < 40, "ten seconds, on a machine with nothing else to do"
+    assert made["grade"] == "crash" and "did not answer guest-fsfreeze-freeze" in made["reason"]
+    guest.wait_acks(3)
+    with pytest.raises(ApiError, match="is being frozen or thawed"):
+        world.mark("refused")
+    guest.run("rm /data/hang; killall sleep")
+    guest.wait_for("GUEST thaw", since=since)
+    until(lambda: not world.notes, "a guest that is known to be thawed")
+    guest.wait_acks(3)
+    assert world.mark("afterwards")["grade"] == "app"
+
+
+def test_a_hook_of_the_host_that_fails(world: World) -> None:
+    fail = world.server.state_dir.parent / "fail"
+    fail.touch()
+    try:
+        with pytest.raises(ApiError, match=r"no bookmark was set: .*before web unready failed with 1"):
+            world.mark("unready")
+    finally:
+        fail.unlink()
+    with pytest.raises(ApiError, match="guests are frozen whole"):
+        world.server.post("/v1/disks/web/root:mark", name="disk", freeze=True)
+
+
+@contextlib.contextmanager
+def mid_freeze(world: World) -> Iterator[int]:
+    """The guest is frozen, and the service waits for its target, which is stopped; the pid of who holds the freeze."""
+    since, server = len(world.guest.console), world.server
+    target = server.pids()["target-0"]
+    os.kill(target, signal.SIGSTOP)
+    mark = ("point", "mark", "web", "--name", "never", "--freeze")
+    request = subprocess.Popen(
+        [sys.executable, "-m", "recovery.cli", "--state-dir", str(server.state_dir), *mark],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        world.guest.wait_for("GUEST freeze", since=since)
+        (holder,) = until(lambda: holders(world), "process that holds the freeze")
+        yield holder
+        world.guest.wait_for("GUEST thaw", since=since)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(target, signal.SIGCONT)
+        request.kill()
+        request.wait()
+
+
+def holders(world: World) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"cdpserver.vm.freeze" in words and os.fsencode(world.guest.agent) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_service_killed_in_mid_freeze_leaves_no_guest_frozen(world: World) -> None:
+    with mid_freeze(world):
+        world.server.kill()
+    world.restart()
+    world.guest.wait_acks(3)
+    until(lambda: not world.notes, "a guest that is known to be thawed")
+
+
+def test_the_next_service_thaws_what_nobody_else_could(world: World) -> None:
+    """Service and holder are killed at once, as when a host's unit is."""
+    with mid_freeze(world) as holder:
+        world.server.kill()
+        os.kill(holder, signal.SIGKILL)
+        assert world.notes
+        world.server = Server(world.server.state_dir)
+    world.in_sync()
+    world.guest.wait_acks(3)
+    until(lambda: not world.notes, "a guest that is known to be thawed")
+    assert world.server.events("vm.thawed")
+
+
+def test_marks_by_the_clock(world: World) -> None:
+    """`mark_every` and `freeze` of the VM's policy."""
+    server = world.server
+    with pytest.raises(ApiError, match="marked with its VM"):
+        server.request("PATCH", "/v1/policies/web/root", {"mark_every": "10s"})
+    server.request("PATCH", "/v1/policies/web", {"mark_every": "10s", "freeze": "yes"})
+
+    def look() -> list[dict[str, Any]]:
+        listed = server.get("/v1/vms/web:points?kind=bookmark")
+        return [point for point in listed if point["name"].startswith("auto-")]
+
+    assert until(look, "bookmark by the clock")[0]["grade"] == "app"
+    server.request("PATCH", "/v1/policies/web", {"mark_every": "none"})
+    assert json.loads(json.dumps(server.get("/v1/policies/web")))["mark_every"] == "none"
+    world.guest.wait_acks(3)
