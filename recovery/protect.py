@@ -22,15 +22,20 @@ def protect(options: Namespace) -> None:
     if options.remove:
         _remove(service, options)
         return
-    body: dict[str, Any] = {
-        **_monitor(options),
-        "disks": options.disk,
-        "wait": options.wait,
-        "drive_mirror": options.drive_mirror,
-    }
-    if options.agent is not None:
-        body["agent"] = os.path.abspath(options.agent)
-    shown = service.protect_vm(options.vm, body)
+    if options.by is not None:
+        from recovery.agent import protect_here
+
+        shown = protect_here(options, _monitor(options))
+    else:
+        body: dict[str, Any] = {
+            **_monitor(options),
+            "disks": options.disk,
+            "wait": options.wait,
+            "drive_mirror": options.drive_mirror,
+        }
+        if options.agent is not None:
+            body["agent"] = os.path.abspath(options.agent)
+        shown = service.protect_vm(options.vm, body)
     if options.wait_synced:
         shown = _wait_synced(service, options.vm, shown)
     if options.json:

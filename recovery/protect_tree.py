@@ -19,6 +19,12 @@ def add_protect(commands: Commands) -> None:
     protect.add_argument("--libvirt", metavar="URI", help="the libvirt that owns the monitor")
     protect.add_argument("--domain", metavar="NAME", help="its domain, if its name is not VM")
     protect.add_argument(
+        "--by",
+        metavar="NAME",
+        type=names.check_name,
+        help="QEMU is on this host, the service on another: the `cdp agent` of this name looks after it",
+    )
+    protect.add_argument(
         "--disk",
         metavar="DISK",
         action="append",
@@ -37,4 +43,18 @@ def add_protect(commands: Commands) -> None:
     protect.add_argument("--wait-synced", action="store_true", help="return when all disks are in sync")
     protect.add_argument(
         "--remove", action="store_true", help="end the protection; the disks keep their history"
+    )
+
+
+def add_agent(commands: Commands) -> None:
+    """`cdp agent`."""
+    agent = commands.leaf(
+        "agent",
+        lazy("agent", "agent"),
+        "Look after the mirrors of VMs on this host, for a service on another one, until ended.",
+        "cdp agent hv1 --nbd 127.0.0.1:10809",
+    )
+    agent.add_argument("name", metavar="NAME", type=names.check_name, help="what `cdp protect --by` calls it")
+    agent.add_argument(
+        "--nbd", metavar="HOST:PORT", help="where the service's NBD is reached from here, if not at its URIs"
     )

@@ -6,9 +6,7 @@ QEMU or of the host ends in the same. A monitor serves one client: the controlle
 
 import contextlib
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -20,16 +18,16 @@ from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
+from cdpserver.service.remote import Remote
 from cdpserver.service.targets import OwnTarget
-from cdpserver.vm import qmp, record, virt
-from cdpserver.vm.bitmaps import Bitmaps
-from cdpserver.vm.changes import Changes
+from cdpserver.vm import record
+from cdpserver.vm.connect import check_connection, connect
 from cdpserver.vm.controller import Controller, DiskState
 from cdpserver.vm.disks import FoundDisk, check_size, choose
-from cdpserver.vm.mirror import Mirror
 from cdpserver.vm.qmp import Monitor
 from cdpserver.vm.record import LibvirtDomain, ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.recovery.record import overwritten
+from cdpserver.vm.release import release
 
 AGAIN_S = 5.0
 """Pause before a controller goes on that met what it does not know."""
@@ -38,28 +36,11 @@ LET_GO_S = 10.0
 """How long removing waits for QEMU to end its mirrors."""
 
 
-def connect(connection: record.Connection) -> AbstractAsyncContextManager[Monitor]:
-    """The monitor of a VM."""
-    match connection:
-        case QmpSocket(path):
-            return qmp.connect(Path(path))
-        case LibvirtDomain(uri, domain):
-            return virt.connect(uri, domain)
-
-
-def _check_connection(connection: record.Connection) -> None:
-    match connection:
-        case QmpSocket(path) if not path.startswith("/"):
-            raise UsageError(f"not an absolute path: {names.show(path)}", hint="give the path from the root")
-        case LibvirtDomain(uri, _) if "://" not in uri:
-            raise UsageError(
-                f"not the URI of a libvirt: {names.show(uri)}", hint="give one such as qemu:///system"
-            )
-
-
 @dataclass
-class _Running:
-    controller: Controller
+class Running:
+    """A VM, and who looks after it."""
+
+    controller: Controller | Remote
     scope: trio.CancelScope
     ended: trio.Event
 
@@ -72,7 +53,7 @@ class Protection:
         self._disks = disks
         self.base_points = base_points
         self._hung = Hung(core, children.targets)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._held: dict[str, str] = {}
         """Why a VM is not mirrored for the time being."""
         self._locks: dict[str, trio.Lock] = {}
@@ -98,7 +79,8 @@ class Protection:
     def _start(self, vm: ProtectedVm) -> None:
         assert self._nursery is not None
         assert self._target is not None
-        running = _Running(Controller(vm, connect, self._target), trio.CancelScope(), trio.Event())
+        controller = Remote(vm) if vm.by else Controller(vm, connect, self._target)
+        running = Running(controller, trio.CancelScope(), trio.Event())
         self._running[vm.name] = running
         if why := self._held.get(vm.name):
             running.ended.set()
@@ -107,7 +89,7 @@ class Protection:
         else:
             self._nursery.start_soon(self._keep, running)
 
-    async def _keep(self, running: _Running) -> None:
+    async def _keep(self, running: Running) -> None:
         try:
             with running.scope:
                 while True:
@@ -183,7 +165,7 @@ class Protection:
     ) -> dict[str, Any]:
         """Protect a VM from now on, or as is said now. Its disks are registered, and its record durable, on return."""
         names.check_name(name)
-        _check_connection(connection)
+        check_connection(connection)
         if agent is not None and not agent.startswith("/"):
             raise UsageError(f"not an absolute path: {names.show(agent)}", hint="give the path from the root")
         async with self._changing(name) as before:
@@ -213,9 +195,61 @@ class Protection:
         self._core.log.emit("vm.protect", vm=name, disks=[disk.name for disk in vm.disks])
         return self.show(name)
 
+    async def protect_there(
+        self,
+        name: str,
+        agent: str,
+        connection: record.Connection,
+        found: list[FoundDisk],
+        *,
+        wait: bool,
+        drive_mirror: bool,
+    ) -> dict[str, Any]:
+        """Let an agent protect a VM from now on; `found` are its disks, as they were found there. Durable on return."""
+        names.check_name(name)
+        check_connection(connection)
+        if not found:
+            raise UsageError("no disk is named", hint="protect it on its own host: cdp protect VM --by NAME")
+        async with self._changing(name) as before:
+            if before is not None and before.by != agent:
+                raise RefusedError(
+                    f"{name} is protected by {before.by or 'this service'}",
+                    hint=f"to end that: cdp protect {name} --remove",
+                )
+            vm = ProtectedVm(
+                name,
+                connection,
+                tuple(ProtectedDisk(names.full_name(disk.name, name), disk.device) for disk in found),
+                before.created_ns if before is not None else self._core.clock.now_ns(),
+                "drive-mirror" if drive_mirror else "blockdev-mirror",
+                wait,
+                by=agent,
+            )
+            for disk in found:
+                await self._register(name, disk)
+            await self._core.thread(self._core.catalog.put_row, "vms", record.row(vm))
+        self._core.log.emit("vm.protect", vm=name, disks=[disk.name for disk in vm.disks], agent=agent)
+        return self.show(name)
+
+    # -- for agents ------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> OwnTarget:
+        """Our side of every mirror."""
+        assert self._target is not None
+        return self._target
+
+    def running(self) -> list[Running]:
+        """Every protected VM."""
+        return list(self._running.values())
+
+    def is_held(self, name: str) -> bool:
+        """Is it not to be mirrored for the time being?"""
+        return name in self._held
+
     def _check_free(self, name: str, connection: record.Connection) -> None:
         for other in record.all_of(self._core.catalog):
-            if other.name != name and other.connection == connection:
+            if other.name != name and other.connection == connection and not other.by:
                 raise RefusedError(
                     f"{connection} is the monitor of {other.name}, which is protected already",
                     hint=f"to end that: cdp protect {other.name} --remove",
@@ -244,6 +278,8 @@ class Protection:
 
     async def _let_go(self, vm: ProtectedVm) -> str:
         """End the mirrors in QEMU; why that was not possible, or nothing. A QEMU that is gone has none."""
+        if vm.by:
+            return f"the agent {vm.by} ends them, if it runs"
         with trio.move_on_after(LET_GO_S):
             try:
                 async with connect(vm.connection) as monitor:
@@ -258,10 +294,7 @@ class Protection:
         for disk in disks:
             with contextlib.suppress(NotFoundError):  # removed meanwhile, and its mirror ended for that
                 uuid, _ = await self._target.identity(disk)
-                mirror = Mirror(monitor, uuid)
-                await Changes(monitor, mirror, trio.Lock()).clean()
-                await mirror.end()
-                await Bitmaps(monitor, mirror).remove_all()
+                await release(monitor, [uuid])
 
     # -- showing ---------------------------------------------------------------------------------------------
 
@@ -276,6 +309,7 @@ class Protection:
             "qmp": vm.connection.path if isinstance(vm.connection, QmpSocket) else None,
             "libvirt": vm.connection.uri if isinstance(vm.connection, LibvirtDomain) else None,
             "domain": vm.connection.domain if isinstance(vm.connection, LibvirtDomain) else None,
+            "by": vm.by or None,
             "method": vm.method,
             "wait": vm.wait,
             "agent": vm.guest_agent,

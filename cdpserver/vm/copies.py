@@ -23,6 +23,20 @@ class Copy:
     pause_ns: int = 0
     under_way: bool = True
 
+    @classmethod
+    def read(cls, shown: dict[str, Any]) -> "Copy":
+        """The reverse of `as_dict`."""
+        return cls(
+            method=shown["method"],
+            why=shown["why"],
+            journal_began=0,
+            done=shown["done_bytes"],
+            total=shown["total_bytes"],
+            journalled=shown["journalled_bytes"],
+            pause_ns=shown["pause_ns"],
+            under_way=shown["under_way"],
+        )
+
     def follow(self, done: int, total: int) -> None:
         """How far QEMU's job is."""
         if self.method != "bitmap":

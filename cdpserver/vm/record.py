@@ -51,7 +51,10 @@ class ProtectedDisk:
 
 @dataclass(frozen=True, slots=True)
 class ProtectedVm:
-    """One VM; `wait` chooses a guest that waits over a gap, `guest_agent` is its agent's Unix socket."""
+    """One VM; `wait` chooses a guest that waits over a gap, `guest_agent` is its agent's Unix socket.
+
+    `by` is the `cdp agent` that looks after it, beside QEMU on another host; nothing for the service itself.
+    """
 
     name: str
     connection: Connection
@@ -60,6 +63,7 @@ class ProtectedVm:
     method: Method = "blockdev-mirror"
     wait: bool = False
     guest_agent: str | None = None
+    by: str = ""
 
 
 def row_id(vm: str) -> str:
@@ -82,6 +86,7 @@ def row(vm: ProtectedVm) -> Row:
         "method": vm.method,
         "wait": vm.wait,
         "guest_agent": vm.guest_agent,
+        "by": vm.by,
     }
     return Row(row_id(vm.name), SCHEMA, fields)
 
@@ -100,6 +105,7 @@ def read(found: Row) -> ProtectedVm:
             method="drive-mirror" if fields["method"] == "drive-mirror" else "blockdev-mirror",
             wait=bool(fields["wait"]),
             guest_agent=None if fields["guest_agent"] is None else str(fields["guest_agent"]),
+            by=str(fields.get("by", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(

@@ -37,6 +37,18 @@ class TargetState:
             payload_bytes=int(said.get("payload_bytes", 0)),
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """What `read` reads."""
+        return {
+            "session": self.session,
+            "synced": self.synced,
+            "last_seq": self.last_seq,
+            "gap_until_ns": self.gap_ns,
+            "anchor": self.anchor,
+            "anchored": self.anchored,
+            "payload_bytes": self.payload_bytes,
+        }
+
 
 class Target(Protocol):
     """Our side of a mirror. Every method but `hung_s` may raise CdpError."""

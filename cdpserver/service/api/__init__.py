@@ -13,6 +13,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 import cdpserver
+from cdpserver.service.agents import Agents
+from cdpserver.service.api import agents as agent_routes
 from cdpserver.service.api import capacity as capacity_routes
 from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
@@ -66,6 +68,8 @@ ADMINS_ONLY = {
     "remove_lock",
     "prune",
     "protect_vm",
+    "protect_agent_vm",
+    "say_mirror_size",
     "unprotect_vm",
 }
 """What loses history, or lets a disk use the store."""
@@ -132,6 +136,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     app.include_router(seeing.routes(core, answers, Overview(core, children, protection)))
     app.include_router(vm_routes.routes(answers, Vms(core)))
     app.include_router(vm_routes.groups_routes(answers, Groups(core)))
+    app.include_router(agent_routes.routes(answers, Agents(core, protection)))
     app.include_router(protection_routes.routes(answers, protection))
     app.include_router(lock_routes.routes(answers, Locks(core)))
     app.include_router(pruning_routes.routes(answers, disks.pruning))

@@ -23,7 +23,7 @@ def routes(answers: Answers, protection: Protection) -> APIRouter:
         return await answers.one(
             await protection.protect(
                 name,
-                _connection(name, body),
+                connection_of(name, body.qmp, body.libvirt, body.domain),
                 devices=body.disks,
                 wait=body.wait,
                 drive_mirror=body.drive_mirror,
@@ -49,10 +49,11 @@ def routes(answers: Answers, protection: Protection) -> APIRouter:
     return routes
 
 
-def _connection(name: str, body: vm_models.ProtectVm) -> Connection:
-    match body.qmp, body.libvirt:
-        case str(path), None if body.domain is None:
+def connection_of(name: str, qmp: str | None, libvirt: str | None, domain: str | None) -> Connection:
+    """The way to the monitor of the VM `name`. UsageError unless it is one."""
+    match qmp, libvirt:
+        case str(path), None if domain is None:
             return QmpSocket(path)
         case None, str(uri):
-            return LibvirtDomain(uri, body.domain or name)
+            return LibvirtDomain(uri, domain or name)
     raise UsageError("name qmp, or libvirt and domain", hint="one of them is the way to the VM's monitor")

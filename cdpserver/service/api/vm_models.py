@@ -47,6 +47,7 @@ class Vm(Answer):
     qmp: str | None
     libvirt: str | None
     domain: str | None
+    by: str | None = Field(description="The `cdp agent` on another host that looks after it.")
     method: str
     wait: bool
     agent: str | None = Field(description="The guest agent's socket.")

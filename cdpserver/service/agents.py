@@ -1,0 +1,82 @@
+"""What agents ask: controllers of VMs that run beside QEMU on other hosts.
+
+What is desired is in the catalog here, as for VMs of this host; an agent asks for its VMs, looks after their mirrors, and says
+what it sees. It may die at any time: the mirrors go on, and the next one takes them over.
+"""
+
+from typing import Any
+
+from cdpserver.names import check_name
+from cdpserver.service.core import Core
+from cdpserver.service.protection import Protection
+from cdpserver.service.remote import Remote
+from cdpserver.service.targets import OwnTarget
+from cdpserver.vm import record
+from cdpserver.vm.disks import FoundDisk
+from cdpserver.vm.mirror import mirror_uri
+from cdpserver.vm.record import Connection
+
+EVENTS = frozenset(
+    {"disk.degraded", "disk.guest-freed", "disk.protected", "disk.resynced", "disk.unprotected", "vm.failed"}
+)
+"""What an agent may put on record here."""
+
+
+class Agents:
+    """What the API's routes of agents do."""
+
+    def __init__(self, core: Core, protection: Protection) -> None:
+        self._core = core
+        self._protection = protection
+
+    @property
+    def target(self) -> OwnTarget:
+        """Our side of every mirror."""
+        return self._protection.target
+
+    def wanted(self, agent: str) -> list[dict[str, Any]]:
+        """The VMs that an agent is to protect now, as rows of the catalog have them."""
+        check_name(agent)
+        return [
+            dict(record.row(one.controller.vm).fields)
+            for one in self._protection.running()
+            if one.controller.vm.by == agent and not self._protection.is_held(one.controller.vm.name)
+        ]
+
+    async def protect(
+        self, agent: str, name: str, connection: Connection, *, disks: list[dict[str, Any]], **how: bool
+    ) -> dict[str, Any]:
+        """Let an agent protect a VM, whose disks were found on its host: `name`, `device` and `size` of each."""
+        check_name(agent)
+        found = [FoundDisk(check_name(disk["name"]), disk["device"], "", disk["size"]) for disk in disks]
+        return await self._protection.protect_there(name, agent, connection, found, **how)
+
+    def report(self, agent: str, vms: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:
+        """Take what an agent sees; the answer says how many VMs of it were its own."""
+        mine = {vm["vm"]: vm["disks"] for vm in vms}
+        taken = 0
+        for one in self._protection.running():
+            remote = one.controller
+            if isinstance(remote, Remote) and remote.vm.by == agent and remote.vm.name in mine:
+                remote.report(mine[remote.vm.name])
+                taken += 1
+        for event in events:
+            if event["event"] in EVENTS:
+                fields = {key: value for key, value in event["fields"].items() if key.isidentifier()}
+                level = fields.pop("level", "info")
+                for key in ("agent", "event", "self"):
+                    fields.pop(key, None)
+                self._core.log.emit(event["event"], level=level, agent=agent, **fields)
+        return {"taken": taken}
+
+    # -- a mirror's other side -------------------------------------------------------------------------------
+
+    async def mirror(self, disk: str) -> dict[str, Any]:
+        """Who a disk is, where its mirror writes to, and what its worker says."""
+        uuid, _ = await self._protection.target.identity(disk)
+        uris = self._core.disk_uris(self._core.entry(disk))
+        return {
+            "uuid": uuid,
+            "uris": {kind: mirror_uri(uri, uuid) for kind, uri in uris.items()},
+            "said": (await self._protection.target.state(disk)).as_dict(),
+        }

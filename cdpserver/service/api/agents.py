@@ -1,0 +1,63 @@
+"""The routes of agents: controllers of VMs on other hosts."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.responses import Response
+
+from cdpserver.service.agents import Agents
+from cdpserver.service.api import agent_models, vm_models
+from cdpserver.service.api.answers import Answers
+from cdpserver.service.api.protection import connection_of
+
+AGENT = "/v1/agents/{agent}"
+
+
+def routes(answers: Answers, agents: Agents) -> APIRouter:
+    """An agent asks what it is to protect, and says what it sees."""
+    routes = APIRouter(tags=["vms"])
+
+    @routes.post(f"{AGENT}:report", response_model=agent_models.Taken)
+    async def report(agent: str, body: agent_models.Report) -> Response:
+        """What an agent sees of its VMs, and events to put on record."""
+        said: dict[str, Any] = body.model_dump()
+        return await answers.one(agents.report(agent, said["vms"], said["events"]))
+
+    @routes.get(f"{AGENT}/vms", response_model=list[agent_models.WantedVm])
+    async def list_agent_vms(agent: str) -> Response:
+        """The VMs that an agent is to protect."""
+        return await answers.many(agents.wanted(agent))
+
+    @routes.put(f"{AGENT}/vms/{{name}}", response_model=vm_models.Vm)
+    async def protect_agent_vm(agent: str, name: str, body: agent_models.ProtectThere) -> Response:
+        """Let an agent protect a VM, whose disks were found on its host. They are registered on return."""
+        disks = [disk.model_dump() for disk in body.disks]
+        how = {"wait": body.wait, "drive_mirror": body.drive_mirror}
+        connection = connection_of(name, body.qmp, body.libvirt, body.domain)
+        return await answers.one(await agents.protect(agent, name, connection, disks=disks, **how))
+
+    @routes.get("/v1/mirror", response_model=agent_models.MirrorSide)
+    async def show_mirror(disk: Annotated[str, Query()]) -> Response:
+        """Who a disk is, where its mirror writes to, and what its worker says."""
+        return await answers.one(await agents.mirror(disk))
+
+    @routes.post("/v1/mirror:synced", response_model=agent_models.Done)
+    async def say_mirror_synced(body: agent_models.SyncedMirror) -> Response:
+        """The mirror of this session is in sync and write-blocking; with `bitmap`: anchored to that."""
+        await agents.target.synced(body.disk, body.session, body.bitmap)
+        return await answers.one({"disk": body.disk})
+
+    @routes.post("/v1/mirror:lost", response_model=agent_models.Done)
+    async def say_mirror_lost(body: agent_models.LostMirror) -> Response:
+        """Writes of the guest did not arrive."""
+        ago_s = None if body.ago_ns is None else body.ago_ns / 1e9
+        await agents.target.lost(body.disk, body.session, body.reason, ago_s=ago_s)
+        return await answers.one({"disk": body.disk})
+
+    @routes.post("/v1/mirror:size", response_model=agent_models.Done)
+    async def say_mirror_size(body: agent_models.SizedMirror) -> Response:
+        """The source has this size: the disk grows with it."""
+        await agents.target.check_size(body.disk, body.size)
+        return await answers.one({"disk": body.disk})
+
+    return routes

@@ -1,0 +1,160 @@
+"""`cdp agent`: looks after the mirrors of VMs on this host, for a service on another one; and `cdp protect --by`.
+
+The same controllers as the service's own, with its API between. What is desired is there; here is nothing but what runs. An agent
+that dies takes no mirror with it: the next one takes them over. While the service does not answer, mirrors go on as they are.
+"""
+
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from cdpserver.catalog import Row
+from cdpserver.errors import CdpError
+from cdpserver.state import StateDir, default_state_dir
+from cdpserver.vm import disks, record
+from cdpserver.vm.connect import check_connection, connect
+from cdpserver.vm.controller import Controller, DiskState
+from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
+from cdpserver.vm.release import release
+from recovery.agent_client import AgentClient
+from recovery.agent_target import ApiTarget
+from recovery.output import say
+
+EVERY_S = 1.0
+"""Between two reports."""
+
+ANSWER_S = 20.0
+"""A service that answers later than this is taken for gone; a worker that restarts is waited for there up to 15 s."""
+
+AGAIN_S = 5.0
+LET_GO_S = 10.0
+
+
+@dataclass
+class _Running:
+    controller: Controller
+    scope: trio.CancelScope
+    uuids: dict[str, str]
+
+
+def agent(options: Namespace) -> None:
+    """Until it is ended."""
+    client = AgentClient(StateDir(default_state_dir(options.state_dir)), timeout_s=ANSWER_S)
+    trio.run(_Agent(options.name, ApiTarget(client, options.nbd), client).run)
+
+
+class _Agent:
+    """All VMs of this agent."""
+
+    def __init__(self, name: str, target: ApiTarget, client: AgentClient) -> None:
+        self._name = name
+        self._target = target
+        self._client = client
+        self._running: dict[str, _Running] = {}
+        self._told = ""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        say(f"agent {self._name} asks {self._client.socket_path}")
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    await self._look(nursery)
+                    await self._report()
+                    self._tell("the service answers")
+                except CdpError as error:
+                    self._tell(str(error))
+                await trio.sleep(EVERY_S)
+
+    def _tell(self, what: str) -> None:
+        if what != self._told:
+            say(what)
+            self._told = what
+
+    async def _look(self, nursery: trio.Nursery) -> None:
+        """Begin what is wanted, and end what is no more."""
+        rows = await self._target.call(self._client.agent_vms, self._name)
+        wanted = {vm.name: vm for vm in (record.read(Row("", record.SCHEMA, row)) for row in rows)}
+        for name, running in list(self._running.items()):
+            if wanted.get(name) != running.controller.vm:
+                running.scope.cancel()
+                del self._running[name]
+                kept = {disk.name for disk in wanted[name].disks} if name in wanted else set()
+                gone = [uuid for disk, uuid in running.uuids.items() if disk not in kept]
+                await self._let_go(running.controller.vm.connection, gone)
+        for name, vm in wanted.items():
+            if name not in self._running:
+                uuids = {disk.name: (await self._target.identity(disk.name))[0] for disk in vm.disks}
+                running = _Running(Controller(vm, connect, self._target), trio.CancelScope(), uuids)
+                self._running[name] = running
+                nursery.start_soon(self._keep, running)
+
+    async def _keep(self, running: _Running) -> None:
+        with running.scope:
+            while True:
+                try:
+                    await running.controller.run()
+                except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
+                    name = running.controller.vm.name
+                    self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
+                await trio.sleep(AGAIN_S)
+
+    async def _let_go(self, connection: Connection, uuids: list[str]) -> None:
+        with trio.move_on_after(LET_GO_S):
+            try:
+                async with connect(connection) as monitor:
+                    await release(monitor, uuids)
+            except CdpError as error:
+                say(f"mirrors may still run in QEMU: {error}")
+
+    async def _report(self) -> None:
+        events = list(self._target.events)
+        vms = [
+            {"vm": name, "disks": [_seen(state) for state in running.controller.states.values()]}
+            for name, running in self._running.items()
+        ]
+        await self._target.call(self._client.report, self._name, {"vms": vms, "events": events})
+        for _ in events:
+            self._target.events.popleft()
+
+
+def _seen(state: DiskState) -> dict[str, Any]:
+    since_ns = state.behind_since_ns
+    return {
+        "name": state.wanted.name,
+        "state": state.state,
+        "reason": state.reason,
+        "node": state.node,
+        "bitmap": state.bitmap,
+        "behind_ns": None if since_ns is None else max(0, time.monotonic_ns() - since_ns),
+        "resync": state.resync,
+    }
+
+
+def protect_here(options: Namespace, monitor: dict[str, str]) -> dict[str, Any]:
+    """Find the disks of a VM of this host, and let the agent `options.by` protect it."""
+    connection: Connection = (
+        QmpSocket(monitor["qmp"])
+        if "qmp" in monitor
+        else LibvirtDomain(monitor["libvirt"], monitor.get("domain", options.vm))
+    )
+    check_connection(connection)
+    found = trio.run(_find, connection, options.disk)
+    body = {
+        **monitor,
+        "disks": [{"name": disk.name, "device": disk.device, "size": disk.size} for disk in found],
+        "wait": options.wait,
+        "drive_mirror": options.drive_mirror,
+    }
+    client = AgentClient(StateDir(default_state_dir(options.state_dir)))
+    return client.protect_agent_vm(options.by, options.vm, body)
+
+
+async def _find(connection: Connection, wanted: list[str]) -> list[disks.FoundDisk]:
+    async with connect(connection) as monitor:
+        return disks.choose(
+            await monitor.execute("query-block"), await monitor.execute("query-named-block-nodes"), wanted
+        )

@@ -1,0 +1,90 @@
+"""The service as a controller on another host sees it: its API, by way of a socket that may be ssh's."""
+
+import collections
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import trio
+
+from cdpserver.errors import UsageError
+from cdpserver.vm.target import TargetState
+from recovery.agent_client import AgentClient
+
+MOST_EVENTS = 1000
+"""So many wait for a service that does not answer; older ones are dropped."""
+
+AT_ONCE = 16
+
+SLOW_S = 0.3
+"""An answer that takes no longer than this is no news."""
+
+Answer = TypeVar("Answer")
+
+
+class ApiTarget:
+    """Our side of the mirrors, over the API (`vm.target.Target`). `nbd` is HOST:PORT where its NBD is reached from here."""
+
+    def __init__(self, client: AgentClient, nbd: str | None) -> None:
+        self._client = client
+        self._nbd = nbd
+        self._asked: dict[str, float] = {}
+        self._calls = trio.CapacityLimiter(AT_ONCE)
+        self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_EVENTS)
+
+    async def call(self, function: Callable[..., Answer], *arguments: Any, **more: Any) -> Answer:
+        """Ask the service in a thread."""
+        asked = partial(function, *arguments, **more)
+        return await trio.to_thread.run_sync(asked, abandon_on_cancel=True, limiter=self._calls)
+
+    async def identity(self, disk: str) -> tuple[str, str]:
+        """See Target. The URI is of TCP, unless the service has none: then of its socket, which is on this host only."""
+        found = await self.call(self._client.mirror, disk)
+        return str(found["uuid"]), uri_here(found["uris"], self._nbd)
+
+    async def check_size(self, disk: str, size: int) -> None:
+        """See Target."""
+        await self.call(self._client.tell_mirror, "size", {"disk": disk, "size": size})
+
+    async def state(self, disk: str) -> TargetState:
+        """See Target."""
+        self._asked[disk] = trio.current_time()
+        try:
+            return TargetState.read((await self.call(self._client.mirror, disk))["said"])
+        finally:
+            del self._asked[disk]
+
+    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+        """See Target."""
+        await self.call(
+            self._client.tell_mirror, "synced", {"disk": disk, "session": session, "bitmap": bitmap}
+        )
+
+    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+        """See Target."""
+        ago_ns = None if ago_s is None else int(ago_s * 1e9)
+        said = {"disk": disk, "session": session, "reason": reason, "ago_ns": ago_ns}
+        await self.call(self._client.tell_mirror, "lost", said)
+
+    def hung_s(self, disk: str) -> float:
+        """See Target: for how long its state has been asked for."""
+        asked_at = self._asked.get(disk)
+        waited = 0.0 if asked_at is None else trio.current_time() - asked_at
+        return waited if waited > SLOW_S else 0.0
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """See Target: told with the next report."""
+        self.events.append({"event": event, "fields": fields})
+
+
+def uri_here(uris: dict[str, str], nbd: str | None) -> str:
+    """Where a mirror on this host writes to. UsageError for a place that is none."""
+    uri = uris["uri"]
+    if nbd is None:
+        return uri
+    host, _, port = nbd.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"not a place of NBD: {nbd}", hint="give it as HOST:PORT")
+    parts = urlsplit(uri)
+    return f"nbd://{nbd}{parts.path}"
