@@ -4,10 +4,14 @@ import ast
 import contextlib
 import io
 import os
+import re
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from hypothesis import strategies as st
 from cdpserver.errors import CdpError, CorruptError, RefusedError
 from cdpserver.files.browser import Browser, File
 from cdpserver.files.fetch import Fetch
+from cdpserver.files.point import SORTED, Files
+from cdpserver.files.sandbox import MEMORY_BYTES
 from cdpserver.files.tarball import write_tar
 from tests import filesystems as make
 from tests.filesystems import ImageDisk
@@ -184,6 +190,68 @@ def test_a_sparse_file_of_8_eib(images: dict[str, Path], tmp_path: Path) -> None
         taken = Fetch(browser, tmp_path / "out", point="p").run(browser.walk("", b"/large"), b"large")
     if taken.failed:  # most file systems have no files of this size
         assert not list((tmp_path / "out").iterdir())
+
+
+def blocks_of(image: Path, name: str) -> list[int]:
+    return [int(block) for block in make.run("debugfs", "-R", f"blocks {name}", image).split()]
+
+
+def test_a_directory_of_hundreds_of_millions(tmp_path: Path) -> None:
+    """One block of names, to which a million pointers lead: its list begins at once, and is never whole in memory."""
+    tree = tmp_path / "tree"
+    (tree / "huge").mkdir(parents=True)
+    for number in range(60):
+        (tree / "huge" / f"entry-{number}").touch()
+    for level in ("one", "two"):
+        (tree / level).write_bytes(b"\1" * 4096)
+    image = make.make_ext(tmp_path / "image", tree, "-b", "4096", "-O", "^dir_index", size="16M", kind="ext2")
+    (names,), (one,), (two,) = (blocks_of(image, name) for name in ("huge", "one", "two"))
+    held = bytearray(image.read_bytes())
+    held[one * 4096 : (one + 1) * 4096] = struct.pack("<I", names) * 1024
+    held[two * 4096 : (two + 1) * 4096] = struct.pack("<I", one) * 1024
+    image.write_bytes(held)
+    for field, value in (("block[IND]", one), ("block[DIND]", two), ("size", (12 + 1024 + 1024**2) * 4096)):
+        make.run("debugfs", "-w", "-R", f"sif huge {field} {value}", image)
+    for number in range(1, 12):
+        make.run("debugfs", "-w", "-R", f"sif huge block[{number}] {names}", image)
+    with Browser(ImageDisk(image)) as browser:
+        started = time.monotonic()
+        files = Files(browser)
+        found = files.listing("", b"/huge")
+        first = [row["name"] for row in islice(found, SORTED + 5000)]
+        assert len(first) == SORTED + 5000 and set(first) == {f"entry-{number}" for number in range(60)}
+        status = Path(f"/proc/{browser._process.pid}/status").read_text()
+        assert time.monotonic() - started < 60
+        assert int(status.partition("VmHWM:")[2].split()[0]) < 300_000
+        # The one that asked for no more is no burden for the next.
+        assert {row["name"] for row in files.listing("", b"/")} >= {"huge", "one", "two"}
+
+
+def test_what_unpacks_to_a_thousand_times_its_size(tmp_path: Path) -> None:
+    """A compressed extent that says it is small, and is 256 MiB of zeros: an error or the right bytes, and no memory for it."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    content = os.urandom(1 << 20)
+    (tree / "bomb").write_bytes(content)
+    (tree / "other").write_bytes(b"other" * 1000)
+    held = bytearray(make.make_btrfs(tmp_path / "image", tree).read_bytes())
+    place = held.index(content[:4096])
+    packed = zlib.compress(bytes(1 << 28), 9)[: 1 << 20]
+    held[place : place + len(packed)] = packed
+    extents = [
+        found.start()
+        for found in re.finditer(re.escape(struct.pack("<Q", 1 << 20)) + b"\0\0\0\0\1", bytes(held))
+    ]
+    assert extents
+    for at in extents:  # the item's size when unpacked, and how it is packed: zlib
+        held[at : at + 9] = struct.pack("<QB", 1 << 28, 1)
+    with Browser(ImageDisk(bytes(held))) as browser:
+        file = browser.stat("", b"/bomb")
+        with contextlib.suppress(CorruptError):
+            assert not any(browser.head(file, 1 << 20))
+        status = Path(f"/proc/{browser._process.pid}/status").read_text()
+        assert int(status.partition("VmHWM:")[2].split()[0]) < MEMORY_BYTES >> 10
+        assert make.content_of(browser, "", b"/other") == b"other" * 1000
 
 
 # --- the process
