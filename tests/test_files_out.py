@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from cdpserver.errors import ForbiddenError
 from cdpserver.files.browser import Browser, File
 from cdpserver.files.fetch import Fetch
 from cdpserver.files.tarball import write_tar
+from recovery import cli, files_get
 from tests import filesystems as make
 from tests.filesystems import ImageDisk
-from tests.test_service import Server, write
+from tests.test_service import Server, until, write
 
 pytestmark = pytest.mark.real
 
@@ -168,10 +170,14 @@ def test_the_commands_with_the_service_and_without(server: Server, short_path: P
     event = server.events("file.taken")[-1]
     assert (event["disk"], event["path"], event["files"]) == ("d", "/sub", 1)
     assert event["point"].startswith("d@seq:") and event["user"]
-    cdp(state, "preview", "d@latest", "/hello", "--lock")
-    (lock,) = server.get("/v1/locks")
-    assert lock["point"] == event["point"] or lock["seq"]
+    for looking in (("ls",), ("find", "--name", "hello"), ("preview", "/hello")):
+        server.post("/v1/disks/d:mark", name=f"before-{looking[0]}")
+        done = cdp(state, looking[0], f"d@before-{looking[0]}", *looking[1:], "--lock")
+        assert b"cdp point unlock" in done.stderr
+    marks = [point["seq"] for point in server.get("/v1/disks/d:points?kind=bookmark")]
+    assert [lock["seq"] for lock in server.get("/v1/locks")] == marks
     server.stop()
+    assert b"does not answer" in cdp(state, "ls", "d@latest", "--lock", code=6).stderr
     assert cdp(state, "cat", "d@latest", "/hello").stdout == b"hello, world\n"
     found = json.loads(cdp(state, "stat", "d@latest", "/hello", "--json").stdout)
     assert (found["links"], found["size"], found["name"], found["path"]) == (1, 13, "hello", "/hello")
@@ -185,3 +191,24 @@ def test_the_commands_with_the_service_and_without(server: Server, short_path: P
     assert b"not a volume" in cdp(state, "ls", "d@latest/x", code=2).stderr
     assert b"there is no '/nothing'" in cdp(state, "cat", "d@latest", "/nothing", code=2).stderr
     assert b"there is no disk" in cdp(state, "ls", "other@latest", code=2).stderr
+
+
+def test_who_may_not_read_the_directory_gets_a_stream(
+    server: Server, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(server.add(), small_image(short_path))
+    server.post("/v1/disks/d:synced")
+    monkeypatch.setattr(files_get, "may_read", lambda path: False)
+
+    def get(*arguments: str) -> None:
+        options = cli.parse(["--state-dir", str(server.state_dir), "file", "get", "d@latest", *arguments])
+        options.run(options)
+
+    tar = short_path / "out.tar"
+    get("/", "--tar", str(tar))
+    with tarfile.open(tar) as read:
+        assert "root/sub/data" in read.getnames()
+    event = until(lambda: server.events("file.taken"), "event of it")[-1]
+    assert event["files"] > 2
+    with pytest.raises(ForbiddenError, match="state directory"):
+        get("/", "--output", str(short_path / "out"))

@@ -79,6 +79,8 @@ OPERATIONS: tuple[tuple[str, str, dict[str, Any], Role], ...] = (
     ("POST", "/v1/forks", {"point": "none@latest", "name": "f"}, Role.OPERATOR),
     ("GET", "/v1/disks/none:tree", {}, Role.VIEWER),
     ("DELETE", "/v1/jobs/1", {}, Role.OPERATOR),
+    ("GET", "/v1/files?point=none@latest", {}, Role.OPERATOR),
+    ("GET", "/v1/files:content?point=none@latest&path=/f", {}, Role.OPERATOR),
     ("POST", "/v1/disks/none:merge", {"verb": "delete", "point": "bp:0"}, Role.ADMIN),
     ("POST", "/v1/disks", {"name": "?", "size": 1}, Role.ADMIN),
     ("DELETE", "/v1/disks/none", {}, Role.ADMIN),
