@@ -11,6 +11,7 @@ As a program, `python -m recovery.kernel_mount WORK`, it is that second process:
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -241,11 +242,15 @@ def unmount(directory: Path, work: Path) -> None:
 def _mounts() -> list[tuple[str, str]]:
     """(source, directory) of every mount, oldest first."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        source = fields[fields.index("-") + 2]
-        found.append((source, fields[4].encode("latin-1", "surrogateescape").decode("unicode_escape")))
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        fields = line.split(b" ")
+        found.append((_name(fields[fields.index(b"-") + 2]), _name(fields[4])))
     return found
+
+
+def _name(field: bytes) -> str:
+    """A path as the kernel lists it: blanks and the like are octal."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
 
 
 def _is_mount(path: Path) -> bool:

@@ -118,9 +118,9 @@ def _what_to_mount(options: Namespace, point: Opened, volume: str | None) -> tup
 def umount(options: Namespace) -> None:
     """Take it away. RefusedError while a program is in it."""
     directory = Path(options.directory).absolute()
-    work = kernel_mount.work_of(directory)
+    work = kernel_mount.work_of(directory.resolve())
     if work is not None:
-        kernel_mount.unmount(directory, work)
+        kernel_mount.unmount(directory.resolve(), work)
         return
     done = subprocess.run(["fusermount3", "-u", directory], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -194,26 +195,32 @@ SIZES = {"xfs": 320, "btrfs": 128}
 KINDS = ("ext4", "xfs", "btrfs", "ntfs", "fat", "exfat")
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="cdp-") as path, Server(Path(path) / "s") as running:
+        yield running
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_points_in_the_middle_of_writes(kind: str, short_path: Path, tmp_path: Path) -> None:
+def test_points_in_the_middle_of_writes(kind: str, server: Server, short_path: Path, tmp_path: Path) -> None:
     size = SIZES.get(kind, 64) * MIB
     marks: dict[str, dict[bytes, bytes]] = {}
-    with Server(short_path / "s") as server, Source(short_path, size) as source:
-        server.post("/v1/disks", name="d", size=size)
+    with Source(short_path, size) as source:
+        server.post("/v1/disks", name=kind, size=size)
         with (
             as_file(source.uri, short_path / "nf") as file,
             written_to(kind, file, short_path / "top") as writer,
         ):
-            source.mirror(str(server.get("/v1/disks/d")["uri"]))
-            server.post("/v1/disks/d:synced", write_blocking=True)
+            source.mirror(str(server.get(f"/v1/disks/{kind}")["uri"]))
+            server.post(f"/v1/disks/{kind}:synced", write_blocking=True)
             with writer.running():
                 for number in range(POINTS):
                     least = len(writer.safe) + BETWEEN
                     until(lambda: len(writer.safe) >= least or writer.error, "files that are safe")  # noqa: B023
                     marks[f"m{number}"] = dict(writer.safe)
-                    server.post("/v1/disks/d:mark", name=f"m{number}")
+                    server.post(f"/v1/disks/{kind}:mark", name=f"m{number}")
         source.end_mirror()
-        points = {p["name"]: p for p in server.get("/v1/disks/d:points?kind=bookmark")}
+        points = {p["name"]: p for p in server.get(f"/v1/disks/{kind}:points?kind=bookmark")}
         assert {points[name]["grade"] for name in marks} == {"crash"}
         for name, safe in marks.items():
             check(kind, StateDir(server.state_dir), name, safe, tmp_path / f"{name}.img")
@@ -221,7 +228,7 @@ def test_points_in_the_middle_of_writes(kind: str, short_path: Path, tmp_path: P
 
 def check(kind: str, state: StateDir, name: str, safe: dict[bytes, bytes], image: Path) -> None:
     """The point has what was safe; and is the same to the kernel."""
-    with contextlib.closing(HeldPoint(state, "d", Mark(name))) as held:
+    with contextlib.closing(HeldPoint(state, kind, Mark(name))) as held:
         found, _ = browsed_disk(held.view)
         missing = {path for path, digest in safe.items() if held_as(found, path) != digest}
         assert len(safe) >= BETWEEN and not missing, (kind, name, missing)

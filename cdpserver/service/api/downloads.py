@@ -24,6 +24,8 @@ ZEROS = bytes(1 << 20)
 
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
+MAX_SIZE = 1 << 63
+
 NO_PAGE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 """A guest's file is never a page of ours."""
 
@@ -204,7 +206,7 @@ def _range(text: str | None) -> tuple[int, int | None] | None:
         return None
     first, last = found.groups()
     if not first:
-        return (-int(last), None) if last else None
+        return (-min(int(last), MAX_SIZE), None) if last else None
     if not last:
         return int(first), None
     return (int(first), int(last) + 1) if int(last) >= int(first) else None
