@@ -22,7 +22,7 @@ from cdpserver.service import processes
 from cdpserver.service.core import Core
 
 MOST = 8
-"""Each takes 150 MB while it is used."""
+"""A session and its worker take 45 MiB, and up to 100 more for the metadata that they keep."""
 
 IDLE_S = 60.0
 LOOK_S = 5.0
