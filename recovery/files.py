@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from cdpserver import names
 from cdpserver.errors import RefusedError, UnreachableError
+from cdpserver.files import DAMAGED
 from cdpserver.names import format_bytes
 from recovery.files_asked import AskedFiles
 from recovery.output import (
@@ -32,8 +33,6 @@ from recovery.together import one_disk
 
 SORTED = 100_000
 """Rows of a table that are lined up; what is beyond comes as it is."""
-
-DAMAGED = "the file system is damaged there, or was being written: try another instant"
 
 COLUMNS = (
     Column("mode_text", "mode"),

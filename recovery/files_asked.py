@@ -9,8 +9,6 @@ from recovery.output import say
 
 PAGE = 1000
 
-CHUNK = 1 << 20
-
 
 class AskedFiles:
     """What `recovery.files` wants to know, from the API."""

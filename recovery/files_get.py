@@ -12,7 +12,8 @@ from typing import IO
 
 from cdpserver.errors import CorruptError, ForbiddenError, UnreachableError
 from cdpserver.events import EventLog
-from cdpserver.files.fetch import DAMAGED, Fetch, Progress, Taken
+from cdpserver.files import DAMAGED
+from cdpserver.files.fetch import Fetch, Progress, Taken
 from cdpserver.files.tarball import write_tar
 from cdpserver.names import format_bytes, split_volume
 from cdpserver.state import StateDir, default_state_dir

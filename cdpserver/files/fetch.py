@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 
 from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, RefusedError
+from cdpserver.files import DAMAGED
 from cdpserver.files.browser import File
 from cdpserver.names import show
 
@@ -34,7 +35,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 FORCE = "--force replaces files"
 ELSEWHERE = "fetch into another directory"
-DAMAGED = "the file system is damaged there, or was being written: try another instant"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_HERE = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL)

@@ -8,8 +8,9 @@ from itertools import islice
 from typing import Any
 
 from cdpserver.errors import RefusedError, UsageError
+from cdpserver.files import DAMAGED
 from cdpserver.files.browser import Browser, File
-from cdpserver.files.fetch import DAMAGED, show_path
+from cdpserver.files.fetch import show_path
 from cdpserver.files.rows import preview_row, row, stat_row, volume_row
 
 SORTED = 10_000

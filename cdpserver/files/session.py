@@ -23,7 +23,7 @@ from typing import Any
 from cdpserver import messages
 from cdpserver.errors import BrokenError, CdpError, CorruptError, RefusedError
 from cdpserver.files import through
-from cdpserver.files.browser import CHUNK, Browser
+from cdpserver.files.browser import Browser
 from cdpserver.files.fetch import Taken
 from cdpserver.files.point import Files
 from cdpserver.files.tarball import tar_stream
@@ -284,7 +284,7 @@ def main() -> None:
         except CdpError as error:
             connection.send(messages.error_fields(error))
             return
-        connection.send({"ok": {"pieces": CHUNK}})
+        connection.send({"ok": {}})
         while (request := connection.receive()) is not None:
             connection.send(session.answer(request))
 

@@ -26,8 +26,7 @@ import imagesize
 
 from cdpserver import messages
 from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
-from cdpserver.files import sandbox
-from cdpserver.files.fetch import DAMAGED
+from cdpserver.files import DAMAGED, sandbox
 from cdpserver.files.formats.base import HOLE, OPAQUE
 from cdpserver.files.replay import journal_replayed
 from cdpserver.files.source import Cached, Reader

@@ -89,19 +89,28 @@ def _image(context: Context, size: int) -> Path:
 
 
 def _ready(context: Context) -> None:
-    """The service has a process loaded for the next point: one without a point of its own beside those that have one."""
+    """The service has a process loaded for the next point: a session that holds none, and whose parser is shut in."""
     state = os.fsencode(context.ours.server.path)
+    until(lambda: any(map(_is_spare, _sessions(state))), "session that is loaded")
 
-    def sessions() -> int:
-        found = 0
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                words = path.read_bytes().split(b"\0")
-                found += b"cdpserver.files.session" in words and state in words
-        return found
 
-    until(lambda: sessions() > 0, "session that is loaded")
-    time.sleep(1.0)
+def _sessions(state: bytes) -> Iterator[Path]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"cdpserver.files.session" in words and state in words:
+                yield path.parent
+
+
+def _is_spare(process: Path) -> bool:
+    with contextlib.suppress(OSError):
+        held = (os.readlink(link) for link in (process / "fd").iterdir())
+        if any("/timelines/" in path for path in held):
+            return False
+        children = (process / "task" / process.name / "children").read_text().split()
+        statuses = [Path(f"/proc/{child}/status").read_text() for child in children]
+        return any("NoNewPrivs:\t1" in status for status in statuses)
+    return False
 
 
 # --- the subjects
