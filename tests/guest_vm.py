@@ -45,6 +45,8 @@ class Guest:
     more: Sequence[str] = ()
     image: GuestImage = field(default_factory=guest_image)
     console: list[str] = field(default_factory=list)
+    heard_ns: list[int] = field(default_factory=list)
+    """CLOCK_BOOTTIME at which each line of the console came."""
     process: subprocess.Popen[bytes] | None = None
     _changed: Condition = field(default_factory=Condition)
     _shell: socket.socket | None = None
@@ -94,17 +96,17 @@ class Guest:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._ended = False
-        Thread(target=self._read_console, daemon=True).start()
+        Thread(target=self._read_console, args=(self.process,), daemon=True).start()
 
-    def _read_console(self) -> None:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def _read_console(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
             with self._changed:
+                self.heard_ns.append(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
                 self.console.append(line.decode(errors="replace").strip())
                 self._changed.notify_all()
         with self._changed:
-            self._ended = True
+            self._ended = self._ended or process is self.process
             self._changed.notify_all()
 
     def wait_for(self, pattern: str, seconds: float = 60, *, since: int = 0) -> re.Match[str]:

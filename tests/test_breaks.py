@@ -59,15 +59,16 @@ def gap(line: Line) -> dict[str, object]:
 def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
     world = line.world
     last_ns = line.writer.last_time_ns
-    line.disconnect()
     broke_ns = world.now_ns
-    world.now_ns += 100 * MS
-    lose(line)
-    lose(line)  # said again: it is known
+    world.now_ns += MS
+    line.disconnect()
+    world.now_ns += 99 * MS
+    lose(line, ago_ns=100 * MS)
+    lose(line, ago_ns=100 * MS)  # said again: it is known
     assert gap(line)["from_ns"] == broke_ns and gap(line)["until_ns"] is None
     world.now_ns += SECOND_NS
     inside = (broke_ns + 1, broke_ns + 100 * MS, world.now_ns)
-    assert offered(line, last_ns, broke_ns, *inside) == [Grade.CRASH, Grade.UNORDERED, None, None, None]
+    assert offered(line, last_ns, broke_ns, *inside) == [Grade.CRASH, Grade.CRASH, None, None, None]
     with pytest.raises(RefusedError, match="inside a gap"):
         line.disk.marker("bookmark")
     world.now_ns += SECOND_NS
@@ -77,7 +78,7 @@ def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
     line.synced()
     world.now_ns += 10 * MS
     assert offered(line, broke_ns, *inside, began_ns - 1, began_ns, world.now_ns) == [
-        Grade.UNORDERED, None, None, None, None, Grade.UNORDERED, Grade.CRASH,
+        Grade.CRASH, None, None, None, None, Grade.UNORDERED, Grade.CRASH,
     ]  # fmt: skip
     line.disk.marker("bookmark").mark(control.mark("after"))
 
@@ -85,17 +86,18 @@ def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
 def test_a_gap_that_is_over_when_it_is_said(line: Line) -> None:
     """The mirror was back before its controller came to say what it had seen."""
     world = line.world
-    line.disconnect()
     broke_ns = world.now_ns
-    world.now_ns += SECOND_NS
+    world.now_ns += SECOND_NS // 2
+    line.disconnect()  # QEMU had ended its job before
+    world.now_ns += SECOND_NS // 2
     line.write(BLOCK, b"c" * BLOCK)
     began_ns = world.now_ns
     world.now_ns += SECOND_NS
-    lose(line)
+    lose(line, ago_ns=2 * SECOND_NS)
     assert (gap(line)["from_ns"], gap(line)["until_ns"]) == (broke_ns, began_ns)
     world.now_ns += SECOND_NS
     times = (broke_ns, broke_ns + 1, began_ns - 1, began_ns, world.now_ns)
-    expected = [Grade.UNORDERED, None, None, Grade.UNORDERED, Grade.UNORDERED]
+    expected = [Grade.CRASH, None, None, Grade.UNORDERED, Grade.UNORDERED]
     assert offered(line, *times) == expected
     INDEXER.call("drain", line.directory, world.boot)
     assert offered(line, *times) == expected
@@ -129,7 +131,7 @@ def test_no_gap_without_being_in_sync(line: Line) -> None:
     line.disk.lost(7, "of another session", ago_ns=None)
     line.disconnect()
     line.write(0, b"c" * BLOCK)
-    lose(line)  # nothing between the end of the one and the beginning of the next
+    lose(line, ago_ns=0)  # seen in sync up to the first write of the next
     line.synced()
     lose(line)  # said too late
     assert not [name for name, _ in line.world.events if name == "disk.gap"]

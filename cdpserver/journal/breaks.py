@@ -3,8 +3,10 @@
 The target sees connections end and begin, not whether the guest wrote meanwhile. Who watches QEMU says that, perhaps when the
 mirror is back already: then the gap has an end as well.
 
-    in sync ──► connection lost, or killed ──► first write of the next session ──► ... ──► in sync
-            broke_ns                     began_ns
+    in sync ──► last change ──► connection lost, or killed ──► first write of the next session ──► ... ──► in sync
+                broke_ns                                       began_ns
+
+Where the connection ended says nothing: QEMU may have ended its job long before.
 """
 
 from contextlib import closing
@@ -37,19 +39,14 @@ def find_break(journal: Journal, state: State) -> Break | None:
     before = journal.state_at(state.resync_ref)
     if not before.synced:
         return None
-    broke_ns = began_ns = 0
+    broke_ns, began_ns = _changed_ns(journal, state.resync_ref), 0
     for run in journal.runs(state.resync_ref, journal.last().seq):
         for record in run.records[run.records["kind"] == Kind.CONTROL]:
             message, time_ns = run.reader.control(record), int(record["time"])
             if message["type"] in ("missed", "gap"):
                 return None
-            if message["type"] == "session":
-                first_write = message["reason"] == control.FIRST_WRITE
-                # A target that is killed says nothing of its connections: then the last change is the last that is known.
-                if not broke_ns:
-                    broke_ns = _changed_ns(journal, state.resync_ref) if first_write else time_ns
-                if first_write and not began_ns:
-                    began_ns = time_ns
+            if message["type"] == "session" and message["reason"] == control.FIRST_WRITE and not began_ns:
+                began_ns = time_ns
     return Break(broke_ns, began_ns)
 
 

@@ -18,7 +18,7 @@ from cdpserver.service.control import exactly
 from cdpserver.service.core import Core
 from cdpserver.target.placement import worker_of
 
-PING_EVERY_S = 0.2
+PING_EVERY_S = 0.1
 
 SLOW_S = 0.3
 """An answer that takes no longer than this is no news: the machine may be busy."""
