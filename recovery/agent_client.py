@@ -30,5 +30,5 @@ class AgentClient(Client):
         return self._object("GET", "mirror", query={"disk": disk})
 
     def tell_mirror(self, verb: str, body: Object) -> Object:
-        """synced, lost or size."""
+        """synced, holds, lost or size."""
         return self._object("POST", f"mirror:{verb}", body=body)

@@ -156,7 +156,8 @@ class Guest:
 
     def stop(self) -> None:
         """The loads end after what they are doing."""
-        self.run("touch /data/stop; wait; sync", 120)
+        loads = "bin/[clp][oea][udi]"  # counter, ledger, pair; `wait` would wait for the agent as well
+        self.run(f"touch /data/stop; while ps | grep -q '{loads}'; do usleep 50000; done; sync", 120)
 
     @property
     def acks(self) -> int:

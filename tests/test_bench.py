@@ -55,6 +55,8 @@ MEASURES = {
     "idle-cpu": 1,
     "idle-memory": 1,
     "idle-files": 1,
+    "mirror-1": 3,
+    "mirror-16": 3,
     "forward-1": 2,
     "forward-16": 2,
     "takeover": 1,

@@ -71,7 +71,7 @@ def check_points(waters: Sea, dice: random.Random) -> None:
         left, right = (
             number_at(server.uri(f"web/{disk}-device@{shared['time']}")) for disk in ("left", "right")
         )
-        assert left - right in (0, 1), shared
+        assert left - right in (0, 1), (left, right, shared)
 
 
 def newest(said: list[tuple[int, int]], point: dict[str, int]) -> int:

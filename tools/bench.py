@@ -16,7 +16,20 @@ from rich.console import Console
 from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
-from tools.measure import chains, costs, files, idle, machine, many, opening, reads, result, workers, writes
+from tools.measure import (
+    chains,
+    costs,
+    files,
+    idle,
+    machine,
+    many,
+    mirrors,
+    opening,
+    reads,
+    result,
+    workers,
+    writes,
+)
 from tools.measure.context import QUICK, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
@@ -31,6 +44,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "remirror": costs.remirror,
     "disks": many.disks,
     "idle": idle.idle,
+    "mirror": mirrors.writes,
     "forward": workers.forward,
     "takeover": workers.takeover,
     "files": files.files,

@@ -51,6 +51,11 @@ class OwnTarget:
         entry = self._core.entry(disk)
         return TargetState.read(await self._core.targets.call(entry.id, "look", disk=disk))
 
+    async def holds(self, disk: str, place: str) -> bool:
+        """Is a place that it was at in its history?"""
+        entry = self._core.entry(disk)
+        return bool(await self._core.targets.call(entry.id, "holds", disk=disk, place=place))
+
     async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
         """Points are `crash` from here on. The first base point follows, which takes as long as the disk is large."""
         entry = self._core.entry(disk)

@@ -33,7 +33,7 @@ from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal
 from cdpserver.journal.writer import JournalWriter
 from cdpserver.names import MirrorExport, format_size
-from cdpserver.target import leftover
+from cdpserver.target import leftover, place
 from cdpserver.target.connection import Connection
 from cdpserver.target.counts import Counts, total
 from cdpserver.target.reads import LiveReads
@@ -136,7 +136,8 @@ class TargetDisk:
         shared = {"clients": self.clients, "broken": self.broken}
         if self.first_copy is not None:
             wrote, session = self.first_copy.wrote, self.first_copy.session
-            return {"mode": "first-copy", "wrote": wrote, "session": session, "synced": False, **shared}
+            shared |= {"place": place.place(self.first_copy), "synced": False}
+            return {"mode": "first-copy", "wrote": wrote, "session": session, **shared}
         if self.journal is None:
             return {"mode": "journal", "session": 0, "synced": False, **shared}
         state = self.journal.state
@@ -155,6 +156,7 @@ class TargetDisk:
             "anchor": state.anchor,
             "anchored": state.anchored,
             "payload_bytes": self.journal.payload_bytes,
+            "place": place.place(self.journal),
             **shared,
         }
 

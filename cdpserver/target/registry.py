@@ -25,6 +25,7 @@ from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.target.leftover import needs_recovery
+from cdpserver.target.place import holds
 from cdpserver.target.placement import worker_of
 
 COMMITTERS = 16
@@ -193,6 +194,7 @@ class Registry:
             "ping": lambda _: os.getpid(),
             "status": self._status,
             "look": lambda r: self.disk(r["disk"]).status(),
+            "holds": lambda r: holds(self.disk(r["disk"]).directory, r["place"]),
             "synced": lambda r: self.disk(r["disk"]).synced(
                 r["session"], write_blocking=r["write_blocking"], bitmap=r.get("bitmap", "")
             ),

@@ -23,6 +23,7 @@ from cdpserver.vm import disks, proof
 from cdpserver.vm.bitmaps import Anchoring, Bitmaps
 from cdpserver.vm.changes import CannotError, Changes
 from cdpserver.vm.copies import Copy, How
+from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError
 from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
@@ -234,6 +235,7 @@ class _Follower:
                 await found.end(force=True)
             self._bitmaps = Bitmaps(self._monitor, found)
             self._anchoring = Anchoring(self._bitmaps, settle_s=SETTLE_S)
+            self._mark = Mark(self._monitor, found)
             self._mirror = found
         # No question to QEMU may wait for a target that hangs, and it would: opening a node does.
         if self._target.hung_s(self._name):
@@ -259,15 +261,22 @@ class _Follower:
             ago_s = trio.current_time() - seen.whole_at if seen.whole_at is not None else None
             await self._target.lost(self._name, said.session, seen.missed, ago_s=ago_s)
             seen.missed, seen.unsaid = "", False
+        if said.place:
+            await self._mark.keep(said.place)
         self._said = said
 
     async def _distrust(self, said: TargetState, job: Job | None) -> str:
         """Why the target cannot be what the job, or what was proven, is of."""
         reason = ""
+        before = ""
         if self._said is not None:
             reason = proof.worse(said, self._said)
+            before = self._said.place if said.session != self._said.session else ""
         elif job is not None:
             reason = proof.foreign(said, await self._bitmaps.look())
+            before = await self._mark.read()
+        if before and not reason and not await self._target.holds(self._name, before):
+            reason = proof.OLDER
         if reason:
             self._trusted, self._tries, self._gave_up = "", TRIES, reason
         return reason
@@ -289,6 +298,7 @@ class _Follower:
         self._seen.node = found.node
         if self._seen.state != "degraded":
             self._note(self._seen, "starting")
+        await self._mirror.end_others(found.node)
         self._anchoring.begin(found.node)
         bitmap, why = proof.bitmap_for(
             said, await self._bitmaps.look(), node=found.node, method=self._vm.method, trusted=self._trusted

@@ -35,6 +35,8 @@ WAIT_S = 600
 LATER_WRITE_BLOCKING = (8, 2, 0)
 """The first QEMU with `block-job-change`."""
 
+FILTER = "-top"
+
 ENDING_S = 5.0
 ENDING_LOOK_S = 0.05
 
@@ -103,8 +105,8 @@ class Mirror:
     """The mirror of the disk with this uuid, by way of a monitor. Its methods raise what the monitor does."""
 
     def __init__(self, monitor: Monitor, uuid: str) -> None:
-        self.name = OURS + uuid.replace("-", "")[:16]
-        self.filter = f"{self.name}-top"
+        self.name = uuid if uuid.startswith(OURS) else OURS + uuid.replace("-", "")[:16]
+        self.filter = self.name + FILTER
         self._monitor = monitor
 
     async def look(self) -> Job | None:
@@ -190,6 +192,20 @@ class Mirror:
             return False
         await self._cancel(force=True)
         return True
+
+    async def end_others(self, node: str) -> None:
+        """End the mirrors of ours that a node has besides: to timelines that were its target before, and are so no more."""
+        nodes = await self._nodes()
+        file = next((one.get("file") for one in nodes if one["node-name"] == node), None)
+        for one in nodes:
+            name = str(one["node-name"])
+            if (
+                name.startswith(OURS)
+                and name.endswith(FILTER)
+                and one.get("file") == file
+                and name != self.filter
+            ):
+                await Mirror(self._monitor, name.removesuffix(FILTER)).end(force=True)
 
     async def end(self, *, force: bool = False) -> None:
         """End the job and take the node away; RefusedError if that takes too long.

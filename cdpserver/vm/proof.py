@@ -10,11 +10,13 @@ from cdpserver.vm.bitmaps import Bitmap
 from cdpserver.vm.record import Method
 from cdpserver.vm.target import TargetState
 
+OLDER = "the target came back with an older state: everything is copied anew"
+
 
 def worse(said: TargetState, before: TargetState) -> str:
     """Why a target cannot be what it was a moment ago; nothing if it can."""
     if said.session < before.session or said.last_seq < before.last_seq:
-        return "the target came back with an older state: everything is copied anew"
+        return OLDER
     if said.gap_ns != before.gap_ns:
         return "the target lost what it had acknowledged: everything is copied anew"
     return ""

@@ -6,6 +6,7 @@ import trio
 
 from cdpserver.vm.bitmaps import Bitmaps
 from cdpserver.vm.changes import Changes
+from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Mirror
 from cdpserver.vm.qmp import Monitor
 
@@ -16,4 +17,5 @@ async def release(monitor: Monitor, uuids: Iterable[str]) -> None:
         mirror = Mirror(monitor, uuid)
         await Changes(monitor, mirror, trio.Lock()).clean()
         await mirror.end()
+        await Mark(monitor, mirror).remove()
         await Bitmaps(monitor, mirror).remove_all()

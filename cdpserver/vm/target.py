@@ -14,6 +14,7 @@ class TargetState:
     anchor        the source's dirty bitmap that it is anchored to, or was; "" for none
     anchored      nothing but the source's mirror has written since
     payload_bytes put into the journal since it was opened
+    place         in its history, now; "" while it is not open
     """
 
     session: int
@@ -23,6 +24,7 @@ class TargetState:
     anchor: str = ""
     anchored: bool = False
     payload_bytes: int = 0
+    place: str = ""
 
     @classmethod
     def read(cls, said: dict[str, Any]) -> "TargetState":
@@ -35,6 +37,7 @@ class TargetState:
             anchor=str(said.get("anchor", "")),
             anchored=bool(said.get("anchored")),
             payload_bytes=int(said.get("payload_bytes", 0)),
+            place=str(said.get("place", "")),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class TargetState:
             "anchor": self.anchor,
             "anchored": self.anchored,
             "payload_bytes": self.payload_bytes,
+            "place": self.place,
         }
 
 
@@ -63,6 +67,10 @@ class Target(Protocol):
 
     async def state(self, disk: str) -> TargetState:
         """What it says of itself."""
+        ...
+
+    async def holds(self, disk: str, place: str) -> bool:
+        """Is this place in its history? False for an older copy of it, and for one that lost it and went on."""
         ...
 
     async def synced(self, disk: str, session: int, bitmap: str = "") -> None:

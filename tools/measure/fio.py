@@ -72,10 +72,19 @@ class Figures:
 
 def read(uri: str, job: Job, directory: Path) -> Figures:
     """A read job, for its time."""
+    return _for_its_time(uri, job, directory, "read")
+
+
+def write_for(uri: str, job: Job, directory: Path) -> Figures:
+    """A write job, for its time, on a disk of which nothing is to be declared meanwhile."""
+    return _for_its_time(uri, job, directory, "write")
+
+
+def _for_its_time(uri: str, job: Job, directory: Path, direction: str) -> Figures:
     output = directory / "fio.json"
     process = start(job.arguments(uri, output), directory / "fio.log")
     try:
-        return _figures(process.wait(LONGEST_S), output, "read")
+        return _figures(process.wait(LONGEST_S), output, direction)
     finally:
         process.kill()
         process.wait()

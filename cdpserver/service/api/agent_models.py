@@ -92,6 +92,13 @@ class LostMirror(Body):
     ago_ns: int | None = Field(None, ge=0, lt=MAX)
 
 
+class HeldPlace(Body):
+    """POST /v1/mirror:holds"""
+
+    disk: Text
+    place: Text
+
+
 class SizedMirror(Body):
     """POST /v1/mirror:size"""
 
@@ -103,6 +110,12 @@ class Taken(Answer):
     """What was taken of a report."""
 
     taken: Counted
+
+
+class Held(Answer):
+    """Whether a place is in the history of a disk."""
+
+    holds: bool
 
 
 class Done(Answer):
@@ -121,6 +134,7 @@ class MirrorSaid(Answer):
     anchor: str
     anchored: bool
     payload_bytes: Counted
+    place: str
 
 
 class MirrorSide(Answer):

@@ -47,6 +47,11 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
         await agents.target.synced(body.disk, body.session, body.bitmap)
         return await answers.one({"disk": body.disk})
 
+    @routes.post("/v1/mirror:holds", response_model=agent_models.Held)
+    async def ask_mirror_holds(body: agent_models.HeldPlace) -> Response:
+        """Is a place that its worker said earlier in the history of the disk?"""
+        return await answers.one({"holds": await agents.target.holds(body.disk, body.place)})
+
     @routes.post("/v1/mirror:lost", response_model=agent_models.Done)
     async def say_mirror_lost(body: agent_models.LostMirror) -> Response:
         """Writes of the guest did not arrive."""
