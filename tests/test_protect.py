@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,3 +206,21 @@ def test_a_monitor_that_another_program_holds(short_path: Path) -> None:
         pytest.raises(ApiError, match="another program holds this monitor"),
     ):
         protect(server, source)
+
+
+def test_a_guest_that_is_to_wait_leaves_no_gap(short_path: Path) -> None:
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source, wait=True)
+        in_sync(server)
+        assert server.stop() == 0
+        writer = threading.Thread(target=lambda: writes.pwrite(b"h" * BLOCK, 0))
+        writer.start()
+        writer.join(3)
+        assert writer.is_alive(), "longer than a guest waits that is not to"
+        with Server(server.state_dir) as again:
+            writer.join(30)
+            assert not writer.is_alive()
+            graded(again, "crash")
+            in_sync(again)
+            assert same_as_source(again, source)
+            assert not again.events("disk.gap")

@@ -55,9 +55,10 @@ def _changed_ns(journal: Journal, upto: int) -> int:
     found = 0
     for run in journal.runs(max(0, upto - NEAR), upto):
         changes = run.records[(run.records["kind"] != Kind.CONTROL) & (run.records["kind"] != Kind.DURABLE)]
-        chosen = changes if len(changes) else run.records[:1] if not found else changes
-        if len(chosen):
-            found = int(chosen["time"][-1])
+        if len(changes):
+            found = int(changes["time"][-1])
+        elif not found:
+            found = int(run.records["time"][0])
     return found
 
 
@@ -76,9 +77,8 @@ def put_gap(writer: JournalWriter, session: int, reason: str, *, since_ns: int) 
         from_ns, until_ns = max(broke.broke_ns, since_ns), broke.began_ns
         if until_ns and until_ns <= from_ns + 1:
             return None
-        message = control.missed(from_time_ns=from_ns, until_time_ns=until_ns, reason=reason)
-        writer._put_control(message)
         if state.synced:
             writer.begin_session(reason)
+        writer._put_control(control.missed(from_time_ns=from_ns, until_time_ns=until_ns, reason=reason))
     writer.commit()
     return from_ns, until_ns

@@ -132,13 +132,6 @@ def _with_times(
             found[seq] = (time_ns, int(alters["time"][place]) if known else FOR_EVER)
             if not known:
                 pending.append(seq)
-        for number in np.flatnonzero(records["kind"] == Kind.CONTROL).tolist():
-            message = run.reader.control(records[number])
-            if message["type"] == "missed":
-                from_ns = message["from_time_ns"]
-                found |= {
-                    seq: (at, from_ns + 1) for seq, (at, until) in found.items() if at <= from_ns < until
-                }
     return found
 
 

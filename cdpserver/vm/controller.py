@@ -25,7 +25,7 @@ from cdpserver.vm.changes import CannotError, Changes
 from cdpserver.vm.copies import Copy, How
 from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
-from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError
+from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
 from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
 from cdpserver.vm.target import Target, TargetState
 
@@ -50,6 +50,14 @@ GUARD_S = 0.1
 TRIES = 3
 TRY_AGAIN_S = 2.5
 """So often what changed is sent alone before the whole disk is. QEMU tells of a second write that failed only after a second."""
+
+AWAY = {
+    "inmigrate": "the VM is on its way into this QEMU: its disks are mirrored from where it runs, if they were",
+    "postmigrate": "the VM has moved to another QEMU: say which with cdp protect VM --qmp PATH",
+}
+"""QEMU's run states in which its guest, if it has one, runs in another."""
+
+RUN_EVENTS = frozenset({"STOP", "RESUME"})
 
 ENDINGS = frozenset({"BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"})
 
@@ -161,6 +169,14 @@ class Controller:
         seen.state, seen.reason = state, reason
 
 
+async def run_state(monitor: Monitor) -> str:
+    """QEMU's run state; nothing of a qemu-storage-daemon, which has none."""
+    try:
+        return str((await monitor.execute("query-status"))["status"])
+    except QmpRefusedError:
+        return ""
+
+
 class _Follower:
     """Follows the mirror of one disk over one connection to a monitor."""
 
@@ -185,10 +201,15 @@ class _Follower:
         self._steady: tuple[int, int] = (-1, -1)
         self._steady_since = 0.0
         self._freed = False
+        self._run_news = True
+        self._elsewhere = ""
         self._news = trio.Event()
 
     def hear(self, event: Event | None) -> None:
         """Every event of the monitor, in order; None for some that were lost."""
+        if event is None or event.name in RUN_EVENTS:
+            self._run_news = True
+            self._news.set()
         if self._mirror is None or self._changes is None:
             return
         self._changes.heard(event)
@@ -241,6 +262,8 @@ class _Follower:
         if self._target.hung_s(self._name):
             self._note(self._seen, "degraded", "the target does not answer")
             return
+        if await self._is_elsewhere():
+            return
         looked_at = trio.current_time()
         said = await self._target.state(self._name)
         job = await self._mirror.look()
@@ -264,6 +287,21 @@ class _Follower:
         if said.place:
             await self._mark.keep(said.place)
         self._said = said
+
+    async def _is_elsewhere(self) -> bool:
+        """Does the VM run in another QEMU, and this one only waits for it, or had it?"""
+        assert self._mirror is not None
+        if self._run_news:
+            self._run_news = False
+            state = await run_state(self._monitor)
+            # No event says that a migration has ended: while the guest does not run, it is looked at again.
+            self._run_news = self._run_news or state not in ("running", "")
+            self._elsewhere = AWAY.get(state, "")
+            if self._elsewhere and await self._mirror.look() is not None:
+                await self._mirror.end()
+        if self._elsewhere:
+            self._note(self._seen, "waiting", self._elsewhere)
+        return bool(self._elsewhere)
 
     async def _distrust(self, said: TargetState, job: Job | None) -> str:
         """Why the target cannot be what the job, or what was proven, is of."""
