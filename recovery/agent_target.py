@@ -57,7 +57,9 @@ class ApiTarget:
 
     async def holds(self, disk: str, place: str) -> bool:
         """See Target."""
-        return bool((await self.call(self._client.tell_mirror, "holds", {"disk": disk, "place": place}))["holds"])
+        return bool(
+            (await self.call(self._client.tell_mirror, "holds", {"disk": disk, "place": place}))["holds"]
+        )
 
     async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
         """See Target."""

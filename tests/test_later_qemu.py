@@ -68,6 +68,8 @@ class LaterQemu:
                 return [job | {"offset": SIZE, "len": SIZE, "type": "mirror"}] if self.mode else []
             case "query-named-block-nodes":
                 return self.nodes
+            case "query-status":
+                return {"status": "running", "running": True}
             case "query-block" | "query-blockstats":
                 return []
             case "object-add":
