@@ -17,7 +17,7 @@ from cdpserver.state import StateDir, default_state_dir
 from cdpserver.vm import disks, record
 from cdpserver.vm.connect import check_connection, connect
 from cdpserver.vm.controller import Controller, DiskState
-from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
+from cdpserver.vm.record import Connection, LibvirtDomain, ProtectedVm, QmpSocket
 from cdpserver.vm.release import release
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
@@ -87,10 +87,17 @@ class _Agent:
                 await self._let_go(running.controller.vm.connection, gone)
         for name, vm in wanted.items():
             if name not in self._running:
-                uuids = {disk.name: (await self._target.identity(disk.name))[0] for disk in vm.disks}
-                running = _Running(Controller(vm, connect, self._target), trio.CancelScope(), uuids)
-                self._running[name] = running
-                nursery.start_soon(self._keep, running)
+                await self._begin(nursery, vm)
+
+    async def _begin(self, nursery: trio.Nursery, vm: ProtectedVm) -> None:
+        try:
+            uuids = {disk.name: (await self._target.identity(disk.name))[0] for disk in vm.disks}
+        except CdpError as error:  # of this VM: the others begin all the same
+            say(f"{vm.name}: {error}")
+            return
+        running = _Running(Controller(vm, connect, self._target), trio.CancelScope(), uuids)
+        self._running[vm.name] = running
+        nursery.start_soon(self._keep, running)
 
     async def _keep(self, running: _Running) -> None:
         with running.scope:

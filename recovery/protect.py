@@ -8,10 +8,18 @@ from typing import Any
 from cdpserver.errors import UsageError
 from recovery.bar import moving
 from recovery.client import Client
+from recovery.copies import in_short, in_words
 from recovery.output import Column, answer, answer_json, answer_table, say
 from recovery.remote import client
 
-COLUMNS = (Column("name"), Column("node"), Column("state"), Column("uri"), Column("reason"))
+COLUMNS = (
+    Column("name"),
+    Column("node"),
+    Column("state"),
+    Column("uri"),
+    Column("copy", "last copy"),
+    Column("reason"),
+)
 
 LOOK_S = 0.3
 
@@ -41,7 +49,8 @@ def protect(options: Namespace) -> None:
     if options.json:
         answer_json(shown)
     else:
-        answer_table(COLUMNS, shown["disks"], nothing="the guest has no disks")
+        rows = [{**disk, "copy": in_short(disk["resync"])} for disk in shown["disks"]]
+        answer_table(COLUMNS, rows, nothing="the guest has no disks")
 
 
 def _monitor(options: Namespace) -> dict[str, str]:
@@ -81,6 +90,9 @@ def _wait_synced(service: Client, vm: str, shown: dict[str, Any]) -> dict[str, A
     except KeyboardInterrupt:
         say(f"{vm} is being protected all the same: cdp status; to end that: cdp protect {vm} --remove")
         raise
+    for disk in shown["disks"]:
+        if disk["resync"] is not None:
+            say(f"{disk['name']}: {in_words(disk['resync'])}")
     return shown
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from cdpserver.names import format_bytes, format_size
+from recovery.copies import in_short
 from recovery.output import printable
 
 MIN_WIDTH = 20
@@ -61,6 +62,8 @@ def _state(disk: dict[str, Any]) -> str:
     return "broken" if disk["broken"] else str(disk["state"])
 
 
+COPY = "last copy"
+
 COLUMNS = (
     Column("disk", 0, lambda disk, _: printable(disk["name"]), right=False),
     Column("state", 1, lambda disk, _: _state(disk), right=False),
@@ -70,6 +73,7 @@ COLUMNS = (
     Column("tail", 6, lambda disk, _: f"{disk['tail_records']:,}"),
     Column("index lag", 4, lambda disk, _: span(disk["index_lag_ns"])),
     Column("base point", 5, _base_point),
+    Column(COPY, 9, lambda disk, _: in_short(disk["resync"]), right=False),
     Column("clients", 7, lambda disk, _: "?" if disk["clients"] is None else str(disk["clients"])),
 )
 
@@ -136,7 +140,9 @@ def _cut(text: str, width: int | None) -> str:
 
 
 def _table(disks: list[dict[str, Any]], now_ns: int, width: int | None) -> list[Line]:
-    columns = list(COLUMNS)
+    # Of disks that the service protects.
+    copied = any(disk.get("resync") for disk in disks)
+    columns = [column for column in COLUMNS if column.title != COPY or copied]
     while True:
         cells = [[column.show(disk, now_ns) for column in columns] for disk in disks]
         widths = [

@@ -6,6 +6,7 @@ what it sees. It may die at any time: the mirrors go on, and the next one takes 
 
 from typing import Any
 
+from cdpserver.events import Level
 from cdpserver.names import check_name
 from cdpserver.service.core import Core
 from cdpserver.service.protection import Protection
@@ -20,6 +21,10 @@ EVENTS = frozenset(
     {"disk.degraded", "disk.guest-freed", "disk.protected", "disk.resynced", "disk.unprotected", "vm.failed"}
 )
 """What an agent may put on record here."""
+
+
+FIELDS = frozenset({"disk", "journalled_bytes", "method", "pause_ns", "reason", "sent_bytes", "vm", "why"})
+"""What such an event can say."""
 
 
 class Agents:
@@ -53,6 +58,7 @@ class Agents:
 
     def report(self, agent: str, vms: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:
         """Take what an agent sees; the answer says how many VMs of it were its own."""
+        check_name(agent)
         mine = {vm["vm"]: vm["disks"] for vm in vms}
         taken = 0
         for one in self._protection.running():
@@ -61,12 +67,14 @@ class Agents:
                 remote.report(mine[remote.vm.name])
                 taken += 1
         for event in events:
-            if event["event"] in EVENTS:
-                fields = {key: value for key, value in event["fields"].items() if key.isidentifier()}
-                level = fields.pop("level", "info")
-                for key in ("agent", "event", "self"):
-                    fields.pop(key, None)
-                self._core.log.emit(event["event"], level=level, agent=agent, **fields)
+            if event["event"] not in EVENTS:
+                continue
+            fields = {key: value for key, value in event["fields"].items() if key in FIELDS}
+            level: Level = "info"
+            for known in ("warning", "error"):
+                if event["fields"].get("level") == known:
+                    level = known
+            self._core.log.emit(event["event"], level=level, agent=agent, **fields)
         return {"taken": taken}
 
     # -- a mirror's other side -------------------------------------------------------------------------------

@@ -169,6 +169,11 @@ class Protection:
         if agent is not None and not agent.startswith("/"):
             raise UsageError(f"not an absolute path: {names.show(agent)}", hint="give the path from the root")
         async with self._changing(name) as before:
+            if before is not None and before.by:
+                raise RefusedError(
+                    f"{name} is protected by the agent {before.by}",
+                    hint=f"to end that: cdp protect {name} --remove",
+                )
             self._check_free(name, connection)
             async with connect(connection) as monitor:
                 found = choose(
