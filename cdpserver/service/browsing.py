@@ -160,20 +160,14 @@ class Browsing:
                 self._spare = await self._start()
 
     async def _start(self) -> Session:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [
-                *(sys.executable, "-m", "cdpserver.files.session"),
-                *(str(theirs.fileno()), str(self._core.state.path)),
-            ]
-            # Its standard output is nobody's business; what it says in despair is in our log.
-            process = await trio.lowlevel.open_process(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=processes.environment(),
-            )
+        """BrokenError for a host that has no process, memory or file left, whatever of it."""
+        try:
+            process, ours = await self._spawn()
+        except OSError as error:
+            raise BrokenError(
+                f"no process could be started to read the point: {error.strerror}",
+                hint="the host is short of memory, processes or files",
+            ) from error
         ours.setblocking(False)
         session = Session(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
         try:
@@ -183,6 +177,24 @@ class Browsing:
                 await self._close(session)
             raise
         return session
+
+    async def _spawn(self) -> tuple[trio.Process, socket.socket]:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                number, path = str(theirs.fileno()), str(self._core.state.path)
+                # Its standard output is nobody's business; what it says in despair is in our log.
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "cdpserver.files.session", number, path],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env=processes.environment(),
+                )
+        except BaseException:
+            ours.close()
+            raise
+        return process, ours
 
     async def _close(self, session: Session) -> None:
         session.end()
