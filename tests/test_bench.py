@@ -63,6 +63,8 @@ MEASURES = {
     "files-ls": 3 if why_no_mount() else 4,
     "files-walk": 1 if why_no_mount() else 2,
     "files-read": 2 if why_no_mount() else 3,
+    "migrate": 3,
+    "migrate-read": 2,
 }
 """How many subjects each measure has."""
 

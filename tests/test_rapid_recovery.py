@@ -16,7 +16,7 @@ from cdpserver.vm.recovery import record, states
 from cdpserver.vm.recovery.graph import export_of
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
-from tools.kit.processes import listens, start
+from tools.kit.processes import FailedError, listens, start
 from tools.kit.processes import until as soon
 from tools.kit.source import nbd_server
 
@@ -159,7 +159,10 @@ def wait(server: Server, id: str, *states: str) -> dict[str, Any]:
         return shown if shown["state"] in states else None
 
     # QEMU asks an export with many small extents for one after the other before it copies anything.
-    return soon(look, f"{id} in {states}", seconds=90)
+    try:
+        return soon(look, f"{id} in {states}", seconds=90)
+    except FailedError as error:
+        raise AssertionError(f"{error}: {server.get(f'/v1/recoveries/{id}')}") from None
 
 
 def at_home(target: str) -> bytes:

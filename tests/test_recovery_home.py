@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.test_rapid_recovery import SIZE, Guest, Vm, at_home, begin, protect, wait
+from tests.test_rapid_recovery import SIZE, Guest, Vm, at_home, begin, on_export, protect, wait
 from tests.test_service import ApiError, Server, connected, pattern, read, write
-from tools.kit.processes import scratch
+from tools.kit.processes import listens, scratch, start
 from tools.kit.processes import until as soon
 from tools.kit.qmp import Qmp
+from tools.kit.server import BIN
 
 pytestmark = pytest.mark.real
 
@@ -284,3 +285,160 @@ def test_a_new_vm_is_protected_as_a_disk_of_its_own_on_the_fork(
         assert shown["grade"] == "crash" and shown["base"].startswith(f"{vm}/vda@seq:")
         assert read(shared.uri(f"{name}/vda@latest"), SIZE) == content
         shared.delete(f"/v1/vms/{name}")
+
+
+def test_the_record_of_a_vm_in_qemu_system_names_its_device(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    content = protect(shared, vm=vm)
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good", name=f"{vm}-n", protect=True)
+    qmp, log = short_path / "vm.qmp", short_path / "vm.log"
+    command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-M", "q35", "-m", "64", "-nodefaults"]
+    command += ["-display", "none", *(part.replace("--", "-", 1) for part in on_export(0, begun["uri"]))]
+    command += ["-device", "virtio-blk-pci,id=root,drive=disk0", "-qmp", f"unix:{qmp},server=on,wait=off"]
+    process = start(command, log)
+    try:
+        listens(process, qmp, log)
+        wait(shared, begun["id"], "done")
+        assert protected(shared, f"{vm}-n")["device"] == "root"
+    finally:
+        process.kill()
+        process.wait()
+    assert at_home(begun["disks"][0]["target"]) == content
+    shared.delete(f"/v1/vms/{vm}-n")
+
+
+# --- places
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="no loop devices")
+def test_a_file_and_a_block_device_for_two_disks(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    contents = [protect(shared, name, vm=vm, number=number) for number, name in enumerate(("vda", "vdb"))]
+    for content in contents:
+        content[:MIB] = b"\xee" * MIB
+    image = short_path / "device.img"
+    image.write_bytes(b"\x55" * (SIZE + MIB))
+    device = subprocess.run(
+        ["losetup", "--find", "--show", image], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        places = {"vda": str(home / "root.raw"), "vdb": device}
+        body: dict[str, Any] = {"to": None, "targets": places, "point": f"{vm}@latest"}
+        with pytest.raises(ApiError, match="would be lost"):
+            begin(shared, home, short_path / "vm.qmp", f"{vm}/vdb@good", targets={"vdb": device})
+        begun = begin(shared, home, short_path / "vm.qmp", **body, force=True)
+        assert [disk["format"] for disk in begun["disks"]] == ["raw", "raw"]
+        with Vm(short_path, [disk["uri"] for disk in begun["disks"]]) as running:
+            wait(shared, begun["id"], "done")
+            assert [read(running.uri(number), SIZE) for number in (0, 1)] == contents
+            write(running.uri(1), pattern(3))
+            contents[1][:4096] = pattern(3)
+            with connected(running.uri(1)) as client:
+                client.flush()
+        assert (home / "root.raw").read_bytes() == contents[0]
+        assert image.read_bytes()[:SIZE] == contents[1]
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+# --- what else befalls it
+
+
+def test_the_operators_command_may_be_killed(shared: Server, home: Path, short_path: Path, vm: str) -> None:
+    content = protect(shared, vm=vm)
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good")
+    follow = [BIN / "cdp", "--state-dir", shared.state_dir, "recover", "show", begun["id"], "--follow"]
+    log = short_path / "cdp.log"
+    first = start(follow, log)
+    with Vm(short_path, [begun["uri"]]) as running:
+        wait(shared, begun["id"], "copying", "pivoting", "done")
+        first.kill()
+        first.wait()
+        assert start([*follow, "--json"], log).wait(60) == 0
+        shown = json.loads(log.read_text())
+        assert (shown["state"], shown["copied_bytes"]) == ("done", shown["total_bytes"])
+        assert {"state", "phase", "copied_bytes", "total_bytes", "events"} <= shown.keys()
+        assert read(running.uri(), SIZE) == content
+
+
+def test_a_cut_connection_fails_a_mirror_and_a_retry_goes_on(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    content = protect(shared, vm=vm)
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good")
+    with Vm(short_path, [begun["uri"]]) as running:
+        guest = Guest(running.uri(), content)
+        wait(shared, begun["id"], "copying", "pivoting", "done")
+        os.kill(shared.pids()["target-0"], signal.SIGKILL)
+        shown = wait(shared, begun["id"], "failed", "done")
+        if shown["state"] == "failed":
+            shared.post(f"/v1/recoveries/{begun['id']}:retry")
+            wait(shared, begun["id"], "done")
+        guest.stop()
+        assert read(running.uri(), SIZE) == content
+
+
+def test_retention_keeps_what_a_recovery_stands_on(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    content = protect(shared, vm=vm)
+    disk = f"{vm}/vda"
+    for number in range(3):
+        write(shared.get(f"/v1/disks/{disk}")["uri"], pattern(number, 8 * MIB))
+        shared.post(f"/v1/disks/{disk}:cut")
+    for mode in ("mirror", "stream"):
+        (home / mode).mkdir()
+        body = {"mode": mode, "name": f"{vm}-{mode}"}
+        begun = begin(shared, home / mode, short_path / f"{mode}.qmp", f"{disk}@good", **body)
+        shared.request("PATCH", f"/v1/policies/{disk}", {"size_cap": "64M", "keep_bp": "none"})
+        shared.post("/v1/prune", disk=disk)
+        place = begun["disks"][0]["target"] if mode == "stream" else begun["uri"]
+        with Vm(short_path, [place], mode) as running:
+            wait(shared, begun["id"], "done")
+            assert read(running.uri(), SIZE) == content
+
+
+def test_every_step_that_is_not_possible_is_refused_by_name(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    protect(shared, vm=vm)
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good")
+    steps = f"/v1/recoveries/{begun['id']}"
+    for verb in ("commit", "undo", "retry"):
+        with pytest.raises(ApiError, match=f"running .waiting.: no {verb} now"):
+            shared.post(f"{steps}:{verb}")
+    with Vm(short_path, [begun["uri"]]):
+        wait(shared, begun["id"], "done")
+        with pytest.raises(ApiError, match=r"no abort now.*cdp recover undo"):
+            shared.post(f"{steps}:abort")
+        shared.post(f"{steps}:undo")
+        wait(shared, begun["id"], "aborted")
+        with pytest.raises(ApiError, match="no abort now"):
+            shared.post(f"{steps}:abort")
+        with pytest.raises(ApiError, match="no discard now"):
+            shared.post(f"{steps}:undo", discard=True)
+
+
+def test_what_is_refused_of_modes_and_places(shared: Server, home: Path, short_path: Path, vm: str) -> None:
+    protect(shared, vm=vm)
+    protect(shared, "vdb", vm=vm)
+    qmp, point = short_path / "vm.qmp", f"{vm}/vda@good"
+    refusals: dict[str, dict[str, Any]] = {
+        "cannot be filled while a VM writes": {"mode": "stream", "format": "raw"},
+        "nothing says where vda goes": {"to": None},
+        "there is no disk vdc to place": {"targets": {"vdc": str(home)}},
+        f"{vm} also has {vm}/vdb": {"overwrite": True},
+        "no directory here": {"to": str(home / "none")},
+    }
+    for match, more in refusals.items():
+        with pytest.raises(ApiError, match=match):
+            begin(shared, home, qmp, point, **more)
+    with connected(shared.get(f"/v1/disks/{vm}/vda")["uri"]) as client:
+        client.pwrite(pattern(1), 0)
+        for disk in ("vda", "vdb"):
+            shared.post(f"/v1/disks/{vm}/{disk}:synced", write_blocking=True)
+        with pytest.raises(ApiError, match=f"{vm} runs"):
+            begin(shared, home, qmp, f"{vm}@latest", overwrite=True)
+    assert begin(shared, home, qmp, point, overwrite=False)["disks"][0]["warning"] == ""

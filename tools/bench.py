@@ -23,6 +23,7 @@ from tools.measure import (
     idle,
     machine,
     many,
+    migrate,
     mirrors,
     opening,
     reads,
@@ -48,6 +49,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "forward": workers.forward,
     "takeover": workers.takeover,
     "files": files.files,
+    "migrate": migrate.migrate,
 }
 
 

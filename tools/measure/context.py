@@ -34,6 +34,7 @@ class Sizes:
     takeovers: int = 3
     small_files: int = 8000
     large_file: int = 512 * MIB
+    migrate: int = GIB
 
 
 QUICK = Sizes(
@@ -57,6 +58,7 @@ QUICK = Sizes(
     takeovers=1,
     small_files=30,
     large_file=4 * MIB,
+    migrate=16 * MIB,
 )
 """Enough to see that everything works; the figures say little."""
 
