@@ -228,12 +228,13 @@ def copy(path: Path, to: Path) -> None:
 
 
 def rebase(path: Path, backing: str, *, format: str, progress: Progress = nobody) -> None:
-    """Let a QCOW2 file stand on `backing`, named relative to it, and hold what it held: differences are copied into it.
+    """Let a QCOW2 file stand on `backing` (named relative to it; empty for none), and hold what it held: differences are copied.
 
     Zeros that it must hold now become zero clusters; without detect-zeroes they would be written out.
     """
     image = f"driver=qcow2,file.driver=file,file.filename={path.name},detect-zeroes=on"
-    command = ["qemu-img", "rebase", "-p", "--image-opts", "-b", backing, "-F", format, image]
+    of_format = ["-F", format] if backing else []
+    command = ["qemu-img", "rebase", "-p", "--image-opts", "-b", backing, *of_format, image]
     _run_told(command, doing=f"merging into {path.name}", progress=progress, cwd=path.parent)
 
 

@@ -36,6 +36,7 @@ def start(options: Namespace) -> None:
         # The service has another working directory.
         "qmp": os.path.abspath(options.qmp),
         "mode": options.mode,
+        "shape": options.shape,
         "overwrite": options.overwrite,
         "protect": options.protect,
         "force": options.force,
@@ -43,6 +44,8 @@ def start(options: Namespace) -> None:
     }
     if options.name is not None:
         body["name"] = options.name
+    if options.base is not None:
+        body["base"] = os.path.abspath(options.base)
     if options.format is not None:
         body["format"] = options.format
     _answer(options, client(options).start_recovery(body))

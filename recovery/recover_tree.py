@@ -38,6 +38,20 @@ def add_recover(commands: Commands) -> None:
         help="at home; default: qcow2, and raw for a block device or a file named .raw or .img",
     )
     start.add_argument(
+        "--as",
+        dest="shape",
+        choices=("image", "chain"),
+        default="image",
+        help="image (default): one file. chain, with --mode stream: the file at home stands on an image of the point, and that on"
+        " the base image",
+    )
+    start.add_argument(
+        "--base",
+        metavar="FILE",
+        help="of a chain: an image on primary storage; what it holds of the point is not copied. Default: the image that the disk"
+        " was made from",
+    )
+    start.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the old VM's disks: they are kept until the commit, and their history goes on; default: a new VM beside it",

@@ -343,6 +343,62 @@ def test_a_file_and_a_block_device_for_two_disks(
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
+@pytest.mark.parametrize("on_base", [True, False], ids=["on-its-base", "alone"])
+def test_a_chain_holds_what_differs_from_the_base_image(
+    shared: Server, home: Path, short_path: Path, vm: str, on_base: bool
+) -> None:
+    base = short_path / "template.qcow2"
+    raw = bytearray(b"".join(pattern(number, MIB) for number in range(SIZE // MIB)))
+    (short_path / "template.raw").write_bytes(raw)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", short_path / "template.raw", base)
+    made_on = {"base": str(base)} if on_base else {}
+    uri = shared.post("/v1/disks", name="vda", vm=vm, size=SIZE, **made_on)["uri"]
+    with connected(uri) as client:
+        client.pwrite(bytes(raw), 0)
+        client.pwrite(b"\x77" * MIB, 5 * MIB)
+        raw[5 * MIB : 6 * MIB] = b"\x77" * MIB
+        shared.post(f"/v1/disks/{vm}/vda:synced", write_blocking=True)
+        shared.post(f"/v1/disks/{vm}/vda:mark", name="good")
+    begun = stream(shared, home, short_path / "vm.qmp", vm, shape="chain")
+    target = begun["disks"][0]["target"]
+    with Vm(short_path, [target]) as running:
+        guest = Guest(running.uri(), raw)
+        shown = wait(shared, begun["id"], "done")
+        assert shown["copied_bytes"] == shown["total_bytes"] == SIZE
+        guest.stop()
+        assert read(running.uri(), SIZE) == raw
+        with connected(running.uri()) as client:
+            client.flush()
+        chain = qemu_img("info", "-U", "--backing-chain", "--output=json", target)
+        files = [os.path.realpath(one["filename"]) for one in chain]
+        assert files == [target, str(home / "vda.point.qcow2"), *([str(base)] if on_base else [])]
+        assert (chain[1]["actual-size"] < 4 * MIB) == on_base
+        shared.post(f"/v1/recoveries/{begun['id']}:undo")
+        assert wait(shared, begun["id"], "aborted")["phase"] == "undone"
+        assert read(running.uri(), SIZE) == raw
+    assert at_home(target) == raw
+
+
+def test_an_aborted_chain_leaves_the_vm_on_the_point(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    content = protect(shared, vm=vm)
+    begun = stream(shared, home, short_path / "vm.qmp", vm, shape="chain")
+    with Vm(short_path, [begun["disks"][0]["target"]]) as running:
+        pid = shared.pids()["export"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait(shared, begun["id"], "copying")
+            assert shared.post(f"/v1/recoveries/{begun['id']}:abort")["phase"] == "stopped"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert read(running.uri(), SIZE) == content
+        assert not (home / "vda.point.qcow2").exists()
+        shared.post(f"/v1/recoveries/{begun['id']}:retry")
+        wait(shared, begun["id"], "done")
+        assert read(running.uri(), SIZE) == content
+
+
 # --- what else befalls it
 
 
@@ -428,6 +484,8 @@ def test_what_is_refused_of_modes_and_places(shared: Server, home: Path, short_p
     refusals: dict[str, dict[str, Any]] = {
         "cannot be filled while a VM writes": {"mode": "stream", "format": "raw"},
         "nothing says where vda goes": {"to": None},
+        "its target is one image": {"shape": "chain"},
+        "a base image is for a chain": {"base": str(home / "base.qcow2")},
         "there is no disk vdc to place": {"targets": {"vdc": str(home)}},
         f"{vm} also has {vm}/vdb": {"overwrite": True},
         "no directory here": {"to": str(home / "none")},

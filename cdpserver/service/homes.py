@@ -10,9 +10,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from cdpserver import durable, names, qemu
+from cdpserver import durable, names, qemu, timeline
 from cdpserver.errors import RefusedError, UsageError
+from cdpserver.service import images
 from cdpserver.service.core import Core
+from cdpserver.timeline import ImageBase
 from cdpserver.vm.recovery.move import RECONNECT_S, nbd_server
 from cdpserver.vm.recovery.record import Format, RecoveredDisk, Recovery
 
@@ -83,6 +85,15 @@ def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> Non
         raise RefusedError(f"what is on {path} would be lost", hint="if that is meant: --force")
 
 
+def choose_base(core: Core, disk: str, base: str | None, size: int) -> str:
+    """The base image of a chain: the one that is named, else the one that the disk was made from, if that is still there."""
+    if base is not None:
+        return str(images.check_path(base)) if images.check_fits(Path(base), size) else ""
+    found = timeline.load(core.state.timeline(core.entry(disk).id)).base
+    source = images.source_of(core.state, found) if isinstance(found, ImageBase) else None
+    return source if source is not None and Path(source).is_file() else ""
+
+
 def is_device(path: Path) -> bool:
     """Is it a block device?"""
     try:
@@ -115,6 +126,10 @@ def remove(disk: RecoveredDisk, id: str) -> None:
     """What was made at the target goes; what it replaced is there again."""
     if not is_device(Path(disk.target)):
         Path(disk.target).unlink(missing_ok=True)
+    if disk.chain:
+        image = Path(disk.point_image)
+        for path in (image, image.with_name(f"{durable.TEMPORARY}{image.name}")):
+            path.unlink(missing_ok=True)
     put_back(disk, id)
 
 

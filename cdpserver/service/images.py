@@ -63,6 +63,12 @@ def is_noted(raw: Path) -> bool:
     return _read(raw.with_suffix(".json")) is not None
 
 
+def source_of(state: StateDir, base: ImageBase) -> str | None:
+    """The path of the file that an image was imported from, if that is known."""
+    found = _read((state.path / base.file).with_suffix(".json"))
+    return None if found is None else found.path
+
+
 def _read(path: Path) -> Source | None:
     try:
         value = durable.read_json(path)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from cdpserver import names
 from cdpserver.errors import RefusedError, UsageError
@@ -25,6 +27,8 @@ class Request:
     mode: Mode = "mirror"
     name: str | None = None
     format: Format | None = None
+    shape: Literal["image", "chain"] = "image"
+    base: str | None = None
     overwrite: bool = False
     protect: bool = True
     force: bool = False
@@ -95,6 +99,8 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
             f"{target} would be raw, and a raw image cannot be filled while a VM writes to it",
             hint="add --format qcow2, or --mode mirror",
         )
+    _check_shape(asked, target)
+    chain = asked.shape == "chain"
     return RecoveredDisk(
         disk=chosen.entry.name,
         seq=chosen.seq,
@@ -104,8 +110,25 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
         target=target,
         format=format,
         warning=chosen.warning,
+        chain=chain,
+        base=homes.choose_base(core, chosen.entry.name, asked.base, chosen.size) if chain else "",
         replaces=homes.check(target, size=chosen.size, overwrite=asked.overwrite, force=asked.force),
     )
+
+
+def _check_shape(asked: Request, target: str) -> None:
+    if asked.shape == "image":
+        if asked.base is not None:
+            raise UsageError("a base image is for a chain", hint="add --as chain, or leave --base away")
+        return
+    if asked.mode != "stream":
+        raise UsageError(
+            "a mirror writes the whole disk, so its target is one image", hint="for a chain: --mode stream"
+        )
+    if homes.is_device(Path(target)):
+        raise UsageError(
+            f"{target} is a block device, and a chain is files", hint="name a directory: --to DIR"
+        )
 
 
 def _place(asked: Request, disk: str) -> str:
@@ -124,6 +147,8 @@ def _check_disks(core: Core, disks: tuple[RecoveredDisk, ...], asked: Request, h
     for disk in disks:
         if core.catalog.get(disk.fork) is not None:
             raise RefusedError(f"there is a disk {disk.fork} already", hint="choose another --name")
+        if disk.chain and Path(disk.point_image).exists():
+            raise RefusedError(f"there is {disk.point_image} already", hint="name another place")
         if disk.target in taken:
             raise RefusedError(
                 f"{disk.target} is taken by {taken[disk.target]}", hint="name another place: cdp recover list"

@@ -11,11 +11,12 @@ from typing import TypeAlias
 
 import trio
 
-from cdpserver import durable
+from cdpserver import durable, progress, qemu
 from cdpserver.errors import CdpError
 from cdpserver.service import homes
 from cdpserver.service.core import Core
 from cdpserver.vm import qmp
+from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
 from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
 from cdpserver.vm.recovery.move import Move
@@ -119,8 +120,8 @@ class Runner:
         return [move for _, move in self._all_moves(monitor)]
 
     def _all_moves(self, monitor: qmp.Monitor) -> Iterator[tuple[int, Move]]:
-        kind = StreamMove if self.recovery.mode == "stream" else Move
         for number, disk in enumerate(self.recovery.disks):
+            kind = Move if self.recovery.mode == "mirror" else ChainMove if disk.chain else StreamMove
             yield number, kind(monitor, self.recovery.id, number, disk, fork_uri(self._core, disk))
 
     def _moves(self, monitor: qmp.Monitor) -> list[tuple[int, Move]]:
@@ -156,11 +157,33 @@ class Runner:
                 continue
             if self.recovery.mode == "mirror":
                 await self._take_place(number, move.disk)
+            if move.disk.chain:
+                await self._make_point_image(move.disk)
             await move.begin_home()
         while True:
             if self._all_ready([await move.progress() for _, move in moves]):
                 return
             await trio.sleep(LOOK_S)
+
+    async def _make_point_image(self, disk: RecoveredDisk) -> None:
+        """Of a chain, if it is not there: how far it is counts as the disk's share of the copy."""
+        if await self._core.thread(Path(disk.point_image).exists):
+            return
+        uris, core = self._core.point_uris(disk.disk, disk.seq), self._core
+        command = ["--uri", uris.get("uri_unix", uris["uri"]), "--target", disk.point_image]
+        command += ["--size", str(disk.size)]
+        if disk.base:
+            found = await core.thread(qemu.info, Path(disk.base))
+            command += ["--base", disk.base, "--base-format", found.format]
+        before = self.copied
+        self.total = max(self.total, before + disk.size)
+
+        def hear(fraction: float) -> None:
+            self.copied = before + int(fraction * disk.size)
+
+        progress.hearer.set(hear)
+        await core.job(f"{self.recovery.id}-image", "cdpserver.vm.recovery.pointimage", *command)
+        self.copied = before + disk.size
 
     async def _take_place(self, number: int, disk: RecoveredDisk) -> None:
         """From here on what is at the target is ours."""

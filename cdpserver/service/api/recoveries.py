@@ -37,6 +37,15 @@ class StartRecovery(Body):
         None,
         description="At home; by default qcow2, and raw for a block device or a file named .raw or .img.",
     )
+    shape: Literal["image", "chain"] = Field(
+        "image",
+        description="image: one file. chain, when streaming: the file at home on an image of the point, on a base image.",
+    )
+    base: Text | None = Field(
+        None,
+        description="Of a chain: an image on primary storage; what it holds of the point is not copied. By default the image that"
+        " the disk was made from, if that is still there.",
+    )
     overwrite: bool = Field(
         False,
         description="Replace the old VM's disks, which are kept until the commit, and go on with their history.",

@@ -54,6 +54,11 @@ class Graph:
                 return above[-1] if above else node
         return None
 
+    def child(self, image: str, path: str) -> str:
+        """The node of the file at `path` that an image's node reads."""
+        real = os.path.realpath(path)
+        return next(node for node, file in self.files.items() if file == real and image in self.way_up(node))
+
     def top(self, node: str) -> str:
         """The highest driver's node over this one: what a job is told to work on."""
         by_number = {number: name for name, number in self.names.items()}

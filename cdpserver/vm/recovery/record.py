@@ -55,10 +55,18 @@ class RecoveredDisk:
     """How QEMU names the disk that has arrived, for its protection."""
     warning: str = ""
     """What the point lacks; only with force."""
+    chain: bool = False
+    """What is at home stands on an image of the point, and that on `base` if there is one."""
+    base: str = ""
 
     def aside(self, id: str) -> str:
         """Where what `target` replaces is kept meanwhile."""
         return f"{self.target}.before-{id}"
+
+    @property
+    def point_image(self) -> str:
+        """Of a chain: the image of the point."""
+        return f"{self.target.removesuffix('.qcow2')}.point.qcow2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,8 @@ class Recovery:
                     "replaces": one.replaces,
                     "device": one.device,
                     "warning": one.warning,
+                    "chain": one.chain,
+                    "base": one.base,
                 }
                 for one in self.disks
             ],
@@ -236,6 +246,8 @@ def _read_disk(fields: dict[str, Any]) -> RecoveredDisk:
         replaces=bool(fields.get("replaces", False)),
         device=str(fields.get("device", "")),
         warning=str(fields.get("warning", "")),
+        chain=bool(fields.get("chain", False)),
+        base=str(fields.get("base", "")),
     )
 
 
