@@ -101,6 +101,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 nursery.start_soon(tails.watch, core, children.targets)
                 await nursery.start(freezer.run)
                 await nursery.start(protection.run)
+                await nursery.start(recoveries.keep_running)
                 nursery.start_soon(Schedule(core, marks).keep_marking)
                 app = api.build(core, parts, roles, stop.asked)
                 async with trio.open_nursery() as requests:
