@@ -110,9 +110,13 @@ def _run_told(arguments: Sequence[str], *, doing: str, progress: Progress, cwd: 
             ) from None
         with process:
             assert process.stdout is not None
-            while said := os.read(process.stdout.fileno(), 65536):
-                if percents := _PERCENT.findall(said):
-                    progress(float(percents[-1]) / 100)
+            try:
+                while said := os.read(process.stdout.fileno(), 65536):
+                    if percents := _PERCENT.findall(said):
+                        progress(float(percents[-1]) / 100)
+            except BaseException:
+                process.kill()  # a Ctrl-C: nobody waits for what it would still write
+                raise
         if process.returncode:
             stderr.seek(0)
             raise _failed(doing, stderr.read(), process.returncode)

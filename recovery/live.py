@@ -19,12 +19,12 @@ _STEPS = 1000
 def live_tree(options: Namespace) -> None:
     """The images of a disk."""
     from cdpserver.vm.chain import command, cowtree, snapshots
-    from cdpserver.vm.chain.cow import server_socket
+    from cdpserver.vm.chain.cow import Server
     from cdpserver.vm.qmp import Qmp
 
     async def do(monitor: Qmp) -> dict[str, Any]:
         value = await snapshots.tree(monitor, options.vm, options.disk)
-        socket = server_socket(options.qmp, options.nbd_socket)
+        socket = Server.of(options.qmp, options.nbd_socket).socket
         return await cowtree.add_to_tree(monitor, options.disk, value, socket=socket)
 
     value = command.over(options.qmp, do)
@@ -61,7 +61,7 @@ def live_create(options: Namespace) -> None:
 def _create_cow(options: Namespace) -> None:
     from cdpserver.vm.chain import command, cow
 
-    name, socket = _name(options), cow.server_socket(options.qmp, options.nbd_socket)
+    name, server = _name(options), cow.Server.of(options.qmp, options.nbd_socket)
     directory = options.directory.absolute() if options.directory else None
     made = command.over(
         options.qmp,
@@ -71,8 +71,7 @@ def _create_cow(options: Namespace) -> None:
             options.disk,
             name=name,
             directory=directory,
-            socket=socket,
-            own=options.nbd_socket is None,
+            server=server,
         ),
     )
     if options.json:
@@ -87,23 +86,25 @@ def _create_cow(options: Namespace) -> None:
 def live_save(options: Namespace) -> None:
     """A COW snapshot as a file."""
     from cdpserver.vm.chain import command, cow
-    from cdpserver.vm.qmp import Qmp
 
-    socket, output = cow.server_socket(options.qmp, options.nbd_socket), options.output.absolute()
+    server, output = cow.Server.of(options.qmp, options.nbd_socket), options.output.absolute()
+    found, size = command.over(options.qmp, lambda monitor: cow.find(monitor, options.disk, options.node))
     with moving(f"saving {options.node}") as bar:
-
-        async def do(monitor: Qmp) -> dict[str, Any]:
-            return await cow.save(
-                monitor,
-                options.disk,
-                options.node,
-                output,
-                format=options.format,
-                socket=socket,
-                progress=lambda done: bar(int(done * _STEPS), _STEPS),
-            )
-
-        said = command.over(options.qmp, do)
+        cow.save(
+            found,
+            server,
+            output,
+            format=options.format,
+            progress=lambda done: bar(int(done * _STEPS), _STEPS),
+        )
+    said = {
+        "disk": options.disk,
+        "snapshot": found.name,
+        "time_ns": found.time_ns,
+        "output": str(output),
+        "format": options.format,
+        "size": size,
+    }
     if options.json:
         answer_json(said)
     else:
@@ -165,8 +166,9 @@ def _merge(options: Namespace, verb: str, question: str) -> None:
                 bar(int(done * _STEPS), _STEPS)
 
             if verb == "delete":
-                socket = cow.server_socket(options.qmp, options.nbd_socket)
-                if (gone := await cow.delete(monitor, options.disk, options.node, socket=socket)) is not None:
+                server = cow.Server.of(options.qmp, options.nbd_socket)
+                gone = await cow.delete(monitor, options.disk, options.node, server=server)
+                if gone is not None:
                     return gone
                 return await snapshots.delete(monitor, options.disk, options.node, progress=progress)
             work = snapshots.commit if verb == "commit" else snapshots.pull

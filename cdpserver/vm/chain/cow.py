@@ -41,13 +41,19 @@ class _Made:
     warning: str | None
 
 
-def server_socket(monitor_path: Path, given: Path | None) -> Path:
-    """Where QEMU's NBD server listens: where it was told to, else beside the monitor."""
-    return (
-        given.absolute()
-        if given is not None
-        else monitor_path.absolute().with_name(f"{monitor_path.name}.nbd")
-    )
+@dataclass(frozen=True, slots=True)
+class Server:
+    """QEMU's NBD server: where it listens, and whether it is there for COW snapshots alone."""
+
+    socket: Path
+    own: bool
+
+    @classmethod
+    def of(cls, monitor_path: Path, given: Path | None) -> "Server":
+        """The one that is given; else one beside the monitor."""
+        if given is not None:
+            return cls(given.absolute(), own=False)
+        return cls(monitor_path.absolute().with_name(f"{monitor_path.name}.nbd"), own=True)
 
 
 async def create(
@@ -57,10 +63,9 @@ async def create(
     *,
     name: str,
     directory: Path | None,
-    socket: Path,
-    own: bool,
+    server: Server,
 ) -> list[dict[str, Any]]:
-    """A COW snapshot of each disk, all at one instant, exported at `socket`; `own`: QEMU's server is to listen there.
+    """A COW snapshot of each disk, all at one instant, exported by QEMU's server, which is started if it is ours.
 
     Refused for all if it is for one. UsageError, RefusedError, BrokenError.
     """
@@ -76,10 +81,10 @@ async def create(
         )
     for one in made:
         await _check_thread(monitor, one.chain)
-    if own:
-        await _serve(monitor, socket)
+    if server.own:
+        await _serve(monitor, server.socket)
     with trio.CancelScope(shield=True):  # a Ctrl-C leaves no half of it
-        await _put_in(monitor, answers, made, socket)
+        await _put_in(monitor, answers, made, server)
     return [
         {
             "vm": vm,
@@ -87,7 +92,7 @@ async def create(
             "snapshot": name,
             "time_ns": one.cow.time_ns,
             "path": str(one.cow.path),
-            "uri": uri(one.cow, socket),
+            "uri": uri(one.cow, server.socket),
             "snapshots": len(cownodes.cows(one.chain, answers.nodes)) + 1,
             "warning": one.warning,
         }
@@ -95,7 +100,7 @@ async def create(
     ]
 
 
-async def _put_in(monitor: Monitor, answers: Answers, made: Sequence[_Made], socket: Path) -> None:
+async def _put_in(monitor: Monitor, answers: Answers, made: Sequence[_Made], server: Server) -> None:
     """All of them, or none."""
     try:
         for one in made:
@@ -109,7 +114,7 @@ async def _put_in(monitor: Monitor, answers: Answers, made: Sequence[_Made], soc
         for one in made:
             with contextlib.suppress(CdpError):  # what QEMU does not let go is shown by the tree
                 await _remove(monitor, one.chain.handle, one.cow)
-        await _end_server(monitor, socket)
+        await _end_server(monitor, server)
         raise
 
 
@@ -215,32 +220,34 @@ async def _serve(monitor: Monitor, socket: Path) -> None:
     except QmpRefusedError as error:
         if "already running" not in error.desc:
             raise
-        if not await trio.Path(socket).exists():
+        if not await _listens(socket):
             raise RefusedError(
                 "QEMU has an NBD server already, and does not say where it listens",
                 hint="say it: --nbd-socket PATH",
             ) from None
 
 
-async def _end_server(monitor: Monitor, socket: Path) -> None:
+async def _listens(socket: Path) -> bool:
+    try:
+        stream = await trio.open_unix_socket(str(socket))
+    except OSError:
+        return False
+    await stream.aclose()
+    return True
+
+
+async def _end_server(monitor: Monitor, server: Server) -> None:
     """End the server that was started for snapshots, when nothing is exported any more."""
     exports = await monitor.execute("query-block-exports")
-    if await trio.Path(socket).exists() and not any(export["type"] == "nbd" for export in exports):
+    if not server.own or any(export["type"] == "nbd" for export in exports):
+        return
+    if await _listens(server.socket):
         with contextlib.suppress(QmpRefusedError):  # it ended already
             await monitor.execute("nbd-server-stop")
 
 
-async def save(
-    monitor: Monitor,
-    disk: str,
-    name: str,
-    output: Path,
-    *,
-    format: str,
-    socket: Path,
-    progress: Progress = nobody,
-) -> dict[str, Any]:
-    """Write a snapshot to a file of its own, durable on return. NotFoundError, UsageError, BrokenError, NoSpaceError."""
+async def find(monitor: Monitor, disk: str, name: str) -> tuple[Cow, int]:
+    """The COW snapshot of this name, and the disk's size in bytes. NotFoundError."""
     answers = await ask(monitor)
     chain = chain_of(answers, disk)
     there = cownodes.cows(chain, answers.nodes)
@@ -248,27 +255,26 @@ async def save(
     if cow is None:
         known = ", ".join(cow.name for cow in there[:8]) or "none"
         raise NotFoundError(f"{chain.disk} has no COW snapshot {show(name)}", hint=f"it has {known}")
-    if await trio.Path(output).exists():
+    return cow, chain.active.size
+
+
+def save(cow: Cow, server: Server, output: Path, *, format: str, progress: Progress = nobody) -> None:
+    """Write a snapshot to a file of its own, durable on return; the monitor is free meanwhile.
+
+    UsageError, BrokenError, NoSpaceError.
+    """
+    if output.exists():
         raise UsageError(f"{output} exists", hint="name another file")
-    if await trio.to_thread.run_sync(is_broken, uri(cow, socket)):
+    at = uri(cow, server.socket)
+    if is_broken(at):
         raise BrokenError(
-            f"{cow.name} of {chain.disk} is broken: what was overwritten could not be copied away",
+            f"the snapshot {cow.name} is broken: what was overwritten could not be copied away",
             hint=f"look at the room of {cow.path and cow.path.parent}; delete the snapshot and take another",
         )
-    await trio.to_thread.run_sync(
-        lambda: qemu.copy_export(uri(cow, socket), output, format=format, progress=progress)
-    )
-    return {
-        "disk": chain.disk,
-        "snapshot": cow.name,
-        "time_ns": cow.time_ns,
-        "output": str(output),
-        "format": format,
-        "size": chain.active.size,
-    }
+    qemu.copy_export(at, output, format=format, progress=progress)
 
 
-async def delete(monitor: Monitor, disk: str, name: str, *, socket: Path) -> dict[str, Any] | None:
+async def delete(monitor: Monitor, disk: str, name: str, *, server: Server) -> dict[str, Any] | None:
     """Take a snapshot away, or what one of an earlier QEMU left; None if the disk has none of this name.
 
     RefusedError while somebody reads it, or has its file open.
@@ -286,7 +292,7 @@ async def delete(monitor: Monitor, disk: str, name: str, *, socket: Path) -> dic
     size = 0 if path is None else durable.used_bytes(path)
     if cow is not None:
         await _remove(monitor, chain.handle, cow)
-        await _end_server(monitor, socket)
+        await _end_server(monitor, server)
     elif path is not None:
         await trio.to_thread.run_sync(qemu.check_unused, path)
         path.unlink()
