@@ -2,16 +2,19 @@
 
 Writes, growth, base points, locks, forks, exports, policies and caps that change, passes of retention, merges, restarts of the
 service (clean, or killed), reboots of the host, a clock that is wrong. After each step what must be there reads bit-exact, and
-everything else reads bit-exact or is refused, never wrong; after a pass nothing stays that policy says to drop.
+everything else reads bit-exact or is refused, never wrong; after a pass nothing stays that policy says to drop. CDP_LIVES=N lives
+N lives; a failing one is made shorter by Hypothesis.
 """
 
 import contextlib
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from cdpserver import offtime
 from cdpserver.catalog import Catalog, Entry
@@ -28,7 +31,7 @@ from cdpserver.retention.facts import gather
 from cdpserver.retention.plan import fixed_bytes
 from cdpserver.view.history import History
 from cdpserver.view.view import View
-from tests.core import INDEXER, SECOND_NS, Line, World
+from tests.core import INDEXER, SECOND_NS, Line, World, scratch
 from tests.islands import publish
 from tests.model import BLOCK
 
@@ -82,6 +85,28 @@ class Export:
         self.lease.close()
 
 
+WEIGHTS = {
+    "churn": 12,
+    "cut": 12,
+    "prune": 6,
+    "merge": 5,
+    "synced": 3,
+    "restart": 3,
+    "lock": 2,
+    "fork": 1,
+    "open": 3,
+    "close_one": 2,
+    "policy": 2,
+    "wrong_clock": 2,
+    "reboot": 1,
+    "grow": 1,
+}
+"""What can happen in a life, and how often."""
+
+SEEDS = st.integers(0, (1 << 32) - 1)
+"""What a step chooses by."""
+
+
 class Life:
     """A disk and its forks, what holds their points, and what should therefore be there."""
 
@@ -96,25 +121,6 @@ class Life:
         self._named(world.add(SIZE, image=bytes(SIZE)))
         self.churn()
         self.lines[0][0].synced()
-
-    def steps(self) -> dict[Callable[[], None], int]:
-        """What can happen, and how often."""
-        return {
-            self.churn: 12,
-            self.cut: 12,
-            self.prune: 6,
-            self.merge: 5,
-            self.synced: 3,
-            self.restart: 3,
-            self.lock: 2,
-            self.fork: 1,
-            self.open: 3,
-            self.close_one: 2,
-            self.policy: 2,
-            self.wrong_clock: 2,
-            self.reboot: 1,
-            self.grow: 1,
-        }
 
     def _named(self, line: Line) -> None:
         self.lines.append((line, self.catalog.add(line.timeline.full_name, line.timeline.id)))
@@ -288,6 +294,11 @@ class Life:
             cap = facts.policy.size_cap
             assert cap is None or facts.bytes <= cap or facts.bytes == fixed_bytes(facts)
 
+    def close(self) -> None:
+        """The end."""
+        self._all_exports_die()
+        self.catalog.close()
+
     # -- what must hold
 
     def check(self) -> None:
@@ -334,21 +345,39 @@ def expected(line: Line, seq: int) -> bytes:
     return line.model.read(seq, 0, line.model.size_at(seq))
 
 
-@pytest.mark.parametrize("turn", range(int(os.environ.get("CDP_LIVES", "3"))))
-def test_points_live_and_end_by_rule(world: World, turn: int) -> None:
-    seed = int(os.environ.get("CDP_SEED", "0")) or random.randrange(1 << 32)
-    print(f"CDP_SEED={seed}")
-    dice = random.Random(seed)
-    life = Life(world, dice)
-    try:
-        for step in dice.choices(list(life.steps()), weights=list(life.steps().values()), k=STEPS):
-            print(step.__name__)
-            step()
-            life.check()
-        life.prune()
-        life.check_the_whole()
-    finally:
-        for held in life.exports():
-            assert held.export is not None
-            held.export.close()
-        life.catalog.close()
+class Points(RuleBasedStateMachine):
+    """A life, each step as Hypothesis chooses: what fails it makes shorter, and says how to do it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        world = World(self.stack.enter_context(scratch()))
+        self.stack.callback(world.close)
+        self.life = Life(world, random.Random(0))
+        self.stack.callback(self.life.close)
+        self.failed = False
+
+    @rule(step=st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]), seed=SEEDS)
+    def live(self, step: str, seed: int) -> None:
+        self.failed = True
+        self.life.dice.seed(seed)
+        getattr(self.life, step)()
+        self.life.check()
+        self.failed = False
+
+    def teardown(self) -> None:
+        with self.stack:
+            if not self.failed:
+                self.life.prune()
+                self.life.check_the_whole()
+
+
+TestPoints = Points.TestCase
+TestPoints.settings = settings(
+    max_examples=int(os.environ.get("CDP_LIVES", "4")),
+    stateful_step_count=STEPS,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
