@@ -172,6 +172,14 @@ def test_a_resync_keeps_what_it_compares_with(kept: Kept) -> None:
     assert check(kept) > 0
 
 
+def test_an_open_view_finds_another_instant_after_a_pass(kept: Kept) -> None:
+    """As a resync does, of what the target has open: intervals that were listed then are no reason to refuse a write."""
+    with kept.view(kept.line.last_seq) as view:
+        assert kept.prune().dropped
+        seq = kept.inside(kept.intervals()[-2])
+        assert view.at(seq).read(0, SIZE) == kept.line.model.read(seq, 0, SIZE)
+
+
 def test_locks_and_leases_keep_what_they_hold(kept: Kept) -> None:
     early, middle, locked = (kept.inside(number) for number in (3, 5, 7))
     kept.catalog.put_row(

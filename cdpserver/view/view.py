@@ -35,6 +35,9 @@ STATUS_WINDOW = 4 << 20
 STATUS_RUNS = 64
 """Runs after which an answer is long enough: it costs milliseconds, however fragmented the disk is."""
 
+LOOKS = 8
+"""How often an instant is opened anew while a pass takes away what lies beside it."""
+
 KEPT_REFS = 16
 """Views of older seqs kept for *same* records."""
 
@@ -225,8 +228,17 @@ class View:
         if found is None:
             if len(self._refs) >= KEPT_REFS:
                 self._refs.pop(next(iter(self._refs)))._close_layers()
-            found = self._refs[seq] = View(self.history, seq, self.files)
+            found = self._refs[seq] = self._opened(seq)
         return found
+
+    def _opened(self, seq: int) -> "View":
+        """Another instant of the history. Intervals that it has listed may be dropped by now."""
+        for _ in range(LOOKS):
+            try:
+                return View(self.history, seq, self.files)
+            except FileNotFoundError:
+                self.history.journal.refresh()
+        return View(self.history, seq, self.files)
 
     def refs(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """For blocks [first, end): runs with the seq that a *same* record should name for what is there now."""
