@@ -19,7 +19,7 @@ from recovery.arguments import count, take_disk, take_point, take_yes, when
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
-from recovery.points_tree import add_groups, add_points
+from recovery.points_tree import add_groups, add_points, add_rpo
 from recovery.protect_tree import add_agent, add_protect
 from recovery.recover_tree import add_recover
 from recovery.repo_tree import add_repositories
@@ -35,7 +35,7 @@ LEAST_PAUSE_S = 0.1
 DEFAULT_PAUSE_S = 2.0
 """Between two looks of `--watch`."""
 
-_TAKE_A_NEGATIVE = {"--since", "--until", "--newer", "--size"}
+_TAKE_A_NEGATIVE = {"--at", "--since", "--until", "--newer", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
 
 
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_disk(commands)
     add_points(commands)
     add_groups(commands)
+    add_rpo(commands)
     chain_tree.add(commands)
     add_export(commands)
     add_files(commands)

@@ -167,6 +167,10 @@ class Client:
         """Take a lock back, by its id or by DISK@WHEN."""
         return self._object("DELETE", f"locks/{quote(which)}")
 
+    def rpo(self, name: str, query: Mapping[str, Any]) -> list[Object]:
+        """What could have been lost, and when."""
+        return self._list("GET", f"rpo/{quote(name)}", query=query)
+
     # -- groups --------------------------------------------------------------------------------------------------
 
     def groups(self) -> list[Object]:

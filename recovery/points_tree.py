@@ -79,3 +79,18 @@ def add_groups(commands: Commands) -> None:
         command.add_argument("name", metavar="GROUP", type=names.check_name)
     for command, some in ((add, "+"), (remove, "*")):
         command.add_argument("members", metavar="DISK|VM", nargs=some, type=names.check_disk_name)
+
+
+def add_rpo(commands: Commands) -> None:
+    """`cdp rpo`"""
+    rpo = commands.leaf(
+        "rpo",
+        lazy("rpo", "rpo"),
+        "Show what could have been lost, and when: a row a second for an hour, a row a minute for a week.",
+        "cdp rpo web --at 2026-11-22T20:18:05Z",
+    )
+    rpo.add_argument("disk", metavar="DISK|VM", type=names.check_disk_name)
+    rpo.add_argument("--at", metavar="WHEN", type=when, help="what was so at this time")
+    rpo.add_argument("--since", metavar="WHEN", type=when)
+    rpo.add_argument("--until", metavar="WHEN", type=when)
+    rpo.add_argument("--limit", metavar="N", type=count, help="only the newest N of each disk")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cdpserver import limits, state
+from cdpserver import limits, rpo, state
 from cdpserver.catalog.content import Content
 from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
 from cdpserver.index import merged, pieces, store
@@ -56,6 +56,7 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
         ("Entry of a pack, 52 bytes", (format.ENTRY, format.CHECK), format.ENTRY_SIZE),
         ("Row of a pack, 52 bytes", (format.ROW,), format.ROW.size),
         ("Tail of a pack, 32 bytes", (format.TAIL, format.CHECK), format.TAIL_SIZE),
+        ("Sample of the record, 64 bytes", (rpo.SAMPLE,), rpo.SAMPLE.size),
     ],
 )
 def test_packs_are_laid_out_as_documented(title: str, structs: tuple[struct.Struct, ...], size: int) -> None:

@@ -30,6 +30,8 @@ DISK: dict[str, Any] = {
     "clients": 1,
     "broken": "",
     "lag_ns": 0,
+    "rpo_ns": 340_000_000,
+    "write_ns": 21_000,
     "durable_lag_ns": 340_000_000,
     "tail_records": 12_345,
     "index_lag_ns": 2_100_000_000,

@@ -49,6 +49,7 @@ STAGES = (
     ("cdpserver.view",),
     (
         "cdpserver.cuts",
+        "cdpserver.rpo",
         "cdpserver.points",
         "cdpserver.stretches",
         "cdpserver.check",

@@ -46,6 +46,7 @@ from cdpserver.service.prepare import bring_up_to_date, prepare
 from cdpserver.service.protection import Protection
 from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
+from cdpserver.service.sampler import Sampler
 from cdpserver.service.schedule import Schedule
 from cdpserver.state import StateDir, default_state_dir
 
@@ -78,7 +79,8 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
     recoveries = Recoveries(core, all_disks, protection)
     freezer = Freezer(core)
     marks = Marks(core, protection, freezer)
-    parts = Parts(children, all_disks, protection, jobs, recoveries, marks)
+    sampler = Sampler(core, protection)
+    parts = Parts(children, all_disks, protection, jobs, recoveries, marks, sampler)
     roles = Roles.of(core.config)
     # Who may do what is asked of each connection.
     core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
@@ -103,6 +105,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await nursery.start(protection.run)
                 await nursery.start(recoveries.keep_running)
                 nursery.start_soon(Schedule(core, marks).keep_marking)
+                nursery.start_soon(sampler.keep_sampling)
                 app = api.build(core, parts, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)

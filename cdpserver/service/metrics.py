@@ -28,6 +28,12 @@ DISK_GAUGES: tuple[tuple[str, str, str, float], ...] = (
         "durable_lag_ns",
         1e9,
     ),
+    (
+        "rpo_seconds",
+        "What a loss of source and host would cost now: age of the newest write that is whole, in order and durable.",
+        "rpo_ns",
+        1e9,
+    ),
     ("tail_records", "Records that the index lacks: the tail that views read.", "tail_records", 1),
     ("index_lag_seconds", "Age of the oldest record that the index lacks.", "index_lag_ns", 1e9),
 )

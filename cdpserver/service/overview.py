@@ -24,6 +24,7 @@ from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
 from cdpserver.service.protection import Protection
+from cdpserver.service.sampler import Sampler
 from cdpserver.target.placement import worker_name
 from cdpserver.view.history import History
 from cdpserver.vm.controller import DiskState
@@ -65,9 +66,10 @@ class _Look:
 class Overview:
     """Looks at the service. One look at a time; who asks meanwhile waits for its own."""
 
-    def __init__(self, core: Core, children: Children, protection: Protection) -> None:
+    def __init__(self, core: Core, children: Children, protection: Protection, sampler: Sampler) -> None:
         self._core = core
         self._protection = protection
+        self._sampler = sampler
         self._children = children
         self._started_ns = core.clock.now_ns()
         self._events = EventCounts(core.state.events)
@@ -125,6 +127,7 @@ class Overview:
             "grade": None,
             "lag_ns": 0,
             "rpo_ns": None,
+            "write_ns": self._sampler.write_ns.get(entry.name),
             "resync": mirror.resync if mirror is not None else None,
             **NO_RECORDS,
             "counts": None,

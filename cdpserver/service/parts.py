@@ -8,6 +8,7 @@ from cdpserver.service.jobs import Jobs
 from cdpserver.service.marks import Marks
 from cdpserver.service.protection import Protection
 from cdpserver.service.recoveries import Recoveries
+from cdpserver.service.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +21,4 @@ class Parts:
     jobs: Jobs
     recoveries: Recoveries
     marks: Marks
+    sampler: Sampler

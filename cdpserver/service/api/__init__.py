@@ -133,7 +133,9 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     app.include_router(chain_routes.routes(answers, long, base_points.merges))
     app.include_router(disk_routes.disks(answers, long, disks))
     app.include_router(disk_routes.forks(answers, long, disks, Forks(core, disks)))
-    app.include_router(seeing.routes(core, answers, Overview(core, children, protection)))
+    app.include_router(
+        seeing.routes(core, answers, Overview(core, children, protection, parts.sampler), parts.sampler)
+    )
     app.include_router(vm_routes.routes(answers, Vms(core)))
     app.include_router(vm_routes.groups_routes(answers, Groups(core)))
     app.include_router(agent_routes.routes(answers, Agents(core, protection)))

@@ -202,6 +202,9 @@ class SeenDisk(Answer):
     rpo_ns: Count | None = Field(
         description="What would be lost now: the age of the newest write that is whole, in order and durable."
     )
+    write_ns: Count | None = Field(
+        description="How long a write took in the target: the mean of the last second, if it had any."
+    )
     resync: Resync | None = Field(
         description="The last copy of a disk that the service protects, or the one under way."
     )

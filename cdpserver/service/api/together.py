@@ -95,3 +95,22 @@ class Marked(VmPoint):
 
     of: str = Field(description="The VM or group.")
     reason: str = Field(description="Why guests that were to be frozen were not; empty if they were.")
+
+
+class Rpo(Answer):
+    """What could have been lost of a disk in one second, or at worst in one minute."""
+
+    disk: str
+    time: str
+    time_ns: Count
+    span_ns: Count
+    rpo_ns: Count | None = Field(
+        description="What a loss of source and host would have cost; none: not known."
+    )
+    lag_ns: Count = Field(description="Age of the newest instant whose content was complete.")
+    durable_lag_ns: Count | None
+    received_seq: Count
+    durable_seq: Count
+    write_ns: Count = Field(description="How long a write took in the target.")
+    grade: str
+    resync: bool
