@@ -82,6 +82,10 @@ class Config:
     policy_at_cap: str = _DEFAULT.at_cap
     policy_mark_every_ns: int | None = _DEFAULT.mark_every_ns
     policy_freeze: str = _DEFAULT.freeze
+    policy_drill: str | None = _DEFAULT.drill
+    policy_drill_command: str | None = _DEFAULT.drill_command
+    policy_drill_marker: str | None = _DEFAULT.drill_marker
+    policy_drill_check: str | None = _DEFAULT.drill_check
 
     @property
     def policy(self) -> Layer:

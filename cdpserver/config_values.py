@@ -5,6 +5,7 @@ The only error is UsageError. It names the key and what would be right.
 """
 
 import ipaddress
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -24,6 +25,10 @@ Address: TypeAlias = tuple[str, int]
 
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})")
 
+
+MAX_PATH = 500
+MAX_REGEX = 200
+"""They stand in rows of the catalog, which hold 4 KiB."""
 
 _GROUP = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 
@@ -246,6 +251,80 @@ class ChoiceValue:
 
     def write(self, value: str) -> str:
         return f'"{value}"'
+
+
+@dataclass(frozen=True, slots=True)
+class TimeOfDayValue:
+    """A time of day on the host's clock, `03:00` or `03:00:30`; or none."""
+
+    takes: ClassVar[str] = "a time of day such as 03:00, or none"
+    example: ClassVar[str] = '"03:00"'
+
+    def read(self, key: str, value: object) -> str | None:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> str | None:
+        if text == "none":
+            return None
+        if re.fullmatch(r"(?:[01][0-9]|2[0-3])(?::[0-5][0-9]){1,2}", text) is None:
+            raise UsageError(f"{key}: not a time of day: {show(text)}", hint=f"it takes {self.takes}")
+        return text
+
+    def write(self, value: str | None) -> str:
+        return '"none"' if value is None else f'"{value}"'
+
+
+@dataclass(frozen=True, slots=True)
+class PathValue:
+    """The absolute path of a file; or none. Whether it is there is asked when it is needed."""
+
+    example: str
+    takes: ClassVar[str] = "the absolute path of a file, or none"
+
+    def read(self, key: str, value: object) -> str | None:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> str | None:
+        if text == "none":
+            return None
+        if (
+            not text.startswith("/")
+            or not text.isprintable()
+            or len(text) > MAX_PATH
+            or set(text) & set('"\\')
+        ):
+            raise UsageError(f"{key}: not an absolute path: {show(text)}", hint=f"it takes {self.takes}")
+        return text
+
+    def write(self, value: str | None) -> str:
+        return '"none"' if value is None else f'"{value}"'
+
+
+@dataclass(frozen=True, slots=True)
+class RegexValue:
+    """A regular expression; or none."""
+
+    takes: ClassVar[str] = "a regular expression, or none"
+    example: ClassVar[str] = '"login:"'
+
+    def read(self, key: str, value: object) -> str | None:
+        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+
+    def read_option(self, key: str, text: str) -> str | None:
+        if text == "none":
+            return None
+        try:
+            re.compile(text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UsageError(f"{key}: {show(text)}: {error}", hint=f"it takes {self.takes}") from None
+        if not text.isprintable() or len(text) > MAX_REGEX:
+            raise UsageError(
+                f"{key} is too long, or has a control character", hint=f"at most {MAX_REGEX} characters"
+            )
+        return text
+
+    def write(self, value: str | None) -> str:
+        return '"none"' if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def parse_listen(text: str) -> Address:

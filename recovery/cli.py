@@ -16,6 +16,7 @@ from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
 from recovery import chain_tree
 from recovery.arguments import count, take_disk, take_point, take_yes, when
+from recovery.drill_tree import add_bisect, add_drill
 from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
@@ -35,7 +36,7 @@ LEAST_PAUSE_S = 0.1
 DEFAULT_PAUSE_S = 2.0
 """Between two looks of `--watch`."""
 
-_TAKE_A_NEGATIVE = {"--at", "--since", "--until", "--newer", "--size"}
+_TAKE_A_NEGATIVE = {"--at", "--good", "--bad", "--since", "--until", "--newer", "--size"}
 _NEGATIVE = re.compile(r"-[0-9]")
 
 
@@ -63,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fork(commands)
     add_recover(commands)
     add_repositories(commands)
+    add_drill(commands)
+    add_bisect(commands)
     add_retention(commands)
     add_capacity(commands)
     _add_events(commands)

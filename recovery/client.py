@@ -8,14 +8,13 @@ No time limit for commands: cutting a base point takes minutes, and the operator
 import http.client
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import quote, urlencode
 
-from cdpserver import errors
-from cdpserver.errors import BrokenError, CdpError, RefusedError, UnreachableError, UsageError
+from cdpserver.errors import RefusedError, UnreachableError
 from cdpserver.state import StateDir
+from recovery.wire import Connection, ask, error_of
 
 MAX_REPLY_BYTES = 1 << 30
 """Largest reply that is read: a year of points, a second each, is well below."""
@@ -27,26 +26,6 @@ PIECE_BYTES = 1 << 20
 """A body is read in pieces of this size."""
 
 Object: TypeAlias = dict[str, Any]
-
-_ERRORS = {
-    value.kind: value
-    for value in vars(errors).values()
-    if isinstance(value, type) and issubclass(value, CdpError)
-}
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP to a Unix socket."""
-
-    def __init__(self, path: str, timeout_s: float | None) -> None:
-        super().__init__("localhost")
-        self._path = path
-        self._timeout_s = timeout_s
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self._timeout_s)
-        self.sock.connect(self._path)
 
 
 class Client:
@@ -75,7 +54,7 @@ class Client:
         status, raw = self._ask("GET", "metrics")
         if status >= 300:
             try:
-                raise _error(status, json.loads(raw))
+                raise error_of(status, json.loads(raw))
             except ValueError:
                 raise self._strange(f"status {status} without JSON") from None
         return raw.decode(errors="replace")
@@ -248,7 +227,7 @@ class Client:
             return job
         job = self._watch(self, job)
         if job.get("error"):
-            raise _error(500, job["error"])
+            raise error_of(500, job["error"])
         if job.get("state") != "done":
             raise RefusedError(f"{job['name']} was cancelled", hint="start it again")
         return job.get("result") or {}
@@ -262,12 +241,12 @@ class Client:
     def follow(self, query: Mapping[str, Any]) -> Iterator[Object]:
         """Events as they come; ends when the service stops."""
         asked = {key: value for key, value in query.items() if value is not None}
-        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
             connection.request("GET", f"/v1/events:stream?{urlencode(asked)}")
             reply = connection.getresponse()
             if reply.status >= 300:
-                raise _error(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
+                raise error_of(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
             while line := reply.readline(MAX_LINE_BYTES):
                 if line.startswith(b"data: ") and len(event := json.loads(line[6:])):
                     yield event
@@ -284,12 +263,12 @@ class Client:
 
     def stream(self, route: str, query: Mapping[str, Any]) -> Iterator[bytes]:
         """A body, piece by piece. UnreachableError if it ends before its end."""
-        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
             connection.request("GET", f"/v1/{route}?{urlencode(query)}")
             reply = connection.getresponse()
             if reply.status >= 300:
-                raise _error(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
+                raise error_of(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
             while part := reply.read(PIECE_BYTES):
                 yield part
             if reply.length:
@@ -331,6 +310,24 @@ class Client:
         """abort, retry, commit or undo."""
         return self._object("POST", f"recoveries/{quote(which, safe='')}:{verb}", body=body)
 
+    # -- drills --------------------------------------------------------------------------------------------------
+
+    def drill(self, body: Object) -> Object:
+        """Boot a point isolated; what came of it."""
+        return self._long("POST", "drills", body=body)
+
+    def drills(self, name: str | None) -> list[Object]:
+        """Drills, oldest first."""
+        return self._list("GET", "drills", query={"name": name})
+
+    def lend(self, point: str, *, force: bool) -> Object:
+        """Forks of a point for this process."""
+        return self._object("POST", "probes", body={"point": point, "pid": os.getpid(), "force": force})
+
+    def give_back(self, probe: str) -> Object:
+        """They are needed no more."""
+        return self._object("DELETE", f"probes/{quote(probe, safe='')}")
+
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
     def _object(self, method: str, path: str, **rest: Any) -> Object:
@@ -355,7 +352,7 @@ class Client:
         except (ValueError, RecursionError):
             raise self._strange(f"status {status} without JSON") from None
         if status >= 300:
-            raise _error(status, value)
+            raise error_of(status, value)
         return value
 
     def _ask(
@@ -372,9 +369,9 @@ class Client:
         target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
         sent = None if body is None else json.dumps(body).encode()
         said = dict(headers or {}) | ({} if sent is None else {"Content-Type": "application/json"})
-        connection = _Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
-            reply = _reply(connection, method, target, sent, said)
+            reply = ask(connection, method, target, sent, said)
             raw = reply.read(MAX_REPLY_BYTES + 1)
             if reply.length and len(raw) <= MAX_REPLY_BYTES:
                 raise http.client.IncompleteRead(raw, reply.length)
@@ -409,40 +406,9 @@ class Client:
         )
 
 
-def _reply(
-    connection: _Connection, method: str, target: str, body: bytes | None, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
-    """The head of the answer. A service that ended as it took the connection is asked once more: the next one is near."""
-    connection.request(method, target, body=body, headers=dict(headers))
-    try:
-        return connection.getresponse()
-    except ConnectionResetError:  # also http.client.RemoteDisconnected: not a byte came
-        if method != "GET":  # what changes something may have been done
-            raise
-        connection.close()
-        connection.request(method, target, body=body, headers=dict(headers))
-        return connection.getresponse()
-
-
 def _disk(name: str, action: str = "") -> str:
     # The one slash of VM/NAME stays a slash; nothing else in a name may mean something in a path.
     return f"disks/{quote(name, safe='/')}" + (f":{action}" if action else "")
-
-
-def _error(status: int, value: Any) -> CdpError:
-    """The error in a reply: `{"error", "message", "hint", "exit_code"}`, or the best that can be said without."""
-    if not isinstance(value, dict) or not isinstance(value.get("message"), str):
-        detail = json.dumps(value)[:200]
-        kind = UsageError if 400 <= status < 500 else BrokenError
-        return kind(f"cdpserver refused the request: status {status}, {detail}", hint="look at its log")
-    error = _ERRORS.get(str(value.get("error")), CdpError)(
-        value["message"], hint=str(value.get("hint") or "")
-    )
-    code = value.get("exit_code")
-    if type(code) is int and 0 < code < 128:
-        # A newer service may know errors that this command does not.
-        error.exit_code = code  # type: ignore[misc]
-    return error
 
 
 Watch: TypeAlias = Callable[[Client, Object], Object]

@@ -18,6 +18,7 @@ POINT_COLUMNS = (
     Column("grade"),
     Column("name"),
     Column("locked"),
+    Column("drill"),
 )
 
 
@@ -31,8 +32,16 @@ def point_list(options: Namespace) -> None:
     else:
         rows = client(options).vm_points(options.vm, **span)
     if not options.json:
-        rows = [row | {"age": row.get("time_ns")} for row in rows]
+        rows = [row | {"age": row.get("time_ns"), "drill": _short(row.get("drill"))} for row in rows]
     answer_list(options, POINT_COLUMNS, rows, f"{options.disk or options.vm} has no such points")
+
+
+def _short(drill: dict[str, Any] | None) -> str:
+    """What came of a point's newest drill, for a table."""
+    if drill is None:
+        return ""
+    rto_ms = drill.get("rto_ms")
+    return str(drill["state"]) if rto_ms is None else f"{drill['state']} {rto_ms / 1000:.1f}s"
 
 
 def point_mark(options: Namespace) -> None:

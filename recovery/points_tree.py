@@ -2,6 +2,7 @@
 
 from cdpserver import names
 from recovery.arguments import count, take_place, take_point, when
+from recovery.drill_tree import add_drills
 from recovery.retention_tree import add_locks
 from recovery.tree import Commands, lazy
 
@@ -49,6 +50,7 @@ def add_points(commands: Commands) -> None:
     )
     take_point(show)
     add_locks(point)
+    add_drills(point)
     uri = commands.leaf(
         "uri",
         lazy("points", "uri"),

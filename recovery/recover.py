@@ -31,17 +31,22 @@ LOOK_S = 0.5
 
 def start(options: Namespace) -> None:
     """Begin; the URI in the answer is what the VM is started on."""
+    # The service has another working directory, so paths are absolute.
     body: dict[str, Any] = {
         "point": options.point,
-        # The service has another working directory.
-        "qmp": os.path.abspath(options.qmp),
         "mode": options.mode,
         "shape": options.shape,
         "overwrite": options.overwrite,
         "protect": options.protect,
         "force": options.force,
+        "isolated": options.isolated,
         **_places(options.to),
     }
+    for name in ("qmp", "vm_command"):
+        if (path := getattr(options, name)) is not None:
+            body[name] = os.path.abspath(path)
+    if options.accel is not None:
+        body["accel"] = options.accel
     if options.name is not None:
         body["name"] = options.name
     if options.base is not None:
@@ -130,11 +135,13 @@ def _answer(options: Namespace, found: dict[str, Any]) -> None:
     if options.json:
         answer_json(found)
         return
-    hidden = ("events", "disks", "uri", "overwrites")
+    hidden = ("events", "disks", "uri", "overwrites", "launched")
     fields = {key: value for key, value in found.items() if key not in hidden and value != ""}
+    fields |= {key: value for key, value in (found.get("launched") or {}).items() if key != "qmp"}
     for disk in found["disks"]:
-        fields[disk["fork"]] = f"{disk['uri']} -> {disk['target']}, runs {disk['at']}"
-        if disk["warning"]:
+        home = f" -> {disk['target']}, runs {disk['at']}" if "target" in disk else ""
+        fields[disk["fork"]] = f"{disk['uri']}{home}"
+        if disk.get("warning"):
             say(f"{disk['point']} is {disk['warning']}")
     answer_fields(fields)
     for event in found["events"]:

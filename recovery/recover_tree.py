@@ -16,7 +16,7 @@ def add_recover(commands: Commands) -> None:
     start.add_argument("point", metavar="DISK|VM@WHEN", type=point)
     start.add_argument(
         "--to",
-        required=True,
+        default=[],
         action="append",
         metavar="[DISK=]PATH",
         help="the directory, file or block device on primary storage that all disks, or one, move to; may be repeated",
@@ -28,8 +28,17 @@ def add_recover(commands: Commands) -> None:
         help="mirror (default): the VM runs on writable forks until all is copied. stream: it runs at home from the start, on"
         " QCOW2 files that are filled from the point",
     )
+    start.add_argument("--qmp", metavar="PATH", help="the VM's monitor: -qmp unix:PATH,server=on,wait=off")
     start.add_argument(
-        "--qmp", required=True, metavar="PATH", help="the VM's monitor: -qmp unix:PATH,server=on,wait=off"
+        "--vm-command",
+        metavar="FILE",
+        help="or a QEMU command line, with {disk:NAME} for the disks, that the service starts",
+    )
+    start.add_argument("--accel", choices=("tcg", "kvm", "auto"), help="else as FILE says, or tcg")
+    start.add_argument(
+        "--isolated",
+        action="store_true",
+        help="only a look, without --to: no network, and nothing of it stays after cdp recover abort",
     )
     start.add_argument("--name", metavar="NAME", help="the recovered VM's name: its forks are NAME/DISK")
     start.add_argument(

@@ -14,6 +14,10 @@ POLICY_OPTIONS = (
     ("at_cap", "WHAT", "what happens at the cap: shorten (history), or refuse (writes)"),
     ("mark_every", "SPAN", "how often a bookmark of the VM is set: 1h, or none"),
     ("freeze", "yes|no", "whether the guest is frozen for these bookmarks"),
+    ("drill", "TIME", "when the newest point is drilled each day, on the host's clock: 03:00, or none"),
+    ("drill_command", "FILE", "the QEMU command line that drills start, or none"),
+    ("drill_marker", "REGEX", "the serial line that they wait for, or none"),
+    ("drill_check", "SCRIPT", "the program that has to end with 0, or none"),
 )
 """As in cdpserver.retention.policy, which is loaded only when it is needed."""
 

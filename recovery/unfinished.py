@@ -63,10 +63,15 @@ class Output:
         """The side file."""
         if self.kind == "file":
             return self.path.with_name(f"{self.path.name}.partial.json")
-        xdg = os.environ.get("XDG_STATE_HOME", "")
-        home = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/state"
         name = hashlib.sha256(self.text.encode()).hexdigest()[:32]
-        return home / "cdp/exports" / f"{name}.json"
+        return state_home() / "exports" / f"{name}.json"
+
+
+def state_home() -> Path:
+    """Where this user's commands keep what is to outlive them."""
+    xdg = os.environ.get("XDG_STATE_HOME", "")
+    home = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/state"
+    return home / "cdp"
 
 
 @dataclass(frozen=True, slots=True)

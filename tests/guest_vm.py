@@ -152,12 +152,11 @@ class Guest:
 
     def start(self, load: str) -> None:
         """A load of tests/guest in the background; `stop` ends it."""
-        self.run(f"{load} </dev/null >/dev/ttyS0 2>&1 &")
+        self.run(f"{load} </dev/null >/dev/ttyS0 2>&1 & echo $! >>/tmp/loads")
 
     def stop(self) -> None:
         """The loads end after what they are doing."""
-        loads = "bin/[clp][oea][udi]"  # counter, ledger, pair; `wait` would wait for the agent as well
-        self.run(f"touch /data/stop; while ps | grep -q '{loads}'; do usleep 50000; done; sync", 120)
+        self.run("touch /data/stop; wait $(cat /tmp/loads); rm /tmp/loads; sync", 120)
 
     @property
     def acks(self) -> int:
@@ -177,6 +176,14 @@ class Guest:
         """Until the counter has made `count` more durable than now."""
         target = self.acks + count
         self.wait_until(lambda: self.acks >= target, seconds, f"ACK {target}")
+
+    def wait_end(self, seconds: float = 60) -> None:
+        """Until the console says nothing more: QEMU has ended, and every line is there."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self._ended:
+                assert time.monotonic() < deadline, f"QEMU has not ended in {seconds} s"
+                self._changed.wait(1)
 
     @property
     def alive(self) -> bool:

@@ -35,6 +35,7 @@ MEASURES = {
     "chain-5-dropped-1m": 2,
     "open": len(QUICK.records),
     "open-nbd": len(QUICK.records),
+    **dict.fromkeys(("rto-export", "rto-process", "rto-read", "rto-rto"), 4),
     "zero": 2,
     "zero-index": 2,
     "zero-journal": 2,

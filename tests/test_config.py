@@ -18,9 +18,12 @@ from cdpserver.config_values import (
     DurationValue,
     GroupValue,
     NumberValue,
+    PathValue,
     ProgramValue,
+    RegexValue,
     SizeValue,
     SpanValue,
+    TimeOfDayValue,
 )
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import MAX_DISK_SIZE
@@ -64,6 +67,10 @@ def test_every_key_is_read() -> None:
         max_chain = 100
         size_cap = "1G"
         at_cap = "refuse"
+        drill = "03:00"
+        drill_command = "/etc/cdp/web"
+        drill_marker = "login:"
+        drill_check = "none"
         mark_every = "1h"
         freeze = "yes"
         [freeze]
@@ -91,6 +98,9 @@ def test_every_key_is_read() -> None:
         policy_max_chain=100,
         policy_size_cap=1 << 30,
         policy_at_cap="refuse",
+        policy_drill="03:00",
+        policy_drill_command="/etc/cdp/web",
+        policy_drill_marker="login:",
         policy_mark_every_ns=3600 * SECOND,
         policy_freeze="yes",
         freeze_before="/usr/bin/true",
@@ -337,10 +347,25 @@ def values_of(key: Key) -> st.SearchStrategy[object]:
             return st.none() | st.integers(least // 512, MAX_DISK_SIZE // 512).map(lambda n: n * 512)
         case ChoiceValue(words):
             return st.sampled_from(words)
+    return text_values_of(key)
+
+
+def text_values_of(key: Key) -> st.SearchStrategy[object]:
+    match key.kind:
         case SpanValue(least=least, most=most):
             return st.none() | st.integers(least, most)
         case ProgramValue():
             return st.none() | st.from_regex(r"/[A-Za-z0-9_./ -]{1,40}", fullmatch=True)
+        case TimeOfDayValue():
+            return (
+                st.none()
+                | st.times().map(lambda time: f"{time:%H:%M}")
+                | st.times().map("{:%H:%M:%S}".format)
+            )
+        case PathValue():
+            return st.none() | st.from_regex(r"/[a-z/. #'é]{0,40}", fullmatch=True)
+        case RegexValue():
+            return st.none() | st.sampled_from(["login:", r"^\[ OK \] \w+ \"ü\"", "a|b", "[\\\\]"])
     raise AssertionError(f"say here what {key.full_name} can be")
 
 

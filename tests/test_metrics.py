@@ -33,6 +33,10 @@ COUNTS = {name: number for number, name in enumerate(NAMES, start=1)}
 EVERYTHING = FOUND | {
     "look_s": 0.25,
     "events": [{"process": "target", "level": "error", "count": 3}],
+    "drills": [
+        {"what": "web", "state": "passed", "rto_ms": 4200, "ended_ns": 8 * 10**9, "reason": ""},
+        {"what": "db", "state": "failed", "rto_ms": None, "ended_ns": 9 * 10**9, "reason": "no marker"},
+    ],
     "disks": [DISK | {"counts": COUNTS}, DISK | {"name": 'a"\\\n', "counts": None, "clients": None}],
 }
 """A look in which every metric has a value."""

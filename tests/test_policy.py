@@ -109,6 +109,10 @@ def test_the_defaults_are_the_written_ones_and_sound() -> None:
         "at_cap": "shorten",
         "mark_every": "none",
         "freeze": "no",
+        "drill": "none",
+        "drill_command": "none",
+        "drill_marker": "none",
+        "drill_check": "none",
     }
     assert contradiction(Policy()) is None
     assert combine([Layer("x", parse_values(shown))]).policy == Policy()
@@ -130,6 +134,9 @@ def test_the_defaults_are_the_written_ones_and_sound() -> None:
         ("size_cap", "63M"),
         ("size_cap", "1000000T"),
         ("at_cap", "explode"),
+        ("drill", "25:00"),
+        ("drill_command", "web.qemu"),
+        ("drill_marker", "("),
         ("colour", "red"),
     ],
 )

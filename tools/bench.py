@@ -28,6 +28,7 @@ from tools.measure import (
     opening,
     reads,
     result,
+    rto,
     workers,
     writes,
 )
@@ -41,6 +42,7 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "read-4k": reads.random_4k,
     "read-chain": chains.reads,
     "open": opening.first_byte,
+    "rto": rto.rto,
     "zero": costs.zero,
     "remirror": costs.remirror,
     "disks": many.disks,

@@ -4,11 +4,22 @@ A policy is made of layers, each giving some values: built-in defaults, `[policy
 Each value is sound by itself; whether they go together is asked of the sum (`contradiction`), since layers change one by one.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cdpserver.config_values import ChoiceValue, DurationValue, Kind, NumberValue, SizeValue, SpanValue
+from cdpserver.config_values import (
+    ChoiceValue,
+    DurationValue,
+    Kind,
+    NumberValue,
+    PathValue,
+    RegexValue,
+    SizeValue,
+    SpanValue,
+    TimeOfDayValue,
+)
 from cdpserver.errors import UsageError
 from cdpserver.names import format_duration, format_size
 from cdpserver.retention.slots import Rule, SlotsValue, format_slots, parse_slots, span_ns
@@ -53,6 +64,10 @@ class Policy:
     at_cap: str = SHORTEN
     mark_every_ns: int | None = None
     freeze: str = "no"
+    drill: str | None = None
+    drill_command: str | None = None
+    drill_marker: str | None = None
+    drill_check: str | None = None
 
     @property
     def keep_rp_ns(self) -> int:
@@ -78,7 +93,12 @@ class Field:
     def write(self, policy: Policy) -> str:
         """The value as an operator writes it."""
         value = getattr(policy, self.attribute)
-        return "none" if value is None else self.kind.write(value).strip('"')
+        return "none" if value is None else _plain(self.kind.write(value))
+
+
+def _plain(text: str) -> str:
+    """TOML without its quotes."""
+    return json.loads(text) if text.startswith('"') else text
 
 
 FIELDS = (
@@ -137,6 +157,34 @@ FIELDS = (
         "freeze",
         ChoiceValue(("no", "yes")),
         "Whether the guest is frozen for these bookmarks, by its agent; if that fails they are set all the same.",
+    ),
+    Field(
+        "drill",
+        "drill",
+        TimeOfDayValue(),
+        "When the newest point is booted each day, on the host's clock, to see that it can be; of a VM all its disks.",
+        absent="none",
+    ),
+    Field(
+        "drill_command",
+        "drill_command",
+        PathValue('"/etc/cdp/web.qemu"'),
+        "The file with the QEMU command line that drills start.",
+        absent="none",
+    ),
+    Field(
+        "drill_marker",
+        "drill_marker",
+        RegexValue(),
+        "The line on the serial port that a drill waits for; with neither this nor a check, the guest agent.",
+        absent="none",
+    ),
+    Field(
+        "drill_check",
+        "drill_check",
+        PathValue('"/etc/cdp/web-check"'),
+        "The program that has to end with 0 for a drill to pass.",
+        absent="none",
     ),
 )
 

@@ -13,6 +13,8 @@ from cdpserver.names import At
 from cdpserver.points import KINDS, Point
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
+from cdpserver.vm.trial import record as trials
+from cdpserver.vm.trial.record import Trial, drilled
 
 SECOND_NS = 1_000_000_000
 
@@ -25,6 +27,22 @@ def _check_kind(kind: str | None) -> None:
 def _key(point: Point) -> tuple[int, int]:
     """What points are ordered by."""
     return point.seq, KINDS.index(point.kind)
+
+
+def _newest_drill(point: Point, drills: list[tuple[int, Trial]], every_ns: int) -> dict[str, Any] | None:
+    """What came of the newest drill of a point: of just that instant, or of one in the slot that a recovery point ends."""
+    slot = (point.time_ns - point.time_ns % every_ns, point.time_ns)
+    for seq, one in reversed(drills):
+        if seq == point.seq or (
+            point.kind == "rp" and seq <= point.seq and slot[0] <= one.time_ns <= slot[1]
+        ):
+            return {
+                "id": one.id,
+                "state": one.state,
+                "rto_ms": one.rto_ms,
+                "created": names.format_time(one.created_ns),
+            }
+    return None
 
 
 class Instants:
@@ -94,7 +112,12 @@ class Instants:
 
     def _shown(self, entry: Entry, found: list[Point], now_ns: int) -> list[dict[str, Any]]:
         locked = locked_seqs(self._core.catalog, entry.id, now_ns=now_ns)
-        return [point.as_dict() | {"locked": point.seq in locked} for point in found]
+        drills = drilled(trials.all_of(self._core.catalog), entry.id)
+        every_ns = self._core.rp_every_ns(entry)
+        return [
+            point.as_dict() | {"locked": point.seq in locked, "drill": _newest_drill(point, drills, every_ns)}
+            for point in found
+        ]
 
     def _points(
         self, entry: Entry, since: str | None, until: str | None, kind: str | None, limit: int | None

@@ -29,15 +29,18 @@ from cdpserver import events
 from cdpserver.clock import wall_difference_ns
 from cdpserver.config import SECOND_NS, Settings
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.service import again, disks, inventory, keeper, notify, processes, tails
+from cdpserver.service import again, disks, inventory, keeper, nightly, notify, processes, tails
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.browsing import Browsing
 from cdpserver.service.children import READY_S, Children
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks
+from cdpserver.service.drills import Drills
 from cdpserver.service.freezer import Freezer
+from cdpserver.service.isolated import Isolated
 from cdpserver.service.jobs import Jobs
+from cdpserver.service.launched import Accels
 from cdpserver.service.listeners import Listeners
 from cdpserver.service.marks import Marks
 from cdpserver.service.options import options
@@ -48,6 +51,7 @@ from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
 from cdpserver.service.sampler import Sampler
 from cdpserver.service.schedule import Schedule
+from cdpserver.service.trials import Trials
 from cdpserver.state import StateDir, default_state_dir
 
 SHUT_S = 20.0
@@ -76,7 +80,9 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
     all_disks, base_points = Disks(core, browsing), BasePoints(core)
     protection = Protection(core, children, all_disks, base_points)
     jobs = Jobs(core.state.run / "jobs.json", core.clock, core.log)
-    recoveries = Recoveries(core, all_disks, protection)
+    trials, accels = Trials(core, all_disks), Accels()
+    drills, isolated = Drills(trials, accels), Isolated(trials, accels)
+    recoveries = Recoveries(core, all_disks, protection, drills, isolated)
     freezer = Freezer(core)
     marks = Marks(core, protection, freezer)
     sampler = Sampler(core, protection)
@@ -96,6 +102,8 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await core.thread(all_disks.finish_what_was_left)
             if not stop.asked.is_set():
                 await nursery.start(jobs.keep_running)
+                await nursery.start(trials.keep_running)
+                nursery.start_soon(nightly.keep_drilling, core, drills, jobs)
                 nursery.start_soon(base_points.keep_cutting)
                 nursery.start_soon(all_disks.pruning.keep_pruning)
                 nursery.start_soon(browsing.keep_running)

@@ -59,6 +59,7 @@ class _Seen(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from _service(self._found)
         yield from _store(self._found["store"])
+        yield from _drills(self._found["drills"])
         disks = self._found["disks"]
         yield from _disks(disks)
         yield from _base_points(disks)
@@ -131,6 +132,28 @@ def _store(store: dict[str, Any]) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "cdp_store_used_ratio", "Share of it that is used, from 0 to 1.", value=1 - free / size if size else 0
     )
+
+
+def _drills(drills: list[dict[str, Any]]) -> Iterator[Metric]:
+    """Of the newest drill of each VM or disk."""
+    for name, meaning, rows in (
+        (
+            "passed",
+            "1 if the newest drill has passed, else 0.",
+            [(one["what"], int(one["state"] == "passed")) for one in drills],
+        ),
+        (
+            "rto_seconds",
+            "How long the newest drill took until what it waited for had come; without one that failed.",
+            [(one["what"], one["rto_ms"] / 1000) for one in drills if one["rto_ms"] is not None],
+        ),
+        (
+            "end_time_seconds",
+            "When it ended, since 1970.",
+            [(one["what"], one["ended_ns"] / 1e9) for one in drills],
+        ),
+    ):
+        yield _labelled(GaugeMetricFamily, f"cdp_drill_{name}", meaning, ("vm",), rows)
 
 
 def _disks(disks: list[dict[str, Any]]) -> Iterator[Metric]:

@@ -15,7 +15,7 @@ import cdpserver
 from cdpserver import timeline
 from cdpserver.catalog import Entry
 from cdpserver.clock import wall_difference_ns
-from cdpserver.errors import CdpError
+from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.control import Grade
 from cdpserver.limits import TAIL_RECORDS
 from cdpserver.names import format_bytes, format_duration
@@ -28,6 +28,7 @@ from cdpserver.service.sampler import Sampler
 from cdpserver.target.placement import worker_name
 from cdpserver.view.history import History
 from cdpserver.vm.controller import DiskState
+from cdpserver.vm.trial import record as trials
 
 TARGET_S = 2.0
 """How long the target may take to answer: it takes milliseconds, and Prometheus gives up after ten seconds."""
@@ -109,6 +110,7 @@ class Overview:
                 for process, level in sorted({*counts, *always})
             ],
             "last_error": self._events.last_error,
+            "drills": _drills(core),
             "disks": disks,
         }
 
@@ -197,6 +199,27 @@ def _store(path: os.PathLike[str]) -> dict[str, Any]:
     return {"size_bytes": found.f_blocks * found.f_frsize, "free_bytes": found.f_bavail * found.f_frsize}
 
 
+def _drills(core: Core) -> list[dict[str, Any]]:
+    """The newest drill of each VM or disk that has ended."""
+    try:
+        found = trials.all_of(core.catalog)
+    except CorruptError:
+        return []  # listing them says why
+    newest = {one.subject: one for one in found if one.kind == "drill" and one.state != "running"}
+    return [
+        {
+            "what": subject,
+            "id": one.id,
+            "state": one.state,
+            "rto_ms": one.rto_ms,
+            "time_ns": one.time_ns,
+            "ended_ns": one.ended_ns,
+            "reason": one.reason,
+        }
+        for subject, one in sorted(newest.items())
+    ]
+
+
 # --- warnings
 
 
@@ -224,6 +247,11 @@ def warnings(found: dict[str, Any]) -> list[str]:
             f"the store has {format_bytes(store['free_bytes'])} left of {format_bytes(store['size_bytes'])} "
             "(make it larger, or remove disks: cdp disk remove)"
         )
+    said += [
+        f"the drill of {one['what']} has failed: {one['reason']} (cdp point drills {one['what']})"
+        for one in found["drills"]
+        if one["state"] == "failed"
+    ]
     for disk in found["disks"]:
         said += _disk_warnings(disk)
     return said

@@ -10,6 +10,7 @@ from cdpserver.errors import RefusedError, UsageError
 from cdpserver.service import homes
 from cdpserver.service.chosen import Chosen, choose
 from cdpserver.service.core import Core
+from cdpserver.service.launching import Vm
 from cdpserver.vm import record as protected
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import MAX_DISKS, Format, Mode, RecoveredDisk, Recovery
@@ -21,7 +22,7 @@ class Request:
     """What is asked for; paths are absolute. `targets` names places by disk, `to` that of all others."""
 
     point: str
-    qmp: str
+    qmp: str | None = None
     to: str | None = None
     targets: Mapping[str, str] = field(default_factory=dict)
     mode: Mode = "mirror"
@@ -32,17 +33,26 @@ class Request:
     overwrite: bool = False
     protect: bool = True
     force: bool = False
+    vm_command: str | None = None
+    accel: str | None = None
+    isolated: bool = False
 
 
 def plan(core: Core, asked: Request) -> Recovery:
     """The recovery. UsageError, NotFoundError, RefusedError for what cannot be."""
+    if (asked.qmp is None) == (asked.vm_command is None):
+        raise UsageError(
+            "either you start the VM, or the service does",
+            hint="name its monitor with --qmp PATH, or its command with --vm-command FILE",
+        )
     held = record.all_of(core.catalog)
     id = record.new_id(other.id for other in held)
+    qmp = str(Vm(core, id).places.qmp) if asked.qmp is None else asked.qmp
     name = names.check_name(asked.name) if asked.name is not None else id
     chosen = choose(core, asked.point, force=asked.force, most=MAX_DISKS)
     overwrites = _overwritten(core, chosen) if asked.overwrite else ""
     before = protected.find(core.catalog, overwrites) if overwrites else None
-    _check_monitor(core, asked.qmp, held, overwrites)
+    _check_monitor(core, qmp, held, overwrites)
     disks = tuple(_disk(core, disk, name, asked) for disk in chosen)
     _check_disks(core, disks, asked, held)
     now_ns = core.clock.now_ns()
@@ -50,7 +60,7 @@ def plan(core: Core, asked: Request) -> Recovery:
         id,
         name,
         asked.point,
-        asked.qmp,
+        qmp,
         disks,
         BEGIN,
         now_ns,
@@ -58,6 +68,7 @@ def plan(core: Core, asked: Request) -> Recovery:
         overwrites=overwrites,
         protect=asked.protect,
         before=None if before is None else protected.row(before).fields,
+        vm_command=asked.vm_command or "",
     ).noted("started", now_ns=now_ns)
     record.check_fits(one)
     return one

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -79,18 +79,24 @@ def spawn(
     sockets: Sequence[socket.socket] = (),
     *,
     ready_fd: int | None = None,
+    output: Path | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> int:
     """Start `command` in a process group of its own with `sockets` to listen on; its pid.
 
-    `ready_fd` is the end of a pipe on which it says how far it has come (`nbdplugin.serving`).
+    `ready_fd` is the end of a pipe on which it says how far it has come (`nbdplugin.serving`), `output` a file for what it
+    prints, `more` its environment beyond ours.
     """
     actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
     ]
+    if output is not None:
+        actions.append((os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
     for number, listener in enumerate(sockets):
         assert listener.fileno() >= SAFE_FD
         actions.append((os.POSIX_SPAWN_DUP2, listener.fileno(), FIRST_FD + number))
-    variables = environment()
+    variables = environment() | dict(more or {})
     if sockets:
         variables["LISTEN_FDS"] = str(len(sockets))
     if ready_fd is not None:
@@ -214,13 +220,47 @@ def kill_orphans(pid_files: Sequence[Path]) -> list[str]:
 
 def _kill_noted(pid_file: Path, stack: contextlib.ExitStack) -> int | None:
     """Send SIGKILL; a pidfd that becomes readable when the process is gone. None when it is already."""
-    try:
-        pid, started = _start_time(pid_file.read_text())
-        # The pidfd first: from then on the pid cannot come to mean another process.
-        fd = stack.enter_context(_pidfd(pid))
-        if _start_time(Path(f"/proc/{pid}/stat").read_text()) != (pid, started):
-            return None
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-        return fd
-    except (ValueError, IndexError, FileNotFoundError, ProcessLookupError):
+    fd = noted(pid_file)
+    if fd is None:
         return None
+    stack.callback(os.close, fd)
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        return None
+    return fd
+
+
+def noted(pid_file: Path) -> int | None:
+    """A pidfd of the process that noted itself in this file, for the caller to close; None when it is gone."""
+    try:
+        return same_process(*_start_time(pid_file.read_text()))
+    except (ValueError, IndexError, FileNotFoundError):
+        return None
+
+
+def same_process(pid: int, started: str) -> int | None:
+    """A pidfd of the process that had this pid and start time; None when it is gone."""
+    try:
+        # The pidfd first: from then on the pid cannot come to mean another process.
+        fd = os.pidfd_open(pid)
+    except (OverflowError, OSError):
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        if start_time(pid) == started:
+            return fd
+    os.close(fd)
+    return None
+
+
+def start_time(pid: int) -> str:
+    """When a process began, in the kernel's words. ProcessLookupError if there is none."""
+    try:
+        return _start_time(Path(f"/proc/{pid}/stat").read_text())[1]
+    except FileNotFoundError:
+        raise ProcessLookupError(f"there is no process {pid}") from None
+
+
+def has_ended(pidfd: int) -> bool:
+    """Is the process gone, but perhaps for what its parent has not asked yet?"""
+    return bool(select.select([pidfd], [], [], 0)[0])

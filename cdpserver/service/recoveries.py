@@ -13,16 +13,19 @@ import trio
 
 from cdpserver import durable, names, qemu
 from cdpserver.errors import RefusedError
-from cdpserver.service import homes
+from cdpserver.service import homes, launched
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks, never_written
+from cdpserver.service.drills import Drills
 from cdpserver.service.handover import HandOver
+from cdpserver.service.isolated import Isolated
+from cdpserver.service.launching import Vm
 from cdpserver.service.planned import Request, plan
 from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Runner, fork_uri
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
-from cdpserver.vm.recovery.states import ACTIVE, HOME, STOPPED, UNDONE, Step, follow
+from cdpserver.vm.recovery.states import ACTIVE, HOME, OVER, STOPPED, UNDONE, Step, follow
 
 STOP_S = 15.0
 """How long aborting waits for QEMU to cancel the copies."""
@@ -37,8 +40,12 @@ class _Running:
 class Recoveries:
     """The recoveries of a state directory. `keep_running` before anything else."""
 
-    def __init__(self, core: Core, disks: Disks, protection: Protection) -> None:
+    def __init__(
+        self, core: Core, disks: Disks, protection: Protection, drills: Drills, isolated: Isolated
+    ) -> None:
         self._core = core
+        self.drills = drills
+        self._isolated = isolated
         self._disks = disks
         self._hand_over = HandOver(core, protection)
         self._changing = trio.Lock()
@@ -56,6 +63,8 @@ class Recoveries:
                     self._run(one)
                 elif one.stage == HOME:
                     await self._hand_over.protect(one)
+                elif one.stage in OVER:
+                    await self._core.thread(launched.forget, self._core, one)
             task_status.started()
             await trio.sleep_forever()
 
@@ -83,8 +92,13 @@ class Recoveries:
         """Make the forks that the VM runs on, and begin to watch for it. They can be connected to on return."""
         begun = trio.current_time()
         core = self._core
+        if asked.isolated:
+            return await self._isolated.start(asked.point, asked.vm_command, asked.accel, force=asked.force)
+        accel = await self.drills.accels.choose(asked.accel)
         async with self._changing:
             one = await core.thread(plan, core, asked)
+            if one.vm_command:
+                await core.thread(launched.read_command, one.vm_command)
             await self._hand_over.check_idle(one)
             for disk in one.disks:
                 await core.make_durable(core.entry(disk.disk), disk.seq)
@@ -92,13 +106,14 @@ class Recoveries:
             try:
                 await self._hand_over.hold(one)
                 one = await self._prepare(one)
+                one = replace(one, rto_ms=round((trio.current_time() - begun) * 1000))
+                await launched.launch(core, one, accel)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._take_away(one)
                     await core.thread(core.catalog.delete_row, "recoveries", one.id)
                     await self._hand_over.let_go(one)
                 raise
-            one = replace(one, rto_ms=round((trio.current_time() - begun) * 1000))
             await core.thread(core.catalog.put_row, "recoveries", one.row())
         core.log.emit(
             "recovery.started", recovery=one.id, point=asked.point, mode=one.mode, rto_ms=one.rto_ms
@@ -172,7 +187,8 @@ class Recoveries:
         if runner is not None and one.stage in ACTIVE:
             one = replace(one, copied=runner.copied, total=runner.total)
         disks = [self._shown_disk(one, disk) for disk in one.disks]
-        return {**one.describe(), "uri": disks[0]["uri"], "disks": disks}
+        vm = {"launched": Vm(self._core, one.id).describe()} if one.vm_command else {}
+        return {**one.describe(), "uri": disks[0]["uri"], "disks": disks, **vm}
 
     def _shown_disk(self, one: Recovery, disk: RecoveredDisk) -> dict[str, Any]:
         core = self._core
@@ -194,13 +210,16 @@ class Recoveries:
 
     async def show(self, which: str) -> dict[str, Any]:
         """One recovery, by its id or name. NotFoundError."""
+        if self._isolated.has(which):
+            return await self._isolated.show(which)
         one = await self._find(which)
         return await self._core.thread(self._shown, one)
 
     async def list_recoveries(self) -> list[dict[str, Any]]:
         """Every recovery, oldest first."""
         found = await self._core.thread(record.all_of, self._core.catalog)
-        return await self._core.thread(lambda: [self._shown(one) for one in found])
+        shown = await self._core.thread(lambda: [self._shown(one) for one in found])
+        return sorted([*shown, *await self._isolated.list_all()], key=lambda one: str(one["created"]))
 
     async def _find(self, which: str) -> Recovery:
         return await self._core.thread(record.find, self._core.catalog, which)
@@ -209,6 +228,8 @@ class Recoveries:
 
     async def abort(self, which: str) -> dict[str, Any]:
         """End the migration: the VM stays on its forks (in an undo: at home), and what was copied goes away."""
+        if self._isolated.has(which):
+            return await self._isolated.abort(which)
         async with self._changing:
             one = await self._stopped(which, "abort")
             runner = Runner(self._core, one, self._prepare)
@@ -278,6 +299,7 @@ class Recoveries:
             else:
                 await self._hand_over.hold(one)
                 await runner.keep(await self._prepare(one))
+                await launched.launch(self._core, one, None)
             one = await runner.step(step)
             self._run(one)
         return await self.show(one.id)

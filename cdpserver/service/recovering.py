@@ -15,6 +15,7 @@ from cdpserver import durable, progress, qemu
 from cdpserver.errors import CdpError
 from cdpserver.service import homes
 from cdpserver.service.core import Core
+from cdpserver.service.launching import LaunchError, Vm
 from cdpserver.vm import qmp
 from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
@@ -98,10 +99,17 @@ class Runner:
                     await self._work(monitor)
                     return
             except qmp.QmpClosedError:
+                self._check_launched()
                 lost_at = trio.current_time() if lost_at is None else lost_at
                 if self.recovery.stage != BEGIN and trio.current_time() - lost_at > GONE_S:
                     raise
             await trio.sleep(WAIT_S)
+
+    def _check_launched(self) -> None:
+        """LaunchError if the service started the VM, and it has ended: nobody else will start it."""
+        vm = Vm(self._core, self.recovery.id)
+        if self.recovery.vm_command and not vm.is_running():
+            raise LaunchError(f"QEMU has ended: {vm.last_words()}", hint="cdp recover retry starts it again")
 
     async def _work(self, monitor: qmp.Monitor) -> None:
         if self.recovery.stage == BEGIN:

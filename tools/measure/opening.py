@@ -39,7 +39,7 @@ def first_byte(context: Context) -> list[Measure]:
         for records, subject in subjects.items():
             names[subject] = stack.enter_context(context.ours.disk(DISK_BYTES))
             started = time.monotonic()
-            _fill(context, names[subject], records)
+            fill(context, names[subject], records)
             context.say(f"open: {subject} written and indexed in {time.monotonic() - started:.0f} s")
         context.settle()
         chance = random.Random(1)
@@ -56,7 +56,7 @@ def first_byte(context: Context) -> list[Measure]:
     return [measure, nbd_only]
 
 
-def _fill(context: Context, name: str, records: int) -> None:
+def fill(context: Context, name: str, records: int) -> None:
     """4 KiB writes at random places, some blocks many times and some never; then the index."""
     ours = context.ours
     job = fio.Job("randwrite", 4096, 16, DISK_BYTES, io_bytes=records * 4096, again=True)

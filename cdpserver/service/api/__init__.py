@@ -19,6 +19,7 @@ from cdpserver.service.api import capacity as capacity_routes
 from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
 from cdpserver.service.api import downloads as download_routes
+from cdpserver.service.api import drills as drill_routes
 from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import files as file_routes
 from cdpserver.service.api import jobs as job_routes
@@ -144,10 +145,11 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     app.include_router(pruning_routes.routes(answers, disks.pruning))
     app.include_router(capacity_routes.routes(answers, Capacity(core)))
     app.include_router(policy_routes.routes(answers, Policies(core, base_points.look_again)))
-    app.include_router(recovery_routes.routes(answers, parts.recoveries))
+    app.include_router(recovery_routes.routes(answers, parts.recoveries, roles))
     app.include_router(file_routes.routes(core, answers, disks.browsing))
     app.include_router(time_routes.routes(core, answers, disks.browsing))
     app.include_router(download_routes.routes(core, disks.browsing))
+    app.include_router(drill_routes.routes(answers, long, parts.recoveries.drills, roles))
     app.include_router(job_routes.routes(answers, parts.jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

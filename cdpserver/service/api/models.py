@@ -101,20 +101,6 @@ class AddFork(Body):
     name: Text
 
 
-class SetPolicy(Body):
-    """PATCH /v1/policies/NAME: values as `cdp policy set` takes them; those left out stay."""
-
-    rp_every: Text | None = Field(None, examples=["1s"])
-    bp_every: Text | None = Field(None, examples=["20m"])
-    keep_rp: Text | None = Field(None, examples=["24h"])
-    keep_bp: Text | None = Field(None, examples=["48h 7d 4w 12m"])
-    max_chain: Text | None = Field(None, examples=["128"])
-    size_cap: Text | None = Field(None, examples=["500G"])
-    at_cap: Text | None = Field(None, examples=["shorten"])
-    mark_every: Text | None = Field(None, examples=["1h"])
-    freeze: Text | None = Field(None, examples=["yes"])
-
-
 class AddLock(Body):
     """POST /v1/locks"""
 
@@ -338,23 +324,6 @@ class Lock(Answer):
     reason: str
     expired: bool = Field(description="It holds nothing any more, and goes with the next pass.")
     created_ns: Count
-
-
-class Policy(Answer):
-    """A policy: its values as an operator writes them, and where each comes from."""
-
-    name: str
-    rp_every: str
-    bp_every: str
-    keep_rp: str
-    keep_bp: str
-    max_chain: str
-    size_cap: str
-    at_cap: str
-    mark_every: str
-    freeze: str
-    sources: dict[str, str] = Field(description="default, configuration, VM NAME, or disk.")
-    problem: str | None = Field(description="Why the values do not go together; nothing is pruned then.")
 
 
 class BasePoint(Answer):

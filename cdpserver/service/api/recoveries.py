@@ -3,15 +3,18 @@
 from typing import Any, Literal
 
 from fastapi import APIRouter
+from fastapi import Request as Asked
 from pydantic import Field
 from starlette.responses import Response
 
 from cdpserver.service.api import paging
 from cdpserver.service.api.answers import Answers
+from cdpserver.service.api.drills import check_programs
 from cdpserver.service.api.models import Answer, Body, Count, Page, Text
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.planned import Request
 from cdpserver.service.recoveries import Recoveries
+from cdpserver.service.roles import Roles
 
 RECOVERY = "/v1/recoveries/{recovery}"
 
@@ -31,7 +34,14 @@ class StartRecovery(Body):
         description="mirror: the VM runs on forks until all is copied. stream: it runs at home from the start, and reads from the"
         " point what is not there yet.",
     )
-    qmp: Text = Field(description="The absolute path of QEMU's monitor: -qmp unix:PATH,server=on,wait=off")
+    qmp: Text | None = Field(
+        None, description="The absolute path of QEMU's monitor: -qmp unix:PATH,server=on,wait=off"
+    )
+    vm_command: Text | None = Field(
+        None, description="Or the absolute path of a QEMU command line that the service starts; for admins."
+    )
+    accel: Literal["tcg", "kvm", "auto"] | None = None
+    isolated: bool = Field(False, description="Only a look: without a network, and nothing of it stays.")
     name: Text | None = Field(None, description="The recovered VM's name: its forks are NAME/DISK.")
     format: Literal["qcow2", "raw"] | None = Field(
         None,
@@ -84,7 +94,7 @@ class Recovery(Answer):
     disks: list[dict[str, Any]]
 
 
-def routes(answers: Answers, recoveries: Recoveries) -> APIRouter:
+def routes(answers: Answers, recoveries: Recoveries, roles: Roles) -> APIRouter:
     """Starting, watching, ending. The verbs come first: an id or name is one word."""
     routes = APIRouter(tags=["recoveries"])
 
@@ -109,8 +119,9 @@ def routes(answers: Answers, recoveries: Recoveries) -> APIRouter:
         return await answers.one(await recoveries.undo(recovery, discard=body is not None and body.discard))
 
     @routes.post("/v1/recoveries", response_model=Recovery)
-    async def start_recovery(body: StartRecovery) -> Response:
+    async def start_recovery(asked: Asked, body: StartRecovery) -> Response:
         """Make writable disks of a point at once, and move them home while the VM runs. They can be opened on return."""
+        check_programs(asked, roles, body.vm_command)
         return await answers.one(await recoveries.start(Request(**body.model_dump())))
 
     @routes.get("/v1/recoveries", response_model=list[Recovery] | Page[Recovery])

@@ -98,6 +98,8 @@ class Recovery:
     total: int = 0
     reason: str = ""
     events: tuple[tuple[int, str], ...] = ()
+    vm_command: str = ""
+    """The file with the command that the service starts the VM with; empty when somebody else does."""
 
     def after(self, step: Step, *, now_ns: int, reason: str = "") -> "Recovery":
         """The recovery after a step. RefusedError where that is not possible."""
@@ -142,6 +144,7 @@ class Recovery:
             "total": self.total,
             "reason": self.reason,
             "events": [list(event) for event in self.events],
+            "vm_command": self.vm_command,
             "disks": [
                 {
                     "disk": one.disk,
@@ -211,6 +214,7 @@ def read(row: Row) -> Recovery:
             total=int(fields["total"]),
             reason=str(fields["reason"]),
             events=tuple((int(time_ns), str(what)) for time_ns, what in fields["events"]),
+            vm_command=str(fields.get("vm_command", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(

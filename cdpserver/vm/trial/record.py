@@ -162,7 +162,9 @@ def find(catalog: Catalog, id: str) -> Trial:
     """The trial of this id. NotFoundError."""
     row = catalog.row("trials", id)
     if row is None:
-        raise NotFoundError(f"there is no trial {show(id)}", hint="list them: cdp point drills")
+        raise NotFoundError(
+            f"there is no trial {show(id)}", hint="list them: cdp point drills, cdp recover list"
+        )
     return read(row)
 
 

@@ -1,0 +1,74 @@
+"""The VM of a recovery, when it is the service that starts it: by the operator's own command, on the recovery's forks.
+
+It is a QEMU on its own from then on: it outlives the service, and whoever shuts it down is the operator.
+"""
+
+import trio
+
+from cdpserver import names
+from cdpserver.errors import UsageError
+from cdpserver.service.core import Core
+from cdpserver.service.launching import Vm, read_file
+from cdpserver.service.recovering import fork_uri
+from cdpserver.vm.launch import kvm, template
+from cdpserver.vm.launch.parts import Accel, Disk, Image, Nbd
+from cdpserver.vm.launch.template import Template
+from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
+
+
+class Accels:
+    """What guests are run by. Whether KVM does is found out once, when somebody asks for it."""
+
+    def __init__(self) -> None:
+        self._kvm: bool | None = None
+        self._probing = trio.Lock()
+
+    async def choose(self, asked: str | None) -> Accel | None:
+        """tcg, kvm, or None for what the command says; `auto` is kvm where it has been seen to run a guest."""
+        match asked:
+            case None | "tcg" | "kvm":
+                return asked
+            case "auto":
+                async with self._probing:
+                    if self._kvm is None:
+                        self._kvm = await trio.to_thread.run_sync(kvm.runs_guests)
+                return "kvm" if self._kvm else "tcg"
+        raise UsageError(f"not an accelerator: {names.show(asked)}", hint="it is tcg, kvm or auto")
+
+
+def read_command(path: str) -> Template:
+    """The operator's command. UsageError. For threads."""
+    text = read_file(path, "the VM's command")
+    if text.lstrip().startswith("<"):
+        raise UsageError(
+            f"{names.show(path)} is a libvirt domain, and the service starts a QEMU of its own",
+            hint="give a QEMU command line: virsh domxml-to-native qemu-argv shows one",
+        )
+    return template.read(text)
+
+
+async def launch(core: Core, one: Recovery, accel: Accel | None) -> None:
+    """Start the VM on what it is to run on, unless it runs or is somebody else's to start; its monitor listens on return.
+
+    UsageError, LaunchError.
+    """
+    vm = Vm(core, one.id)
+    if not one.vm_command or vm.is_running():
+        return
+    found = await core.thread(read_command, one.vm_command)
+    disks = [Disk(names.split_name(disk.disk)[0], _source(core, one, disk)) for disk in one.disks]
+    await vm.start(template.command(found, one.name, disks, vm.places, accel=accel), isolated=False)
+    core.log.emit("recovery.launched", recovery=one.id, command=one.vm_command)
+
+
+def _source(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:
+    """Where the VM's newest content is: in a stream at home from the start."""
+    at_home = one.mode == "stream" or disk.at == "home"
+    return Image(disk.target, disk.format) if at_home else Nbd(fork_uri(core, disk))
+
+
+def forget(core: Core, one: Recovery) -> None:
+    """Take away what is left of a VM that does not run any more. For threads."""
+    vm = Vm(core, one.id)
+    if one.vm_command and not vm.is_running():
+        vm.end()

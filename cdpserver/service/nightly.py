@@ -1,0 +1,82 @@
+"""Drills by the clock: at the time of day that a policy names, the newest good point of a VM or disk is booted."""
+
+from datetime import UTC, datetime, timedelta
+
+import trio
+
+from cdpserver import names, timeline
+from cdpserver.catalog import Entry
+from cdpserver.errors import CdpError
+from cdpserver.service.core import Core
+from cdpserver.service.drills import Drills, Request
+from cdpserver.service.instants import Instants
+from cdpserver.service.jobs import Jobs
+from cdpserver.service.vms import Vms
+from cdpserver.timeline import PointBase
+from cdpserver.vm.trial.schedule import Planned, came_due, planned
+
+LOOK_S = 5.0
+
+CATCH_UP = timedelta(minutes=10)
+"""A service that was down at the time still drills, if it is back soon after."""
+
+SINCE = "-1d"
+"""A point that is older is not what the night was to show."""
+
+
+async def keep_drilling(core: Core, drills: Drills, jobs: Jobs) -> None:
+    """Look at the clock until cancelled. One drill at a time: each is a VM of its own."""
+    before = datetime.now(UTC).astimezone() - CATCH_UP
+    while True:
+        now = datetime.now(UTC).astimezone()
+        try:
+            due = await core.thread(_due, core, before, now)
+        except CdpError as error:
+            core.log.emit("drill.schedule-unreadable", level="warning", reason=error.message)
+            due = []
+        before = now
+        for one in due:
+            await _drill(core, drills, jobs, one)
+        await trio.sleep(LOOK_S)
+
+
+def _due(core: Core, before: datetime, now: datetime) -> list[Planned]:
+    entries = [entry for entry in core.catalog.names().values() if entry.state == "live"]
+    forks = {entry.name for entry in entries if _is_fork(core, entry)}
+    found = planned(core.catalog.rows("policies"), core.config, entries, forks)
+    return [one for one in found if came_due(one.policy.drill or "", after=before, now=now)]
+
+
+def _is_fork(core: Core, entry: Entry) -> bool:
+    return isinstance(timeline.load(core.state.timeline(entry.id)).base, PointBase)
+
+
+async def _drill(core: Core, drills: Drills, jobs: Jobs, one: Planned) -> None:
+    """One drill as a job; what keeps it from beginning is an event."""
+    policy = one.policy
+    try:
+        point = await _newest(core, one.subject)
+        asked = Request(
+            point,
+            vm_command=policy.drill_command,
+            marker=policy.drill_marker,
+            check=policy.drill_check,
+            scheduled=True,
+        )
+        job = jobs.start("drill", one.subject, lambda: drills.run(asked))
+    except CdpError as error:
+        core.log.emit("drill.not-begun", level="warning", what=one.subject, reason=str(error))
+        return
+    await job.ended.wait()
+
+
+async def _newest(core: Core, subject: str) -> str:
+    """The newest point that is not unordered. CdpError if there is none of the last day."""
+    if subject in await core.thread(core.catalog.names):
+        listed = await Instants(core).points(subject, since=SINCE, until=None, kind="rp", limit=None)
+        good = [point for point in listed if point["grade"] != "unordered"]
+        if good:
+            return f"{subject}@seq:{good[-1]['seq']}"
+    elif found := await Vms(core).points(subject, since=SINCE, until=None, kind="rp", limit=1):
+        return f"{subject}@{names.format_time(found[-1]['time_ns'])}"
+    raise CdpError(f"{subject} has no good point of the last day", hint=f"cdp point list {subject}")
