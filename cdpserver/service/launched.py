@@ -15,6 +15,9 @@ from cdpserver.vm.launch.parts import Accel, Disk, Image, Nbd
 from cdpserver.vm.launch.template import Template
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 
+GONE_S = 10.0
+LOOK_S = 0.05
+
 
 class Accels:
     """What guests are run by. Whether KVM does is found out once, when somebody asks for it."""
@@ -57,8 +60,24 @@ async def launch(core: Core, one: Recovery, accel: Accel | None) -> None:
         return
     found = await core.thread(read_command, one.vm_command)
     disks = [Disk(names.split_name(disk.disk)[0], _source(core, one, disk)) for disk in one.disks]
-    await vm.start(template.command(found, one.name, disks, vm.places, accel=accel), isolated=False)
+    try:
+        await vm.start(template.command(found, one.name, disks, vm.places, accel=accel), isolated=False)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await core.thread(vm.end)
+            await _until_let_go(core, one)
+        raise
     core.log.emit("recovery.launched", recovery=one.id, command=one.vm_command)
+
+
+async def _until_let_go(core: Core, one: Recovery) -> None:
+    """The forks have no client any more: their server has seen the end of QEMU's connections."""
+    with trio.move_on_after(GONE_S):
+        for disk in one.disks:
+            while (entry := core.catalog.get(disk.fork)) is not None:
+                if not (await core.target_status(entry)).get("clients"):
+                    break
+                await trio.sleep(LOOK_S)
 
 
 def _source(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:
