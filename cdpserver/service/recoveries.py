@@ -110,6 +110,9 @@ class Recoveries:
                 await launched.launch(core, one, accel)
             except BaseException:
                 with trio.CancelScope(shield=True):
+                    # Once it is over nothing stands on its forks any more.
+                    one = one.after("abort", now_ns=core.clock.now_ns())
+                    await core.thread(core.catalog.put_row, "recoveries", one.row())
                     await self._take_away(one)
                     await core.thread(core.catalog.delete_row, "recoveries", one.id)
                     await self._hand_over.let_go(one)
