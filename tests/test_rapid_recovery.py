@@ -259,7 +259,7 @@ def test_two_disks_of_a_vm_from_one_instant(server: Server, home: Path, short_pa
         wait(server, "again", "done")
         assert [read(vm.uri(number), SIZE) for number in (0, 1)] == contents
     with pytest.raises(ApiError, match="an instant of one"):
-        begin(server, home, short_path / "vm.qmp", point="web@good")
+        begin(server, home, short_path / "vm.qmp", point="web@good", force=True)
 
 
 @real
