@@ -18,7 +18,9 @@ from cdpserver.index.store import CLOSED_NAME, IndexFile, Snapshot
 from cdpserver.journal import segment
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import Kind
+from cdpserver.nodes import note_path
 from cdpserver.view import live as live_module
+from cdpserver.view import view as view_module
 from cdpserver.view.delta import subtract, union
 from cdpserver.view.extent import Extent, coalesce
 from cdpserver.view.history import History
@@ -26,6 +28,7 @@ from cdpserver.view.layers import NOTHING, Layer, Piece, advance, lay
 from cdpserver.view.tail import Tail
 from cdpserver.view.view import View
 from tests.core import INDEXER, Line, World, check_view, path_of
+from tests.islands import publish
 from tests.model import BLOCK
 
 MIB = 1 << 20
@@ -412,3 +415,46 @@ def test_closed_indexes_are_dense_and_read_only_files(world: World) -> None:
         files = {path.name for path in interval_path(line.directory, interval).iterdir()}
         assert CLOSED_NAME in files
         assert not [name for name in files if name.startswith(("open-", ".tmp-"))]
+
+
+def test_block_status_of_what_was_written_in_small_pieces_is_bounded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer looks at so many extents, however few runs they come to; the next goes on from there."""
+    line = history(world, 16 * MIB)
+    for block in range(16 * MIB // BLOCK - 1, -1, -1):
+        line.connection().write(memoryview(b"x" * BLOCK), block * BLOCK)
+    monkeypatch.setattr(view_module, "STATUS_EXTENTS", 1000)
+    monkeypatch.setattr(view_module, "STATUS_WINDOW", MIB)
+    view = opened(line, line.writer.last_seq)
+    for one in (False, True):
+        at, answers = 0, 0
+        while at < view.size:
+            ((start, end, zero),) = view.status(at, view.size, one=one)
+            assert start == at and end - start <= 1000 * BLOCK + MIB and not zero
+            at, answers = end, answers + 1
+        assert answers == 4
+    closed(view)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "replaced", "note gone"])
+def test_what_happens_to_base_points_is_nothing_to_a_view_that_the_journal_covers(
+    world: World, how: str
+) -> None:
+    """Nothing is read from them while the intervals are there, also of an open view."""
+    line = several_intervals(world)
+    INDEXER.call("drain", line.directory, world.boot)
+    paths = [publish(line, number) for number in range(6)]
+    views = [opened(line, seq) for seq in line.model.instants[::6]]
+    for number, path in enumerate(paths):
+        if how == "note gone":
+            note_path(line.directory, number).unlink()
+            continue
+        path.unlink()
+        if how != "gone":
+            path.write_bytes(b"QFI\xfb" if how == "cut" else bytes(1 << 20))
+    for view in views:
+        check_view(view, line.model, view.seq)
+        closed(view)
+    for seq in line.model.instants[::6]:
+        line.check(seq)

@@ -68,7 +68,7 @@ Identity: TypeAlias = tuple[int, int, int]
 """Inode, length and time of change (ns) of a closed index."""
 
 
-def identity(index: Path) -> Identity | None:
+def identity(index: Path | str) -> Identity | None:
     """What tells a closed index from every other one; None where there is none."""
     try:
         stat = os.stat(index)

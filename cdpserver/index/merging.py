@@ -97,8 +97,9 @@ def _open(path: Path) -> Merged | None:
 def sources(timeline: Path, numbers: Sequence[int], files: Sequence[Merged]) -> list[Source]:
     """What consecutive intervals, the newest first, are read through."""
     known: dict[int, Identity] = {}
+    directory = str(interval_path(timeline, 0).parent)  # a Path for each would cost more than the look
     for number in numbers if files else ():
-        if (found := identity(interval_path(timeline, number) / CLOSED_NAME)) is not None:
+        if (found := identity(f"{directory}/{number:06d}/{CLOSED_NAME}")) is not None:
             known[number] = found
     return cover(numbers, files, known)
 

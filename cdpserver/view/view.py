@@ -38,6 +38,12 @@ STATUS_RUNS = 64
 LOOKS = 8
 """How often an instant is opened anew while a pass takes away what lies beside it."""
 
+STATUS_EXTENTS = 16_384
+"""Extents after which it is, however few runs they come to: content that was written in small pieces is one run of data."""
+
+STATUS_MOST = 1 << 30
+"""The widest window: what is resolved at a time is held in memory."""
+
 KEPT_REFS = 16
 """Views of older seqs kept for *same* records."""
 
@@ -375,17 +381,20 @@ class View:
         """Runs from `offset` on, until there are some and a window is done, or `end`."""
         runs: list[tuple[int, int, bool]] = []
         window = STATUS_WINDOW
-        at = offset
-        while at < end and len(runs) < STATUS_RUNS:
+        at, looked = offset, 0
+        while at < end and len(runs) < STATUS_RUNS and looked < STATUS_EXTENTS:
             stop = min(end, at + window)
-            for start, high, path, _ in self.resolve(at, stop, holes=True):
+            extents = self.resolve(at, stop, holes=True)
+            looked += len(extents)
+            for start, high, path, _ in extents:
                 zero = path is None
                 if runs and runs[-1][2] == zero:
                     runs[-1] = (runs[-1][0], high, zero)
                 else:
                     runs.append((start, high, zero))
             at = stop
-            window *= 4
+            if len(extents) < STATUS_RUNS:
+                window = min(4 * window, STATUS_MOST)
         return runs
 
     def _close_layers(self) -> None:
