@@ -48,7 +48,6 @@ SMALL_LIMITS = (
     (segment, "SEGMENT_RECORDS", (24, 96)),
     (live, "TAIL_REBUILD", (6, 40)),
     (view, "STATUS_WINDOW", (1 << 20,)),
-    (view, "STATUS_EXTENTS", (2, 16_384)),
     (view, "KEPT_REFS", (2,)),
     (extent, "OPEN_FILES", (3,)),
     (tail, "FEW", (4,)),
