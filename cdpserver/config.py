@@ -71,6 +71,7 @@ class Config:
     role_admin: str | None = None
     store_size_cap: int | None = None
     store_lock_quota: int = 50
+    store_prune_every_ns: int = 60 * SECOND_NS
     freeze_before: str | None = None
     freeze_after: str | None = None
     policy_rp_every_ns: int = _DEFAULT.rp_every_ns
@@ -201,6 +202,13 @@ KEYS = (
         "store_lock_quota",
         NumberValue(least=1, most=100),
         "How much of a cap, or of the file system, locked points may hold before new locks are refused, in percent.",
+        section="store",
+    ),
+    Key(
+        "prune_every",
+        "store_prune_every_ns",
+        DurationValue(least=SECOND_NS, most=600 * SECOND_NS),
+        "How often the service looks whether history is to be dropped or writes are to be refused.",
         section="store",
     ),
     Key(

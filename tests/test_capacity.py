@@ -287,6 +287,8 @@ def test_a_cap_in_reach_says_when(busy: tuple[World, Line, list[tuple[int, int]]
         ("file system", "full"),
     ]
     assert near.caps[0].hours == 0 and near.caps[1].hours == pytest.approx(hours, rel=0.01)
+    all_refuse = usage.survey(world.state, Config(store_size_cap=cap, policy_at_cap="refuse"))
+    assert [(c.of, c.then) for c in all_refuse.caps] == [("store", "refuse"), ("file system", "full")]
     # What is dropped by then makes room for what comes.
     kept = replace(disk, policy=Policy(keep_rp=(Step(HOUR_NS),), keep_bp=()))
     assert hours_until(kept.parts(), cap) is None

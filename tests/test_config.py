@@ -59,6 +59,7 @@ def test_every_key_is_read() -> None:
         [store]
         size_cap = "2T"
         lock_quota = 30
+        prune_every = "10s"
         [policy]
         rp_every = "5s"
         bp_every = "1h"
@@ -91,6 +92,7 @@ def test_every_key_is_read() -> None:
         role_admin="_cdp.admin",
         store_size_cap=2 << 40,
         store_lock_quota=30,
+        store_prune_every_ns=10 * SECOND,
         policy_rp_every_ns=5 * SECOND,
         policy_bp_every_ns=3600 * SECOND,
         policy_keep_rp=(Step(48 * 3600 * SECOND),),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import nbd
@@ -31,7 +32,7 @@ from tests.dying import dies_at
 from tests.islands import publish
 from tests.model import BLOCK
 from tests.test_policy import cdp
-from tests.test_service import Server, connected, pattern, read, write
+from tests.test_service import Server, connected, pattern, read, until, write
 
 SIZE = 64 * BLOCK
 MINUTE_NS = 60 * SECOND_NS
@@ -390,3 +391,84 @@ def test_a_disk_at_its_cap_refuses_writes_when_its_policy_says_so(short_path: Pa
         cdp(server, "prune")
         write(uri, pattern(2))
         assert read(uri, 4096) == pattern(2)
+
+
+def refused(uri: str) -> bool:
+    """Is a write refused for want of room?"""
+    with connected(uri) as client:
+        try:
+            client.pwrite(pattern(3), 0)
+        except nbd.Error as error:
+            return bool(error.errno == "ENOSPC")
+    return False
+
+
+def test_at_the_stores_cap_disks_that_are_never_shortened_take_no_writes(short_path: Path) -> None:
+    """Found by the service itself: while the disks grow, and at once after a start."""
+    mib, config, more = 1 << 20, short_path / "c.toml", "[policy]\nat_cap = 'refuse'\n"
+    config.write_text(f"[store]\nsize_cap = '64M'\nprune_every = '1s'\n{more}")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        uris = [str(server.post("/v1/disks", name=name, size=64 * mib)["uri"]) for name in ("d", "e")]
+        for uri in uris:
+            write(uri, pattern(1))
+        for uri in uris:
+            with connected(uri) as client:
+                for at in range(8 * mib, 44 * mib, 4 * mib):
+                    # What was taken is past the cap by then, and neither disk has one of its own.
+                    with contextlib.suppress(nbd.Error):
+                        client.pwrite(random.Random(at).randbytes(4 * mib), at)
+        for uri in uris:
+            until(partial(refused, uri), "the refusal of writes")
+        first = server.events("retention.writes-refused")
+        assert {event["disk"] for event in first} == {"d", "e"} and first[0]["size_cap"] == 64 * mib
+        assert "writes are refused then" in server.events("retention.cap-near")[-1]["reason"]
+        done = cdp(server, "usage", "--json", "--config", str(config))
+        (cap,) = [cap for cap in json.loads(done.stdout)["caps"] if cap["of"] == "store"]
+        assert cap["then"] == "refuse" and cap["bytes"] >= cap["cap_bytes"]
+    config.write_text(f"[store]\nsize_cap = '64M'\nprune_every = '10m'\n{more}")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        for uri in uris:
+            until(partial(refused, uri), "the refusal after a start")
+    config.write_text(f"[store]\nsize_cap = '1G'\n{more}")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        write(uris[0], pattern(2))
+        assert read(uris[0], 4096) == pattern(2)
+
+
+def test_a_pass_over_one_disk_says_nothing_of_the_whole_store(short_path: Path) -> None:
+    config = short_path / "c.toml"
+    config.write_text("[store]\nsize_cap = '64M'\nlock_quota = 1\n")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        for name in ("d", "e"):
+            write(server.add(name), pattern(1))
+            server.post(f"/v1/disks/{name}:synced")
+        with connected(server.get("/v1/disks/d")["uri"]) as client:
+            client.pwrite(random.Random(1).randbytes(4 << 20), 0)
+        assert cdp(server, "point", "lock", "d@latest").returncode == 0
+        for arguments in ([], ["e"], []):
+            assert cdp(server, "prune", *arguments).returncode == 0
+        assert len(server.events("retention.lock-quota-near")) == 1
+
+
+def test_the_service_drops_and_ends_by_itself_what_is_over(short_path: Path) -> None:
+    config = short_path / "c.toml"
+    config.write_text(
+        "[store]\nprune_every = '1s'\n[policy]\nbp_every = '10s'\nkeep_rp = '10s'\nkeep_bp = 'none'\n"
+    )
+    with Server(short_path / "s", "--config", str(config)) as server:
+        uri = server.add("d")
+        write(uri, pattern(1))
+        server.post("/v1/disks/d:synced")
+        server.post("/v1/disks/d:cut")
+        done = cdp(server, "point", "lock", "d@latest", "--until", "3s")
+        assert done.returncode == 0, done.stderr
+
+        def gone() -> bool:
+            write(uri, pattern(2))  # a disk that rests does not age
+            return any("interval:1" in event["things"] for event in server.events("retention.dropped"))
+
+        until(gone, "the first interval's end")
+        (ended,) = server.events("lock.expired")
+        assert ended["disk"] == "d" and server.get("/v1/locks") == []
+        (first, *_) = server.events("retention.dropped")
+        assert first["disk"] == "d" and first["bytes"] > 0

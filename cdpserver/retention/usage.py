@@ -19,7 +19,7 @@ from cdpserver.journal.log import Journal, interval_path
 from cdpserver.nodes import NUMBERED, base_point_path, nodes
 from cdpserver.retention import policies
 from cdpserver.retention.growth import HOUR_NS, Part, Span, held_ns, hours_until, made_per_hour, per_hour
-from cdpserver.retention.policy import SHORTEN, Effective, Policy
+from cdpserver.retention.policy import REFUSE, SHORTEN, Effective, Policy
 from cdpserver.retention.slots import span_ns
 from cdpserver.state import StateDir
 
@@ -208,7 +208,9 @@ def caps(disks: list[Usage], *, store_cap: int | None, free_bytes: int) -> list[
     parts = [part for disk in disks for part in disk.parts()]
     used = sum(part.bytes for part in parts)
     if store_cap is not None:
-        found.append(Cap("store", used, store_cap, SHORTEN, hours_until(parts, store_cap)))
+        refuses = [disk.policy.at_cap == REFUSE for disk in disks if disk.policy is not None]
+        then = REFUSE if refuses and all(refuses) else SHORTEN
+        found.append(Cap("store", used, store_cap, then, hours_until(parts, store_cap)))
     room = used + free_bytes
     found.append(Cap("file system", used, room, FULL, hours_until(parts, room)))
     return found

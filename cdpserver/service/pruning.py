@@ -1,5 +1,6 @@
 """Pruning: passes over all disks in a process of its own, by the clock and when somebody asks."""
 
+import contextlib
 from typing import Any
 
 import trio
@@ -8,14 +9,11 @@ from cdpserver import groups, locks
 from cdpserver.config import Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.names import format_bytes
-from cdpserver.retention.policy import REFUSE
+from cdpserver.retention.policy import REFUSE, SHORTEN
 from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
 from cdpserver.service.core import Core
 from cdpserver.service.warned import Rising
 from cdpserver.vm import instant
-
-LOOK_S = 60.0
-"""How often the service looks whether a pass is due."""
 
 LONGEST = 10
 """Looks after which there is a pass though nothing has changed: history grows old by itself."""
@@ -34,8 +32,8 @@ class Pruning:
         self._failed: dict[str, str] = {}
         self._full: dict[str, str] = {}
         self._locks_near = False
-        self._near_refusal = False
-        """A disk that refuses writes at its cap is near it, so it is looked at each time."""
+        self._store_full = False
+        """All disks together were at the store's cap when they were last looked at."""
 
     async def run(self, disk: str | None, *, dry_run: bool) -> list[dict[str, Any]]:
         """What a pass dropped, or would drop; of a VM or group that of each of its disks.
@@ -62,12 +60,13 @@ class Pruning:
         async with self._one:
             done: dict[str, Any] = await core.job("prune", "cdpserver.retention.prune", *arguments)
         if not dry_run:
-            self._say(done)
+            self._say(done, disk)
             await self._refuse()
         return done
 
-    def _say(self, done: dict[str, Any]) -> None:
-        log = self._core.log
+    def _say(self, done: dict[str, Any], only: str | None) -> None:
+        """Tell what a pass found. One over a single disk knows nothing of the others, nor of the store."""
+        log, disks = self._core.log, done["disks"]
         for disk in dict.fromkeys(gone["disk"] for gone in done["dropped"]):
             mine = [gone for gone in done["dropped"] if gone["disk"] == disk]
             size = sum(gone["bytes"] for gone in mine)
@@ -75,32 +74,45 @@ class Pruning:
         for disk, reason in done["failed"].items():
             if self._failed.get(disk) != reason:
                 log.emit("retention.left-alone", level="warning", disk=disk, reason=reason)
-        self._failed = dict(done["failed"])
-        self._near_refusal = any(
-            held["at_cap"] == REFUSE and held["bytes"] * 100 >= (held["size_cap"] or 1 << 62) * LEVELS[-1]
-            for held in done["disks"].values()
-        )
-        for disk, held in done["disks"].items():
+        others = {disk: why for disk, why in self._failed.items() if only not in (None, disk)}
+        self._failed = others | done["failed"]
+        if only is None:
+            self._say_of_store(disks)
+        for disk, held in disks.items():
+            self._note_full(disk, held)
             if held["size_cap"] is not None:
-                self._note_full(disk, held)
                 self._warn(disk, held["bytes"], held["size_cap"], held["at_cap"])
-        self._warn_of_locks(sum(held["locked_bytes"] for held in done["disks"].values()))
-        cap = self._core.config.store_size_cap
-        if cap is not None and len(done["disks"]) > 0:
-            self._warn("", sum(held["bytes"] for held in done["disks"].values()), cap, "")
+
+    def _say_of_store(self, disks: dict[str, dict[str, Any]]) -> None:
+        self._warn_of_locks(sum(held["locked_bytes"] for held in disks.values()))
+        used, cap = sum(held["bytes"] for held in disks.values()), self._core.config.store_size_cap
+        self._store_full = cap is not None and used >= cap
+        if cap is not None and disks:
+            all_refuse = all(held["at_cap"] == REFUSE for held in disks.values())
+            self._warn("", used, cap, REFUSE if all_refuse else SHORTEN)
 
     def _note_full(self, disk: str, held: dict[str, Any]) -> None:
-        full = held["at_cap"] == REFUSE and held["bytes"] >= held["size_cap"]
-        why = f"{disk} is at its size_cap of {format_bytes(held['size_cap'])}, and its policy refuses writes then"
-        if full != bool(self._full.get(disk)):
+        """Is a disk that is never shortened at its own cap, or with all others at that of the store?"""
+        cap, store_cap = held["size_cap"], self._core.config.store_size_cap
+        reached = None
+        if held["at_cap"] == REFUSE and cap is not None and held["bytes"] >= cap:
+            reached, why = cap, f"{disk} is at its size_cap of {format_bytes(cap)}"
+        elif held["at_cap"] == REFUSE and store_cap is not None and self._store_full:
+            reached, why = (
+                store_cap,
+                f"all disks together are at the size_cap {format_bytes(store_cap)} of [store]",
+            )
+        if (reached is not None) != bool(self._full.get(disk)):
             self._core.log.emit(
-                "retention.writes-refused" if full else "retention.writes-taken",
-                level="error" if full else "info",
+                "retention.writes-refused" if reached is not None else "retention.writes-taken",
+                level="error" if reached is not None else "info",
                 disk=disk,
                 bytes=held["bytes"],
-                size_cap=held["size_cap"],
+                size_cap=cap if reached is None else reached,
             )
-            self._full[disk] = why if full else ""
+            self._full[disk] = (
+                "" if reached is None else f"{why}, and the policy of {disk} refuses writes then"
+            )
 
     async def _refuse(self) -> None:
         """Tell the workers; each time, since one that was started anew does not know."""
@@ -137,20 +149,32 @@ class Pruning:
             )
 
     async def keep_pruning(self) -> None:
-        """A pass whenever something has changed, and now and then; for ever."""
-        seen, skipped = None, LONGEST
+        """A pass whenever something has changed, now and then, and always where writes may have to be refused; for ever."""
+        seen, skipped = None, LONGEST - 2  # so the second look makes a pass
         while True:
-            await trio.sleep(LOOK_S)
             try:
                 await self._refuse()
                 now = await self._core.thread(self._signature)
                 await self._core.thread(self._drop_expired)
                 skipped += 1
-                if now != seen or skipped >= LONGEST or self._near_refusal:
+                changed = seen is not None and now != seen
+                if changed or skipped >= LONGEST or await self._core.thread(self._may_refuse):
                     await self._pass(None, dry_run=False)
-                    seen, skipped = now, 0
+                    skipped = 0
+                seen = now
             except (CdpError, OSError) as error:
                 self._core.log.emit("retention.pass-failed", level="error", reason=str(error))
+            await trio.sleep(self._core.config.store_prune_every_ns / 1e9)
+
+    def _may_refuse(self) -> bool:
+        """Is there a disk that is to refuse writes at a cap? It grows at any time, so that it is looked at each time."""
+        core = self._core
+        for entry in core.catalog.names().values():
+            with contextlib.suppress(CdpError):  # a pass says what is wrong with a policy
+                policy = core.policy(entry)
+                if policy.at_cap == REFUSE and (policy.size_cap or core.config.store_size_cap) is not None:
+                    return True
+        return False
 
     def _signature(self) -> list[tuple[str, int]]:
         """Changes with every interval, base point, policy and lock."""
