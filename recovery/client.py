@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from cdpserver.errors import RefusedError, UnreachableError
 from cdpserver.state import StateDir
@@ -261,14 +261,17 @@ class Client:
         """One answer about files."""
         return self._object("GET", route, query=query)
 
-    def stream(self, route: str, query: Mapping[str, Any]) -> Iterator[bytes]:
-        """A body, piece by piece. UnreachableError if it ends before its end."""
+    def stream(
+        self, route: str, query: Mapping[str, Any], remark: Callable[[list[str]], None]
+    ) -> Iterator[bytes]:
+        """A body, piece by piece, after the remarks in its head. UnreachableError if it ends before its end."""
         connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
         try:
             connection.request("GET", f"/v1/{route}?{urlencode(query)}")
             reply = connection.getresponse()
             if reply.status >= 300:
                 raise error_of(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
+            remark(list(map(unquote, reply.headers.get_all("Cdp-Remark", []))))
             while part := reply.read(PIECE_BYTES):
                 yield part
             if reply.length:

@@ -10,13 +10,28 @@ from recovery.output import say
 PAGE = 1000
 
 
+class Said:
+    """Says remarks, each once: every page of a list has them."""
+
+    def __init__(self, head: str = "") -> None:
+        """`head` stands before each."""
+        self._head = head
+        self._said: set[str] = set()
+
+    def __call__(self, remarks: list[str]) -> None:
+        for remark in remarks:
+            if remark not in self._said:
+                self._said.add(remark)
+                say(f"{self._head}{remark}")
+
+
 class AskedFiles:
     """What `recovery.files` wants to know, from the API."""
 
     def __init__(self, service: Client, point: str) -> None:
         """`point` is absolute, and may name a volume."""
         self._service, self.point = service, point
-        self._said: set[str] = set()
+        self._say = Said(f"{point}: ")
 
     def listing(self, path: bytes) -> Iterator[Object]:
         """A directory, or the volumes."""
@@ -36,11 +51,11 @@ class AskedFiles:
 
     def content(self, path: bytes) -> Iterator[bytes]:
         """A file, in pieces."""
-        return self._service.stream("files:content", {"point": self.point} | path_query(path))
+        return self._service.stream("files:content", {"point": self.point} | path_query(path), self._say)
 
     def tar(self, path: bytes) -> Iterator[bytes]:
         """A tree, in pieces of a tar stream."""
-        return self._service.stream("files:tar", {"point": self.point} | path_query(path))
+        return self._service.stream("files:tar", {"point": self.point} | path_query(path), self._say)
 
     def _one(self, route: str, query: Object) -> Object:
         found = self._service.ask(route, {"point": self.point} | query)
@@ -49,12 +64,6 @@ class AskedFiles:
 
     def _pages(self, route: str, query: Object) -> Iterator[Object]:
         yield from pages(self._service, route, {"point": self.point} | query, self._say)
-
-    def _say(self, remarks: list[str]) -> None:
-        for remark in remarks:
-            if remark not in self._said:
-                self._said.add(remark)
-                say(f"{self.point}: {remark}")
 
 
 def pages(service: Client, route: str, query: Object, remark: Any = lambda remarks: None) -> Iterator[Object]:

@@ -8,7 +8,7 @@ from cdpserver import names
 from cdpserver.errors import UnreachableError
 from cdpserver.state import StateDir, default_state_dir
 from recovery.files import path_of, shown_name
-from recovery.files_asked import pages, path_query
+from recovery.files_asked import Said, pages, path_query
 from recovery.output import Column, answer_json_items, answer_table, say
 from recovery.remote import client
 from recovery.together import one_disk
@@ -47,10 +47,10 @@ def _history(options: Namespace) -> Iterator[dict[str, Any]]:
     service = client(options)
     if _runs(options):
         query = {"disk": options.disk} | span | path_query(path_of(options))
-        return pages(service, "files:history", query)
+        return pages(service, "files:history", query, Said())
     from cdpserver.files import through
 
-    return through.history(_state(options), options.disk, path_of(options), **span)
+    return through.history(_state(options), options.disk, path_of(options), **span, remark=say)
 
 
 def diff(options: Namespace) -> None:
@@ -70,15 +70,10 @@ def diff(options: Namespace) -> None:
 def _diff(options: Namespace) -> Iterator[dict[str, Any]]:
     if _runs(options):
         query = {"point": options.point, "other": options.other} | path_query(path_of(options))
-        return pages(client(options), "files:diff", query, _say_all)
+        return pages(client(options), "files:diff", query, Said())
     from cdpserver.files import through
 
     return through.diff(_state(options), options.point, options.other, path_of(options), remark=say)
-
-
-def _say_all(remarks: list[str]) -> None:
-    for remark in remarks:
-        say(remark)
 
 
 def _runs(options: Namespace) -> bool:

@@ -75,6 +75,8 @@ def _serve(options: Namespace, directory: Path) -> None:
             log.emit("mount.failed", level="warning", point=held.name, path=path, reason=reason)
 
         with contextlib.closing(PointFiles(held.view, failed)) as files:
+            for remark in files.remarks:
+                say(f"{held.name}: {remark}")
             serve(files, str(directory), held.name)
 
 

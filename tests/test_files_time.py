@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def history(server: Server, path: str, **span: str | None) -> list[dict[str, Any]]:
     """The versions, looked for in this process; asked of the service they are the same."""
     known: Any = {"volume": None, "since": None, "until": None} | span
-    found = list(through.history(StateDir(server.state_dir), "d", path.encode(), **known))
+    found = list(through.history(StateDir(server.state_dir), "d", path.encode(), **known, remark=print))
     asked: Any = {key: value for key, value in known.items() if value is not None}
     assert found == pages(server, "files:history", 2, disk="d", path=path, **asked)
     return found

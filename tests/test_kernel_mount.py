@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recovery import kernel_mount
+from recovery import cli, files_get, kernel_mount
 from recovery.kernel_mount import WORK_PARENT, WORK_PREFIX
 from tests import filesystems as make
 from tests.test_mount import cdp
@@ -149,7 +149,13 @@ def test_nothing_is_left_whatever_is_killed(victim: str, server: Server, there: 
     until(lambda: nothing_left(there, work), "end of all of it")
 
 
-def test_a_log_tree_is_said_and_the_kernel_replays_it(server: Server, there: Path, tmp_path: Path) -> None:
+def test_a_log_tree_is_said_and_the_kernel_replays_it(
+    server: Server,
+    there: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Btrfs keeps what was fsynced in a log until its next commit: browsing says how old it shows things, the mount has it."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "old").write_text("old")
@@ -159,16 +165,36 @@ def test_a_log_tree_is_said_and_the_kernel_replays_it(server: Server, there: Pat
     with looped(image, tmp_path / "live", "btrfs") as live:
         (live / "committed").write_text("committed")
         make.run("sync", "--file-system", live)
-        with open(live / "fsynced", "wb") as file:
-            file.write(b"fsynced")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(live / "fsynced", "wb") as synced:
+            synced.write(b"fsynced")
+            synced.flush()
+            os.fsync(synced.fileno())
         held = image.read_bytes()
     protect(server, "d", held)
     command = [sys.executable, "-m", "recovery.cli", "--state-dir", str(server.state_dir)]
-    done = subprocess.run([*command, "file", "ls", "d@latest", "--json"], capture_output=True, check=True)
-    assert {row["name"] for row in json.loads(done.stdout)} == {"old", "committed"}
-    assert b"last commit" in done.stderr and b"cdp mount --kernel" in done.stderr
+
+    def said(*arguments: str) -> bytes:
+        """The answer; what is to be known is said once."""
+        done = subprocess.run([*command, *arguments], capture_output=True, check=True)
+        assert done.stderr.count(b"last commit") == done.stderr.count(b"cdp mount --kernel") == 1, arguments
+        return done.stdout
+
+    assert {row["name"] for row in json.loads(said("file", "ls", "d@latest", "--json"))} == {
+        "old",
+        "committed",
+    }
+    assert said("file", "cat", "d@latest", "/old") == b"old"
+    said("file", "get", "d@latest", "/old", "--output", str(tmp_path / "out"))
+    said("file", "history", "d", "/old")
+    said("file", "find", "d@latest", "--name", "old")
+    monkeypatch.setattr(files_get, "may_read", lambda path: False)
+    options = cli.parse([*command[3:], "file", "get", "d@latest", "/", "--tar", str(tmp_path / "tar")])
+    capsys.readouterr()
+    options.run(options)
+    assert capsys.readouterr().err.count("last commit") == 1
+    said("mount", "d@latest", str(there))
+    assert sorted(os.listdir(there / "fs")) == ["committed", "old"]
+    cdp(server, "umount", there)
     cdp(server, "mount", "d@latest", there, "--kernel")
     assert (there / "fsynced").read_text() == "fsynced"
     cdp(server, "umount", there)

@@ -50,12 +50,27 @@ class PointFiles(mfusepy.Operations):  # type: ignore[misc]
         self._known: OrderedDict[str, File] = OrderedDict()
         self._open: dict[int, File] = {}
         self._next = 0
+        self.remarks = [
+            f"{'/'.join(root)}: {said}" for root, name in self._roots.items() for said in self._opened(name)
+        ]
+        """What is to be known of the file systems, such as how old the view may be."""
 
     def close(self) -> None:
         """End the worker."""
         if self._browser is not None:
             self._browser.close()
             self._browser = None
+
+    def _opened(self, volume: str) -> list[str]:
+        """Remarks; of one that cannot be opened, why. The others can."""
+        try:
+            if self._browser is None:
+                self._browser = Browser(self._disk)
+            return self._browser.open(volume)
+        except (CdpError, OSError) as error:
+            self.close()
+            self._failed(f"/{volume or 'fs'}", str(error))
+            return [str(error)]
 
     # -- where a path is
 

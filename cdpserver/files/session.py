@@ -55,9 +55,10 @@ class Nothing:
 
 @dataclass
 class Listing:
-    """A list under way, and how many of its items have come."""
+    """A list under way, how many of its items have come, and what was to be said so far."""
 
     items: Iterator[dict[str, Any] | None]
+    remarks: list[str]
     at: int = 0
 
 
@@ -136,10 +137,10 @@ class Session:
         what, position = request["what"], request["position"]
         asked = {key: value for key, value in request.items() if key not in ("op", "position", "count")}
         key = json.dumps(asked, sort_keys=True, default=bytes.hex)
-        remarks: list[str] = []
         listing = self._lists.pop(key, None)
         if listing is None or listing.at > position:
-            listing = Listing(self._list(what, request, remarks))
+            remarks: list[str] = []
+            listing = Listing(self._list(what, request, remarks), remarks)
         found: list[dict[str, Any]] = []
         deadline = time.monotonic() + PAGE_SECONDS
         for item in listing.items:
@@ -150,11 +151,11 @@ class Session:
             if len(found) >= request["count"] or time.monotonic() > deadline:
                 break
         else:
-            return {"items": found, "next": None, "remarks": remarks}
+            return {"items": found, "next": None, "remarks": listing.remarks}
         if len(self._lists) >= LISTS:
             self._lists.popitem(last=False)
         self._lists[key] = listing
-        return {"items": found, "next": max(position, listing.at), "remarks": remarks}
+        return {"items": found, "next": max(position, listing.at), "remarks": listing.remarks}
 
     def _list(
         self, what: str, request: dict[str, Any], remarks: list[str]
@@ -168,6 +169,7 @@ class Session:
                 volume=request["volume"],
                 since=request["since"],
                 until=request["until"],
+                remark=remarks.append,
                 beat=self._alive,
             )
         if what == "diff":

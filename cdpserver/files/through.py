@@ -39,9 +39,17 @@ def history(
     volume: str | None,
     since: str | None,
     until: str | None,
+    remark: Callable[[str], None],
     beat: Beat = quiet,
 ) -> Iterator[dict[str, Any]]:
-    """The versions of a file over the points in [since, until], oldest first."""
+    """The versions of a file over the points in [since, until], oldest first. What is to be known of a point is said once."""
+    told: set[str] = set()
+
+    def tell(seq: int, said: str) -> None:
+        if said not in told:
+            told.add(said)
+            remark(f"{disk}@{names.format_when(Seq(seq))}: {said}")
+
     now_ns = Clock.load(state.clock).now_ns()
     with Catalog.open(state, writable=False) as catalog:
         line = open_history(catalog, state.path, disk)
@@ -61,7 +69,7 @@ def history(
         instants = [found[seq] for seq in sorted(found)]
         if not instants:
             raise NotFoundError(f"{disk} has no points in this time", hint=f"cdp point list {disk}")
-        for version in versions(line, instants, viewed, volume, path):
+        for version in versions(line, instants, viewed, volume, path, tell):
             yield version_row(disk, version)
 
 

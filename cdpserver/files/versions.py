@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from blake3 import blake3
 
@@ -56,11 +57,19 @@ class Look:
 
 
 def versions(
-    history: History, points: Sequence[Point], viewed: Viewed, volume: str | None, path: bytes
+    history: History,
+    points: Sequence[Point],
+    viewed: Viewed,
+    volume: str | None,
+    path: bytes,
+    remark: Callable[[int, str], None],
 ) -> Iterator[Version]:
-    """The versions over these points, oldest first. Points that are dropped meanwhile are passed over."""
+    """The versions over these points, oldest first. Points that are dropped meanwhile are passed over.
+
+    `remark` is told what is to be known of the file system at a seq.
+    """
     current: Version | None = None
-    for before, point, look in _looks(history, points, viewed, volume, path):
+    for before, point, look in _looks(history, points, viewed, volume, path, remark):
         found = Version(point, point, look.file, look.digest, look.xattrs, look.why, ("first",))
         changes = found.changes if current is None else _changes(current, found)
         if changes:
@@ -77,7 +86,12 @@ def _is_nothing(version: Version) -> bool:
 
 
 def _looks(
-    history: History, points: Sequence[Point], viewed: Viewed, volume: str | None, path: bytes
+    history: History,
+    points: Sequence[Point],
+    viewed: Viewed,
+    volume: str | None,
+    path: bytes,
+    remark: Callable[[int, str], None],
 ) -> Iterator[tuple[Point, Point, Look]]:
     """(the point before, the point, what it says) of every point that has to be looked at."""
     browser: Browser | None = None
@@ -91,7 +105,7 @@ def _looks(
                         browser = Browser(disk)
                     browser.turn(disk)
                     try:
-                        known = _look(browser, disk, volume, path)
+                        known = _look(browser, disk, volume, path, partial(remark, points[number].seq))
                     except CorruptError as error:
                         # Its process may be gone: the next look has another one.
                         browser.close()
@@ -107,9 +121,13 @@ def _looks(
             browser.close()
 
 
-def _look(browser: Browser, disk: Watched, volume: str | None, path: bytes) -> Look:
+def _look(
+    browser: Browser, disk: Watched, volume: str | None, path: bytes, remark: Callable[[str], None]
+) -> Look:
     try:
         chosen = browser.choose(volume)
+        for said in browser.open(chosen):
+            remark(said)
         file = browser.stat(chosen, path)
     except NotFoundError:
         return Look(None, None, {}, "", disk.ranges())

@@ -1,6 +1,7 @@
 """The routes that fetch: the content of a file, also in part (RFC 9110, ranges), and a tree as a tar stream.
 
 A point never changes, so a strong ETag follows from its name alone. Who took what is an event, `file.taken`.
+What is to be known of the file system, such as how old the view may be, is in headers, `Cdp-Remark`: percent-encoded, one each.
 """
 
 import re
@@ -29,7 +30,22 @@ MAX_SIZE = 1 << 63
 NO_PAGE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 """A guest's file is never a page of ours."""
 
-BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+REMARK = "Cdp-Remark"
+MOST_REMARKS = 16
+"""A head has room for so many lines; a file system has one or two."""
+
+REMARKED = {
+    "headers": {
+        REMARK: {
+            "description": "What is to be known of the file system, percent-encoded; it may come several times.",
+            "schema": {"type": "string"},
+        }
+    }
+}
+BINARY = {
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    **REMARKED,
+}
 
 
 def routes(core: Core, browsing: Browsing) -> APIRouter:
@@ -93,15 +109,18 @@ def routes(core: Core, browsing: Browsing) -> APIRouter:
             def done(sent: int) -> None:
                 record(request, entry, name, path, files=1, bytes=sent, failed=0)
 
-            return _Fetched(
-                206 if wanted is not None else 200, headers, session, found["stream"], stack.pop_all(), done
-            )
+            status = 206 if wanted is not None else 200
+            fetched = _Fetched(status, headers, session, found["stream"], stack.pop_all(), done)
+            return _remarked(fetched, found["remarks"])
 
     @made.get(
         "/v1/files:tar",
         response_class=Response,
         responses={
-            200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}
+            200: {
+                "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+                **REMARKED,
+            }
         },
     )
     async def download_tree(request: Request, point: PointText, path: PathOf) -> Response:
@@ -125,7 +144,8 @@ def routes(core: Core, browsing: Browsing) -> APIRouter:
             def done(sent: int) -> None:
                 record(request, entry, name, path, **{"files": 0, "bytes": 0, "failed": 0} | taken)
 
-            return _Fetched(200, headers, session, found["stream"], stack.pop_all(), done, taken)
+            fetched = _Fetched(200, headers, session, found["stream"], stack.pop_all(), done, taken)
+            return _remarked(fetched, found["remarks"])
 
     return made
 
@@ -191,6 +211,12 @@ class _Fetched(Response):
     async def _body(self, send: Callable[[Any], Awaitable[None]], data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
         self._sent += len(data)
+
+
+def _remarked(response: Response, remarks: list[str]) -> Response:
+    for remark in remarks[:MOST_REMARKS]:
+        response.headers.append(REMARK, quote(remark, safe=" "))
+    return response
 
 
 async def _wait_for_disconnect(receive: Receive, gone: trio.Event) -> None:

@@ -81,6 +81,7 @@ class FileVersions(Answer):
 
     items: list[FileVersion]
     next_page_token: str | None
+    remarks: list[str] = Field(description="What is to be known of the file system at the points so far.")
 
 
 class FileDifference(Answer):

@@ -58,7 +58,9 @@ def routes(core: Core, answers: Answers, browsing: Browsing) -> APIRouter:
         found = await browsing.ask(entry, WHOLE, asked)
         following = found["next"]
         token = None if following is None else paging.write_token("versions", (start, end, following))
-        return await answers.one({"items": found["items"], "next_page_token": token})
+        return await answers.one(
+            {"items": found["items"], "next_page_token": token, "remarks": found["remarks"]}
+        )
 
     @made.get("/v1/files:diff", response_model=models.FileDifferences)
     async def diff_files(
