@@ -4,10 +4,12 @@ import contextlib
 import getpass
 import os
 import resource
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from cdpserver.errors import CorruptError, ForbiddenError, UnreachableError
@@ -22,12 +24,14 @@ from recovery.files_asked import AskedFiles, may_read
 from recovery.files_local import opened
 from recovery.output import answer, answer_json, printable, say
 from recovery.remote import client
+from recovery.together import one_disk
 
 
 def get(options: Namespace) -> None:
     """Fetch. CorruptError at the end if a file could not be had; the others are there."""
     if options.tar == "-" and options.json:
         options.json = False  # the stream has the standard output
+    options.point = one_disk(options, options.point)
     if not may_read(default_state_dir(options.state_dir)) and options.key_file is None and _asked(options):
         return
     with opened(options) as local:
@@ -35,10 +39,14 @@ def get(options: Namespace) -> None:
         top = browser.stat(volume, path_of(options))
         name = top.name
         found = browser.walk(volume, b"/" + b"/".join(top.path), full=True)
-        with _bar(top.size if top.type == "file" else None) as progress:
+        taken = Taken()
+        with (
+            _bar(top.size if top.type == "file" else None) as progress,
+            _recorded(options, local.name, volume, taken),
+        ):
             if options.tar is not None:
                 with _out(options.tar) as out:
-                    taken = write_tar(browser, found, name or b"root", out, progress=progress)
+                    write_tar(browser, found, name or b"root", out, progress=progress, taken=taken)
             else:
                 _many_files()
                 fetch = Fetch(
@@ -47,9 +55,9 @@ def get(options: Namespace) -> None:
                     point=f"{local.name}/{volume}",
                     force=options.force,
                     progress=progress,
+                    taken=taken,
                 )
-                taken = fetch.run(found, name)
-        _record(options, local.name, volume, taken)
+                fetch.run(found, name)
     _answer(options, local.name, taken)
     if taken.failed:
         raise CorruptError(f"{taken.failed} of them could not be had", hint=DAMAGED)
@@ -115,7 +123,25 @@ def _bar(size: int | None) -> Iterator[Progress | None]:
         yield tell
 
 
-def _record(options: Namespace, point: str, volume: str, taken: Taken) -> None:
+@contextlib.contextmanager
+def _recorded(options: Namespace, point: str, volume: str, taken: Taken) -> Iterator[None]:
+    """An event at the end, also at one by an error, an interrupt or a signal that asks to end."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _record(options, point, volume, taken, whole=whole)
+
+
+def _record(options: Namespace, point: str, volume: str, taken: Taken, *, whole: bool) -> None:
     """Who took what from which point. Whoever may read the disk but not write the log leaves no line."""
     EventLog(StateDir(default_state_dir(options.state_dir)).events).record(
         "file.taken",
@@ -128,6 +154,7 @@ def _record(options: Namespace, point: str, volume: str, taken: Taken) -> None:
         files=taken.files,
         bytes=taken.bytes,
         failed=taken.failed,
+        whole=whole,
     )
 
 

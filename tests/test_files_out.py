@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import signal
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from tests.test_service import Server, until, write
 pytestmark = pytest.mark.real
 
 
+CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+"""cap_net_bind_service=ep, as setcap has it."""
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make.source_tree(tmp_path_factory.mktemp("files") / "tree")
@@ -33,6 +39,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ext4(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.setxattr(tree / "large", "user.note", b"kept")
+    os.setxattr(tree / "many", "user.note", b"of a directory")
+    if os.geteuid() == 0:
+        os.setxattr(tree / "large", "security.capability", CAPABILITY)
     return make.make_ext(tmp_path_factory.mktemp("image") / "ext4.img", tree)
 
 
@@ -40,6 +49,13 @@ def ext4(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser(ext4: Path) -> Iterator[Browser]:
     with Browser(ImageDisk(ext4)) as opened:
         yield opened
+
+
+def assert_attributes(out: Path) -> None:
+    assert os.getxattr(out / "large", "user.note") == b"kept"
+    assert os.getxattr(out / "many", "user.note") == b"of a directory"
+    if os.geteuid() == 0:
+        assert os.getxattr(out / "large", "security.capability") == CAPABILITY
 
 
 # --- fetching
@@ -61,7 +77,7 @@ def test_a_tree_is_fetched_and_goes_on(browser: Browser, tree: Path, tmp_path: P
     assert (out / "hard").stat().st_ino == (out / "large").stat().st_ino
     assert (out / "sparse").stat().st_blocks < 100
     assert (out / "many").stat().st_mtime_ns == make.MTIME_NS
-    assert os.getxattr(out / "large", "user.note") == b"kept"
+    assert_attributes(out)
     assert stat.S_ISFIFO((out / "pipe").lstat().st_mode)
     assert stat.S_IMODE((out / "empty").stat().st_mode) == (0o4751 if os.geteuid() == 0 else 0o751)
     again = fetch()
@@ -75,6 +91,7 @@ class Breaks:
 
     def __init__(self, browser: Browser, pieces: int) -> None:
         self._browser, self._left, self.asked = browser, pieces, -1
+        self.told: Callable[[bytes], None] = lambda name: None
 
     def content(self, file: File, offset: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
         self.asked = offset
@@ -85,7 +102,29 @@ class Breaks:
             yield piece
 
     def xattrs(self, file: File) -> dict[str, bytes]:
+        self.told(file.name)
         return self._browser.xattrs(file)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_attributes_of_a_directory_are_asked_for_when_it_is_entered(
+    full: bool, browser: Browser, tmp_path: Path
+) -> None:
+    """The worker forgets which file a number was; a directory is left after all that is in it."""
+    asked: list[bytes] = []
+    inside = 0
+
+    def found() -> Iterator[File]:
+        nonlocal inside
+        for file in browser.walk("", b"/many", full=full):
+            inside += len(file.path)
+            assert not file.path or asked[:1] == [b""]
+            yield file
+
+    source = Breaks(browser, 1 << 20)
+    source.told = asked.append
+    assert not Fetch(source, tmp_path, point="p").run(found(), b"many").problems and inside == 400
+    assert os.getxattr(tmp_path / "many", "user.note") == b"of a directory"
 
 
 def test_a_file_goes_on_where_it_ended(browser: Browser, tree: Path, tmp_path: Path) -> None:
@@ -107,7 +146,7 @@ def test_a_tar_stream(browser: Browser, tree: Path, tmp_path: Path) -> None:
     taken = write_tar(browser, browser.walk("", b"/"), b"top", out)
     assert not taken.problems
     assert len(out.getvalue()) < 20 << 20, "holes are left out"
-    make.run("tar", "-x", "-f", "-", "-C", tmp_path, "--xattrs", stdin=out.getvalue())
+    make.run("tar", "-x", "-f", "-", "-C", tmp_path, "--xattrs", "--xattrs-include=*", stdin=out.getvalue())
     same = subprocess.run(
         ["diff", "-r", "--no-dereference", "-x", "lost+found", "-x", "pipe", tree, tmp_path / "top"],
         capture_output=True,
@@ -116,7 +155,7 @@ def test_a_tar_stream(browser: Browser, tree: Path, tmp_path: Path) -> None:
     assert same.returncode == 0, same.stdout
     assert (tmp_path / "top/hard").stat().st_ino == (tmp_path / "top/large").stat().st_ino
     assert (tmp_path / "top/sparse").stat().st_blocks < 100
-    assert os.getxattr(tmp_path / "top/large", "user.note") == b"kept"
+    assert_attributes(tmp_path / "top")
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
         assert tar.getmember("top/large").mtime == pytest.approx(make.MTIME_NS / 1e9)
 
@@ -193,15 +232,46 @@ def test_the_commands_with_the_service_and_without(server: Server, short_path: P
     assert b"there is no disk" in cdp(state, "ls", "other@latest", code=2).stderr
 
 
-def test_who_may_not_read_the_directory_gets_a_stream(
-    server: Server, short_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_get_that_is_broken_off_is_on_record(
+    signal_number: signal.Signals, server: Server, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(server.add(), small_image(short_path))
     server.post("/v1/disks/d:synced")
+    real = Browser.content
+
+    def content(self: Browser, file: File, offset: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
+        if file.name == b"data":
+            os.kill(os.getpid(), signal_number)
+        return real(self, file, offset)
+
+    monkeypatch.setattr(Browser, "content", content)
+    for target in (("--output", str(short_path / "out")), ("--tar", str(short_path / "tar"))):
+        options = cli.parse(["--state-dir", str(server.state_dir), "file", "get", "d@latest", "/", *target])
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            options.run(options)
+    first, second = server.events("file.taken")
+    for event in (first, second):
+        assert (event["disk"], event["path"], event["whole"]) == ("d", "/", False) and event["user"]
+    assert second["files"] > 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("vm", "disk", "point"), [(None, "d", "d@latest"), ("web", "web/d", "web@latest/d")])
+def test_who_may_not_read_the_directory_gets_a_stream(
+    vm: str | None,
+    disk: str,
+    point: str,
+    server: Server,
+    short_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(server.add(vm=vm), small_image(short_path))
+    server.post(f"/v1/disks/{disk}:synced", write_blocking=True)
     monkeypatch.setattr(files_get, "may_read", lambda path: False)
 
     def get(*arguments: str) -> None:
-        options = cli.parse(["--state-dir", str(server.state_dir), "file", "get", "d@latest", *arguments])
+        options = cli.parse(["--state-dir", str(server.state_dir), "file", "get", point, *arguments])
         options.run(options)
 
     tar = short_path / "out.tar"

@@ -80,6 +80,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         disk.debugfs("rm hello")
         disk.write(b"and again")
         disk.mark("f6")
+        disk.debugfs("ea_set sub user.note of-a-directory")
+        disk.write(b"and again")
+        disk.mark("g7")
         # Until its second is over there may be one more point.
         newest = running.get("/v1/disks/d:points?kind=bookmark")[-1]["time_ns"] // 10**9
         until(lambda: running.get("/v1/status")["time_ns"] // 10**9 > newest, "the next second")
@@ -172,6 +175,7 @@ def test_what_differs(
         "mode",
         "content",
     ]
+    assert differ("f6", "g7") == [("sub", "changed", ["xattrs"])]
     assert ("hello", "removed", []) in quick["a", "f6"] and ("hello", "added", []) in quick["f6", "a"]
     # The same without the journal's word.
     monkeypatch.setattr(through, "_changed", lambda old, new: None)

@@ -89,7 +89,7 @@ def _differ(old: Side, new: Side, was: File, file: File, changed: Ranges | None)
 
 def _attributes(side: Side, file: File) -> dict[str, bytes]:
     """Of a file with many the walk did not tell them."""
-    if file.attributes is not None or file.type != "file":
+    if file.attributes is not None or file.type not in ("file", "dir"):
         return file.attributes or {}
     return side.browser.xattrs(_again(side, file))
 

@@ -82,18 +82,20 @@ class Fetch:
         point: str,
         force: bool = False,
         progress: Progress | None = None,
+        taken: Taken | None = None,
     ) -> None:
-        """`point` names the instant: what was begun from another one is not gone on with."""
+        """`point` names the instant: what was begun from another one is not gone on with. `taken` is told what came so far."""
         self._source = source
         self._force = force
         self._tell = progress or (lambda files, bytes: None)
         self._begun = f"{boot_id()}:{point}"
         self._owner = os.geteuid() == 0
         self._links: dict[int, tuple[bytes, ...]] = {}
-        self._open: list[tuple[tuple[bytes, ...], int, File | None]] = []
-        self.taken = Taken()
+        self._open: list[tuple[tuple[bytes, ...], int, File | None, dict[str, bytes]]] = []
+        """(path, descriptor, what it is like, its attributes) of the directory that is filled and those above it."""
+        self.taken = Taken() if taken is None else taken
         target.mkdir(parents=True, exist_ok=True)
-        self._open.append(((), os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), None))
+        self._open.append(((), os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), None, {}))
 
     def run(self, found: Iterator[File], name: bytes) -> Taken:
         """Everything of a walk; its top is called `name` in the target, or is the target itself where that is empty."""
@@ -115,10 +117,10 @@ class Fetch:
     def _leave(self, above: tuple[bytes, ...]) -> None:
         """Close the directories that `above` is not in; what they are like is set last."""
         while len(self._open) > 1 and self._open[-1][0] != above[: len(self._open[-1][0])]:
-            path, fd, file = self._open.pop()
+            path, fd, file, attributes = self._open.pop()
             try:
                 if file is not None:
-                    self._dress(fd, file)
+                    self._dress(fd, file, attributes)
             except OSError as error:
                 self.taken.problem(path, _why(error))
             finally:
@@ -129,14 +131,20 @@ class Fetch:
             return
         with contextlib.suppress(FileExistsError):
             os.mkdir(path[-1], 0o700, dir_fd=above)
-        self._open.append((path, os.open(path[-1], _DIRECTORY, dir_fd=above), file))
+        # Asked for now: by the time that it is left, the worker may have forgotten which it was.
+        attributes: dict[str, bytes] = {}
+        try:
+            attributes = self._source.xattrs(file)
+        except CdpError as error:
+            self.taken.problem(path, f"its attributes: {_why(error)}")
+        self._open.append((path, os.open(path[-1], _DIRECTORY, dir_fd=above), file, attributes))
 
     # -- files
 
     def _one(self, file: File, path: tuple[bytes, ...]) -> None:
         for name in path[-1:]:
             check_name(name)
-        at, above, _ = self._open[-1]
+        at, above, _, _ = self._open[-1]
         if at != path[:-1]:
             raise RefusedError("the directory above it could not be made", hint=ELSEWHERE)
         if file.type == "unreadable":
@@ -230,7 +238,7 @@ class Fetch:
                 else:
                     _write(fd, data, start)
                 self._tell(0, end - start)
-            self._dress(fd, file)
+            self._dress(fd, file, self._source.xattrs(file))
         except (CdpError, OSError) as error:
             # Another try would end here, too, unless there is more room by then.
             if getattr(error, "errno", None) != errno.ENOSPC or isinstance(error, CdpError):
@@ -266,17 +274,21 @@ class Fetch:
     def _place(self, part: bytes, name: bytes, above: int) -> None:
         os.rename(part, name, src_dir_fd=above, dst_dir_fd=above)
 
-    def _dress(self, fd: int, file: File) -> None:
-        """Attributes, owner, mode, times. Without the owner, nothing may run as whoever fetched it."""
-        for name, value in self._source.xattrs(file).items() if file.type == "file" else ():
+    def _dress(self, fd: int, file: File, attributes: dict[str, bytes]) -> None:
+        """Owner, attributes, mode, times, in this order.
+
+        A change of owner takes capabilities away, and who is not root may not set attributes of what is not to be written.
+        Without the owner, nothing may run as whoever fetched it.
+        """
+        if self._owner:
+            os.fchown(fd, file.uid, file.gid)
+        for name, value in attributes.items():
             try:
                 os.setxattr(fd, os.fsencode(name), value)
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise
                 self.taken.attributes_lost += 1
-        if self._owner:
-            os.fchown(fd, file.uid, file.gid)
         os.fchmod(fd, file.mode if self._owner else file.mode & 0o777)
         os.utime(fd, ns=(file.atime_ns, file.mtime_ns))
 

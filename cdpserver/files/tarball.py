@@ -27,10 +27,16 @@ class Extents(Source, Protocol):
 
 
 def write_tar(
-    source: Extents, found: Iterator[File], name: bytes, out: IO[bytes], *, progress: Progress | None = None
+    source: Extents,
+    found: Iterator[File],
+    name: bytes,
+    out: IO[bytes],
+    *,
+    progress: Progress | None = None,
+    taken: Taken | None = None,
 ) -> Taken:
-    """Everything of a walk; its top is called `name`."""
-    taken = Taken()
+    """Everything of a walk; its top is called `name`. `taken` is told what came so far."""
+    taken = Taken() if taken is None else taken
     for part in tar_stream(source, found, name, taken, progress=progress):
         out.write(part)
     return taken
@@ -91,14 +97,16 @@ def _member(
     head.type = _TYPES[file.type]
     head.mode, head.uid, head.gid, head.mtime = file.mode, file.uid, file.gid, max(file.mtime_ns // 10**9, 0)
     head.pax_headers = {"mtime": f"{file.mtime_ns / 10**9:.9f}"} if file.mtime_ns >= 0 else {}
+    is_again = file.type == "file" and file.links > 1 and file.id in links
+    if file.type in ("file", "dir") and not is_again:
+        for key, value in _attributes(source, file, path, taken).items():
+            head.pax_headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
     if file.type == "link":
         head.linkname = _text(file.target or b"")
-    if file.type == "file" and file.links > 1 and file.id in links:
+    if is_again:
         head.type, head.linkname = tarfile.LNKTYPE, links[file.id]
         yield _packed(head)
     elif file.type == "file":
-        for key, value in source.xattrs(file).items():
-            head.pax_headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
         pieces = _Pieces(source, file, tell)
         yield _packed(pieces.described(head))
         yield from pieces.all(source)
@@ -108,6 +116,17 @@ def _member(
     taken.files += 1
     taken.bytes += file.size if file.type == "file" else 0
     tell(1, 0)
+
+
+def _attributes(source: Source, file: File, path: tuple[bytes, ...], taken: Taken) -> dict[str, bytes]:
+    """A directory is told without them, where they cannot be read: what is in it comes, too."""
+    try:
+        return source.xattrs(file)
+    except CdpError as error:
+        if file.type == "file":
+            raise
+        taken.problem(path, f"its attributes: {error.message}")
+        return {}
 
 
 class _Pieces:

@@ -180,13 +180,15 @@ class Worker:
     def _full(self, items: Iterator[dict[str, Any] | None]) -> Iterator[dict[str, Any] | None]:
         """With what a fetch asks of each file anyway. What cannot be had is left to the question, which says why."""
         for item in items:
-            if item is not None and item.get("type") == "file":
+            if item is not None and item.get("type") in ("file", "dir"):
                 tree, node = self._files[item["number"]]
                 with contextlib.suppress(Exception):
-                    runs = list(islice(self._on_disk(tree, node), FEW_RUNS + 1))
+                    is_file = item["type"] == "file"
+                    runs = list(islice(self._on_disk(tree, node), FEW_RUNS + 1)) if is_file else []
                     xattrs = tree.fs.xattrs(node)
                     if len(runs) <= FEW_RUNS and sum(map(len, xattrs.values())) <= FEW_BYTES:
-                        item |= {"runs": runs, "attributes": xattrs}
+                        item["attributes"] = xattrs
+                        item["runs"] = runs if is_file else None
             yield item
 
     def _find(self, request: dict[str, Any]) -> dict[str, Any]:
