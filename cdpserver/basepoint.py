@@ -150,7 +150,16 @@ def describe(history: History, node: Node | Cut) -> dict[str, Any]:
 def note(history: History, cut: Cut) -> Node:
     """What is noted of a cut: everything that the journal says of it."""
     state = history.journal.state_at(cut.seq)
-    return Node(cut.number, cut.seq, cut.time_ns, cut.interval, state.grade, state.session, state.evidence)
+    return Node(
+        cut.number,
+        cut.seq,
+        cut.time_ns,
+        cut.interval,
+        state.grade,
+        state.session,
+        state.evidence,
+        state.observed,
+    )
 
 
 def all_cuts(history: History) -> list[Cut]:
@@ -219,6 +228,7 @@ def below_intervals(journal: Journal) -> dict[int, Node]:
                 state.grade,
                 state.session,
                 state.evidence,
+                state.observed,
             )
     return found
 

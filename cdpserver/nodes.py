@@ -13,12 +13,14 @@ import contextlib
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError
 from cdpserver.journal.control import Grade
+from cdpserver.journal.observed import NOT_WRITTEN, Observed, read_observed
 
 NUMBERED = re.compile(r"bp-(0|[1-9][0-9]{0,17})\.qcow2")
 """The name of a published base point."""
@@ -45,6 +47,7 @@ class Node:
     grade: Grade
     session: int
     evidence: int
+    observed: Observed = NOT_WRITTEN
     manual: bool = False
     """Somebody asked for it; the clock cut the others."""
 
@@ -78,7 +81,7 @@ def write_note(timeline: Path, node: Node) -> None:
     manual = node.manual
     with contextlib.suppress(CorruptError):  # said at the service's start
         manual = manual or node.number in listed_manual(timeline)
-    value = {
+    value: dict[str, Any] = {
         "number": node.number,
         "seq": node.seq,
         "time_ns": node.time_ns,
@@ -88,6 +91,8 @@ def write_note(timeline: Path, node: Node) -> None:
         "evidence": node.evidence,
         "manual": manual,
     }
+    if node.observed.by:
+        value["observed"] = asdict(node.observed)
     durable.write_json(note_path(timeline, node.number), value)
 
 
@@ -97,6 +102,8 @@ def read_note(timeline: Path, number: int) -> Node:
     value = durable.read_json(path)
     keys = {"number", "seq", "time_ns", "interval", "grade", "session", "evidence"}
     manual = value.pop("manual", False)
+    seen = value.pop("observed", None)
+    observed = NOT_WRITTEN if seen is None else read_observed(seen, str(path))
     durable.take_keys(value, keys, path)
     sound = all(type(value[key]) is int and value[key] >= 0 for key in keys) and type(manual) is bool
     if not sound or value["number"] != number:
@@ -105,7 +112,7 @@ def read_note(timeline: Path, number: int) -> Node:
         grade = Grade(value["grade"])
     except ValueError:
         raise CorruptError(f"{path} is damaged", hint="cdp check says what it touches") from None
-    return Node(**{**value, "grade": grade, "manual": manual})
+    return Node(**{**value, "grade": grade, "manual": manual, "observed": observed})
 
 
 def published(timeline: Path) -> list[int]:

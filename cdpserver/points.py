@@ -4,6 +4,7 @@ A recovery point is the last record of a second in which data changed. Nothing i
 that second; what is not indexed yet is counted from the header log.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from cdpserver.journal import control
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.instants import Instant, Instants
 from cdpserver.journal.log import FIRST_INTERVAL, Position, interval_path
+from cdpserver.journal.observed import Observed
 from cdpserver.journal.record import Kind
 from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
 from cdpserver.nodes import Node, nodes
@@ -37,6 +39,7 @@ class Point:
     name: str | None
     session: int
     evidence: int
+    observed: Observed
     locked: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +52,9 @@ class Point:
             "records": self.records,
             "bytes": self.bytes,
             "grade": self.grade.label,
-            "evidence": control.show_evidence(self.session, self.evidence),
+            "evidence": control.show_evidence(
+                self.session, self.evidence, self.observed, frozen=self.grade == Grade.APP
+            ),
             "name": self.name,
             "locked": self.locked,
         }
@@ -69,12 +74,15 @@ def _slot_s(every_ns: int) -> int:
     return max(1, -(-every_ns // SECOND_NS))
 
 
-def _point(row: PointRow) -> Point:
-    grade = Grade(row.grade)
-    size = row.payload_bytes
-    return Point(
-        "rp", row.last_time_ns, row.last_seq, row.records, size, grade, None, row.session, row.evidence
-    )
+def _point(row: PointRow, observed: Observed) -> Point:
+    grade, size, evidence = Grade(row.grade), row.payload_bytes, row.evidence
+    at_ns, seq = row.last_time_ns, row.last_seq
+    return Point("rp", at_ns, seq, row.records, size, grade, None, row.session, evidence, observed)
+
+
+def _at(seen: list[tuple[int, Observed]], seq: int) -> Observed:
+    """What counted at `seq`."""
+    return seen[bisect_right(seen, seq, key=lambda pair: pair[0]) - 1][1]
 
 
 class Timeline:
@@ -176,6 +184,7 @@ class Timeline:
         span = (first * slot_s, min(last + 1, now_ns // SECOND_NS // slot_s) * slot_s)
         rows: dict[int, PointRow] = {}
         named: list[Point] = []
+        seen: list[tuple[int, Observed]] = []
         base_points = [p for p in self._base_points() if since_ns <= p.time_ns <= until]
         wanted: list[Point] = []
         for interval in reversed(self.journal.intervals):
@@ -187,8 +196,10 @@ class Timeline:
                 for row in reversed(found):
                     slot = row.second // slot_s
                     rows[slot] = merge_rows(row, rows[slot]) if slot in rows else row
+                seen = self._observed(interval, controls) + seen
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
-            points = named + [_point(r) for r in rows.values() if since_ns <= r.last_time_ns <= until]
+            held_rows = [row for row in rows.values() if since_ns <= row.last_time_ns <= until]
+            points = named + [_point(row, _at(seen, row.last_seq)) for row in held_rows]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
             enough = started < span[0] or (limit is not None and len(wanted) + len(held) >= limit)
@@ -199,6 +210,19 @@ class Timeline:
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
+    def _observed(
+        self, interval: int, controls: list[tuple[int, int, dict[str, Any]]]
+    ) -> list[tuple[int, Observed]]:
+        """(seq, what *synced* rests on from there), ascending, the interval's first seq first."""
+        header = self.journal.first_reader(interval).header
+        state = header.carry
+        found = [(header.first_seq, state.observed)]
+        for seq, time_ns, message in controls:
+            state = control.fold(state, message, seq=seq, time_ns=time_ns)
+            if state.observed != found[-1][1]:
+                found.append((seq, state.observed))
+        return found
+
     def _named(self, interval: int, controls: list[tuple[int, int, dict[str, Any]]]) -> Iterator[Point]:
         """The bookmarks of an interval."""
         state = self.journal.first_reader(interval).header.carry
@@ -208,12 +232,13 @@ class Timeline:
                 at, at_ns = control.marked(message, seq=seq, time_ns=time_ns)
                 grade = control.marked_grade(message, state)
                 name = message["name"]
-                yield Point("bookmark", at_ns, at, 0, 0, grade, name, state.session, state.evidence)
+                rests_on = state.session, state.evidence, state.observed
+                yield Point("bookmark", at_ns, at, 0, 0, grade, name, *rests_on)
 
     def _base_points(self) -> list[Point]:
         """Those whose files are there, whether the history around them is or not."""
         return [
-            Point("bp", n.time_ns, n.seq, 0, 0, n.grade, f"bp:{n.number}", n.session, n.evidence)
+            Point("bp", n.time_ns, n.seq, 0, 0, n.grade, f"bp:{n.number}", n.session, n.evidence, n.observed)
             for n in nodes(self.history.directory)
         ]
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import trio
 
 from cdpserver.errors import UsageError
-from cdpserver.vm.target import TargetState
+from cdpserver.vm.target import SeenJob, TargetState
 from recovery.agent_client import AgentClient
 
 MOST_EVENTS = 1000
@@ -61,11 +61,11 @@ class ApiTarget:
             (await self.call(self._client.tell_mirror, "holds", {"disk": disk, "place": place}))["holds"]
         )
 
-    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         """See Target."""
-        await self.call(
-            self._client.tell_mirror, "synced", {"disk": disk, "session": session, "bitmap": bitmap}
-        )
+        said = {"disk": disk, "session": session, "bitmap": bitmap}
+        observed = {} if seen is None else {"seen": seen.as_dict()}
+        await self.call(self._client.tell_mirror, "synced", said | observed)
 
     async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
         """See Target."""

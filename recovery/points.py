@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from cdpserver.errors import UsageError
+from cdpserver.names import format_time
 from recovery.output import Column, answer, answer_fields, answer_json
 from recovery.remote import answer_list, answer_one, client
 from recovery.together import one_disk
@@ -70,7 +71,11 @@ def point_show(options: Namespace) -> None:
 
 
 def _evidence(shown: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in shown["evidence"].items() if value is not None)
+    said = dict(shown["evidence"])
+    if seen := said.pop("observed", None):
+        job = "" if seen["ready"] is None else f" (ready {seen['ready']}, io-status {seen['io_status']})"
+        said["observed by"] = f"{seen['by']} at {format_time(seen['time_ns'])}{job}"
+    return ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
 
 
 def uri(options: Namespace) -> None:

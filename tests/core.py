@@ -341,9 +341,9 @@ class Line:
         for number in list(self.connections):
             self.disconnect(number)
 
-    def synced(self, *, write_blocking: bool = True) -> None:
+    def synced(self, *, write_blocking: bool = True, observed: dict[str, Any] | None = None) -> None:
         """A controller's word."""
-        self.disk.synced(None, write_blocking=write_blocking)
+        self.disk.synced(None, write_blocking=write_blocking, observed=observed)
         self._note()
 
     def mark(self, name: str, at: tuple[int, int] | None = None) -> None:

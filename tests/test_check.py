@@ -105,7 +105,7 @@ SEQS = {"a": 4, "b": 5, "a2": 6, "mark": 7, "zero": 9, "cut": 10, "c": 12, "b2":
 def fill(disk: Disk) -> None:
     """Blocks 0 and 1, block 0 again, a bookmark, a zero of 64 KiB, a cut; then block 2, and block 1 again."""
     writer = disk.open()
-    writer.synced(1, write_blocking=True)
+    writer.synced(control.synced(1, write_blocking=True))
     seqs = {"a": disk.write(0, 1), "b": disk.write(1, 2), "a2": disk.write(0, 3)}
     seqs["mark"] = writer.mark(control.mark("before-upgrade"))[0]
     disk.now_ns += SECOND_NS
@@ -197,7 +197,7 @@ def test_a_record_in_flight_is_no_damage(disk: Disk) -> None:
 
 def test_check_beside_a_running_writer_and_indexer(tmp_path: Path) -> None:
     disk = empty_disk(tmp_path)
-    disk.open().synced(1, write_blocking=True)
+    disk.open().synced(control.synced(1, write_blocking=True))
     ends = threading.Event()
 
     def work() -> None:

@@ -105,6 +105,7 @@ def test_a_file_that_nobody_synced_is_in_an_app_point(world: World, tmp_path: Pa
     assert (point["name"], point["grade"]) == ("quiet", "app")
     shown = world.server.get("/v1/points/web@quiet")
     assert shown["grade"] == "app" and shown["disks"][0]["evidence"]["synced"]
+    assert shown["disks"][0]["evidence"]["frozen"]
     listed = (world.server.state_dir.parent / "hooks").read_text().splitlines()
     assert listed == ["before web quiet", "after web quiet"]
     assert world.notes == []

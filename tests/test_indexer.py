@@ -10,6 +10,7 @@ import pytest
 
 from cdpserver.index import indexer
 from cdpserver.index.indexer import BUSY_S, CALM_S, FEW, IDLE_S, REST_S, TimelineIndexer
+from cdpserver.journal import control
 from cdpserver.limits import INDEX_BATCH
 from tests.test_check import BOOT, Disk, empty_disk
 
@@ -26,7 +27,7 @@ def open_files(directory: Path) -> list[str]:
 def synced_disk(tmp_path: Path) -> Disk:
     """A disk with its writer, whose content counts."""
     disk = empty_disk(tmp_path)
-    disk.open().synced(1, write_blocking=True)
+    disk.open().synced(control.synced(1, write_blocking=True))
     return disk
 
 

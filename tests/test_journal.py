@@ -10,6 +10,7 @@ import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import msgpack
@@ -24,6 +25,7 @@ from cdpserver.journal import control, firstcopy, log, record, segment
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.log import CACHED_READERS, Journal
+from cdpserver.journal.observed import MOST_CHARACTERS, NOT_WRITTEN, OBSERVERS, Observed
 from cdpserver.journal.record import Kind, Record
 from cdpserver.journal.segment import SEALED, Header
 from cdpserver.retention.facts import _intervals
@@ -33,8 +35,19 @@ from tests.model import BLOCK, SAME, equals_but, read_log
 MIB = 1 << 20
 U64 = st.integers(0, (1 << 64) - 1)
 texts = st.text(max_size=12)
+observations = st.one_of(
+    st.just(NOT_WRITTEN),
+    st.builds(
+        Observed,
+        by=st.sampled_from(OBSERVERS),
+        ready=st.booleans(),
+        io_status=st.text(max_size=MOST_CHARACTERS),
+        time_ns=st.integers(0, 1 << 62),
+    ),
+)
 states = st.builds(
     State,
+    observed=observations,
     session=st.integers(0, 1 << 40),
     synced=st.booleans(),
     write_blocking=st.booleans(),
@@ -46,7 +59,12 @@ states = st.builds(
 control_messages = st.one_of(
     st.builds(control.begin, st.sampled_from(("first-copy", "image", "point")), st.integers(0, 1 << 40)),
     st.builds(control.session, st.integers(0, 1 << 40), texts),
-    st.builds(lambda n, w: control.synced(n, write_blocking=w), st.integers(0, 1 << 40), st.booleans()),
+    st.builds(
+        lambda n, w, o: control.synced(n, write_blocking=w, observed=o),
+        st.integers(0, 1 << 40),
+        st.booleans(),
+        observations,
+    ),
     st.builds(control.mark, texts),
     st.builds(control.cut, st.integers(0, 1 << 40)),
     st.builds(
@@ -197,6 +215,51 @@ def test_a_control_record_of_any_bytes_is_one_or_corrupt(
     for payload in (raw, broken, missing):
         with contextlib.suppress(CorruptError):
             control.fold(State(), control.decode(payload), seq=1, time_ns=1)
+
+
+@given(anything)
+def test_what_synced_rests_on_is_read_or_corrupt(value: object) -> None:
+    """In a record and in a header page; old ones have none, and a page has room for the longest."""
+    message = control.synced(1, write_blocking=True)
+    assert (
+        control.fold(State(), control.decode(control.encode(message)), seq=1, time_ns=1).observed
+        == NOT_WRITTEN
+    )
+    for broken in (
+        value,
+        {"by": "qmp"},
+        asdict(Observed("nobody")),
+        asdict(Observed("qmp", io_status="x" * 65)),
+    ):
+        with pytest.raises(CorruptError, match="rests on"):
+            control.decode(msgpack.packb(message | {"observed": broken}))
+        with pytest.raises(CorruptError, match="rests on"):
+            control.unpack({"observed": broken})
+    longest = Observed("operator", True, "\U0010ffff" * MOST_CHARACTERS, (1 << 63) - 1)
+    state = State(observed=longest, anchor="a" * 255, anchored=True, gap_open=True, size=4096)
+    page = segment.encode_page(Header(bytes(16), 1, 1, 1, 1, "b" * 36, state))
+    assert len(page) == segment.PAGE and segment.decode_page(page, "it").carry == state
+
+
+def test_what_synced_rests_on_lasts_as_long_as_it() -> None:
+    seen, later = Observed("qmp", True, "ok", 5), Observed("operator", time_ns=9)
+    synced = control.synced(1, write_blocking=True, observed=seen)
+    state = control.fold(State(session=1), synced, seq=2, time_ns=6)
+    assert state.observed == seen
+    shown = control.shown(state)
+    assert shown["observed"] == {"by": "qmp", "ready": True, "io_status": "ok", "time_ns": 5}
+    again = control.fold(state, control.synced(1, write_blocking=True, bitmap="b"), seq=3, time_ns=7)
+    assert again.observed == seen, "another bitmap's word rests on what was seen before"
+    told = control.fold(state, control.synced(1, write_blocking=True, observed=later), seq=3, time_ns=7)
+    assert control.shown(told)["observed"] == {
+        "by": "operator",
+        "ready": None,
+        "io_status": None,
+        "time_ns": 9,
+    }
+    for end in (control.session(2, "x"), control.gap(from_seq=2, from_time_ns=6, reason="r")):
+        ended = control.fold(again, end, seq=4, time_ns=8)
+        assert ended.observed == NOT_WRITTEN and control.shown(ended)["observed"] is None
 
 
 @given(anything)
@@ -365,7 +428,7 @@ def test_synced_may_be_said_in_the_middle_of_a_write(world: World, monkeypatch: 
 
     def interrupted(offset: int, length: int) -> bool:
         answer = real(offset, length)
-        line.writer.synced(line.writer.state.session, write_blocking=True)
+        line.writer.synced(control.synced(line.writer.state.session, write_blocking=True))
         return answer
 
     monkeypatch.setattr(resync, "wants", interrupted)

@@ -16,7 +16,7 @@ from cdpserver.vm import qmp
 from cdpserver.vm.controller import Controller
 from cdpserver.vm.mirror import Mirror
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
-from cdpserver.vm.target import TargetState
+from cdpserver.vm.target import SeenJob, TargetState
 
 UUID = "00112233445566778899aabbccddeeff"
 NAME = f"cdp-{UUID[:16]}"
@@ -101,7 +101,7 @@ class KeptTarget:
     async def holds(self, disk: str, place: str) -> bool:
         return place == self.said.place
 
-    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         self._at_word()
         self.said = TargetState(session=session, synced=True, last_seq=1, place="1:1")
         self.synced_said.set()

@@ -27,7 +27,7 @@ from cdpserver.vm.controller import Controller
 from cdpserver.vm.mirror import mirror_uri
 from cdpserver.vm.probe import Probe
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
-from cdpserver.vm.target import TargetState
+from cdpserver.vm.target import SeenJob, TargetState
 from tests.guest_image import guest_image
 from tests.guest_vm import Guest, file_disk
 from tests.storm import BOUND_S, Lateness, longest_wait_s, measure_waits
@@ -135,7 +135,7 @@ class FarTarget:
     async def holds(self, disk: str, place: str) -> bool:
         return bool(await self._ask("holds", place=place))
 
-    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         await self._ask("synced", session=session, write_blocking=True, bitmap=bitmap)
 
     async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:

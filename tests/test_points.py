@@ -117,3 +117,43 @@ def test_the_policy_says_how_dense_recovery_points_are_listed(short_path: Path) 
         assert min(counts()) >= 3
         server.request("PATCH", "/v1/policies/d", {"rp_every": "1h", "bp_every": "1h"})
         assert max(counts()) <= 1, "one an hour, once that is over"
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_each_point_shows_what_its_synced_rests_on(indexed: bool) -> None:
+    """Across sessions and intervals, also when the listing begins in the middle; an `app` bookmark shows that it was frozen."""
+    with scratch() as path:
+        world = World(path)
+        disk = world.add(1 << 20)
+
+        def write() -> None:
+            world.now_ns += 2 * SECOND_NS
+            disk.write(0, b"x" * 4096)
+
+        write()
+        disk.synced(observed={"by": "operator", "ago_ns": 0})
+        said_ns = world.now_ns
+        write()
+        disk.cut()
+        write()
+        disk.disconnect()
+        write()
+        disk.synced(observed={"by": "qmp", "ready": True, "io_status": "ok", "ago_ns": 3})
+        seen_ns = world.now_ns - 3
+        write()
+        disk.writer.mark(control.mark("quiet", grade=Grade.APP))
+        if indexed:
+            INDEXER.call("drain", disk.directory, world.boot)
+        with disk.points() as points:
+            found = points.points(now_ns=world.now_ns + 2 * SECOND_NS)
+            evidence = [point.as_dict()["evidence"] for point in found if point.kind == "rp"]
+            times = [one["observed"] and one["observed"]["time_ns"] for one in evidence]
+            assert times == [said_ns, said_ns, None, seen_ns]
+            assert [one["observed"]["by"] for one in evidence if one["observed"]] == ["operator"] * 2 + [
+                "qmp"
+            ]
+            newest = points.points(now_ns=world.now_ns + 2 * SECOND_NS, kind="rp", limit=1)
+            assert [point.observed.time_ns for point in newest] == [seen_ns]
+            (mark,) = (point.as_dict()["evidence"] for point in found if point.kind == "bookmark")
+            assert mark["frozen"] and mark["observed"]["ready"] and not evidence[-1]["frozen"]
+        world.close()

@@ -100,6 +100,12 @@ def test_protect_write_and_points_are_crash(short_path: Path) -> None:
             assert same_as_source(server, source)
         points = until(lambda: server.get("/v1/disks/web/disk0:points?kind=rp"), "recovery point")
         assert points[-1]["grade"] == "crash"
+        evidence = points[-1]["evidence"]
+        observed = evidence["observed"]
+        assert (observed["by"], observed["ready"], observed["io_status"]) == ("qmp", True, "ok")
+        began_ns = server.get("/v1/disks/web/disk0")["created_ns"]
+        assert began_ns < observed["time_ns"] <= points[-1]["time_ns"]
+        assert server.get("/v1/points/web@latest")["disks"][0]["evidence"] == evidence
         assert server.events("disk.protected")
         answer = server.delete("/v1/vms/web")
         assert answer == {"vm": "web", "removed": True, "left": ""}

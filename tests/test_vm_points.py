@@ -8,6 +8,7 @@ import pytest
 
 from cdpserver.errors import CdpError
 from cdpserver.journal.control import Grade
+from cdpserver.journal.observed import NOT_WRITTEN
 from cdpserver.names import At
 from cdpserver.points import Point
 from cdpserver.stretches import Stretch, grade_at, stretches
@@ -103,7 +104,7 @@ def test_a_vm_is_as_good_as_its_worst_disk() -> None:
     """The newest instant of a slot at which all are good; none where one is unordered or cannot be opened."""
 
     def rp(second: float) -> Point:
-        return Point("rp", int(second * SECOND_NS), 1, 1, 4096, Grade.CRASH, None, 1, 3)
+        return Point("rp", int(second * SECOND_NS), 1, 1, 4096, Grade.CRASH, None, 1, 3, NOT_WRITTEN)
 
     def stretch(start: float, end: float, grade: Grade = Grade.CRASH) -> Stretch:
         return Stretch(int(start * SECOND_NS), int(end * SECOND_NS), grade)

@@ -13,6 +13,7 @@ import msgpack
 
 from cdpserver import messages
 from cdpserver.errors import CorruptError
+from cdpserver.journal.observed import NOT_WRITTEN, Observed, read_observed
 from cdpserver.limits import MAX_DISK_SIZE, SECTOR
 
 
@@ -51,6 +52,7 @@ class State:
     anchor         the dirty bitmap at the source that a controller anchored last, "" for none: what differed from the source at
                    that record, and what the guest wrote since, is marked in it
     anchored       nothing but the source's mirror has written since
+    observed       what *synced* of this session rests on
     """
 
     session: int = 0
@@ -64,6 +66,7 @@ class State:
     size: int = 0
     anchor: str = ""
     anchored: bool = False
+    observed: Observed = NOT_WRITTEN
 
     @property
     def grade(self) -> Grade:
@@ -77,22 +80,23 @@ class State:
         return SYNCED * self.synced | WRITE_BLOCKING * self.write_blocking | FORK * self.fork
 
 
-def shown(state: State) -> dict[str, Any]:
+def shown(state: State, *, frozen: bool = False) -> dict[str, Any]:
     """Why instants in this state have their grade."""
-    return show_evidence(state.session, state.evidence)
+    return show_evidence(state.session, state.evidence, state.observed, frozen=frozen)
 
 
-def show_evidence(session: int, evidence: int) -> dict[str, Any]:
-    """Why a point has its grade, for people and programs."""
+def show_evidence(session: int, evidence: int, observed: Observed, *, frozen: bool = False) -> dict[str, Any]:
+    """Why a point has its grade, for people and programs; `frozen`: the guest's file systems were, for the instant."""
     if evidence & FORK:
-        return {"source": "fork"}
+        return {"source": "fork", "frozen": frozen}
     synced, ordered = bool(evidence & SYNCED), bool(evidence & WRITE_BLOCKING)
-    return {"session": session, "synced": synced, "write_blocking": ordered}
+    said = {"session": session, "synced": synced, "write_blocking": ordered, "frozen": frozen}
+    return said | {"observed": observed.as_dict() if synced else None}
 
 
 def pack(state: State) -> dict[str, Any]:
-    """The state as plain values for a header page; `size` only of a disk that has grown, `gap_open` only in a gap, an anchor only
-    where one is.
+    """The state as plain values for a header page; `size` only of a disk that has grown, `gap_open` only in a gap, an anchor and
+    what was observed only where they are.
     """
     values = asdict(state)
     if not state.gap_open:
@@ -101,6 +105,8 @@ def pack(state: State) -> dict[str, Any]:
         del values["size"]
     if not state.anchor:
         del values["anchor"], values["anchored"]
+    if not state.observed.by:
+        del values["observed"]
     return values
 
 
@@ -108,6 +114,8 @@ def unpack(values: object) -> State:
     """The state from a header page's `carry`."""
     try:
         state = State(**values)  # type: ignore[arg-type]
+        if "observed" in values:  # type: ignore[operator]
+            state = replace(state, observed=read_observed(state.observed, "a header page's carry"))
     except TypeError as error:
         raise CorruptError(f"a header page's carry cannot be read: {error}") from error
     for field in fields(State):
@@ -128,12 +136,21 @@ def session(number: int, reason: str) -> dict[str, Any]:
     return {"type": "session", "session": number, "reason": reason}
 
 
-def synced(number: int, *, write_blocking: bool, bitmap: str = "", direct: bool = False) -> dict[str, Any]:
+def synced(
+    number: int,
+    *,
+    write_blocking: bool,
+    bitmap: str = "",
+    direct: bool = False,
+    observed: Observed = NOT_WRITTEN,
+) -> dict[str, Any]:
     """The mirror of session `number` is complete; `bitmap` is the source's that marks what is written from here on.
 
     `direct`: from here a fork's guest writes to it itself, without a mirror.
     """
-    message = {"type": "synced", "session": number, "write_blocking": write_blocking}
+    message: dict[str, Any] = {"type": "synced", "session": number, "write_blocking": write_blocking}
+    if observed.by:
+        message["observed"] = asdict(observed)
     return message | ({"bitmap": bitmap} if bitmap else {}) | ({"direct": True} if direct else {})
 
 
@@ -228,6 +245,8 @@ def decode(payload: bytes) -> dict[str, Any]:
         _check_size(message["size"], "a control record")
     if kind == "synced" and type(message.get("bitmap", "")) is not str:
         raise CorruptError("the control record 'synced' has no bitmap that can be read")
+    if kind == "synced" and "observed" in message:
+        read_observed(message["observed"], "the control record 'synced'")
     return message
 
 
@@ -251,6 +270,7 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
                 synced=False,
                 write_blocking=False,
                 fork=False,
+                observed=NOT_WRITTEN,
                 resync_ref=ref,
                 gap_open=state.gap_open and message["reason"] != FIRST_WRITE,
                 # A connection that is lost, or a mirror's word that it lost something, changes nothing here.
@@ -258,6 +278,8 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
             )
         case "synced":
             bitmap = message.get("bitmap", "")
+            # Said again, as for another bitmap, it may rest on what was seen before.
+            seen = message.get("observed")
             return replace(
                 state,
                 synced=True,
@@ -267,12 +289,19 @@ def fold(state: State, message: dict[str, Any], *, seq: int, time_ns: int) -> St
                 anchor=bitmap or state.anchor,
                 anchored=bool(bitmap) or state.anchored,
                 fork=message.get("direct") is True,
+                observed=state.observed if seen is None else Observed(**seen),
             )
         case "cut":
             return replace(state, cuts=message["number"] + 1)
         case "gap":
             return replace(
-                state, synced=False, write_blocking=False, gap_until_ns=time_ns, anchor="", anchored=False
+                state,
+                synced=False,
+                write_blocking=False,
+                observed=NOT_WRITTEN,
+                gap_until_ns=time_ns,
+                anchor="",
+                anchored=False,
             )
         case "missed":
             return replace(state, gap_open=state.gap_open or not message["until_time_ns"])

@@ -338,17 +338,15 @@ class JournalWriter:
             self._track_resync()
         return number
 
-    def synced(
-        self, number: int, *, write_blocking: bool, bitmap: str = "", direct: bool = False
-    ) -> tuple[int, int]:
-        """The mirror of session `number` is complete. RefusedError for a session that is over."""
+    def synced(self, message: dict[str, Any]) -> tuple[int, int]:
+        """The mirror of a session is complete, says *synced*. RefusedError for a session that is over."""
+        number = message["session"]
         with self._lock:
             if number != self.state.session:
                 raise RefusedError(
                     f"session {number} is over; the current one is {self.state.session}",
                     hint="its connection was lost or another one wrote; resync, then say synced for that session",
                 )
-            message = control.synced(number, write_blocking=write_blocking, bitmap=bitmap, direct=direct)
             result = self._put_control(message)
             self._track_resync()
         self.commit()

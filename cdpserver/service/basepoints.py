@@ -88,7 +88,12 @@ class BasePoints:
         """The first copy or a resync is complete. The first time, base point 0 is published on return."""
         entry = self._core.entry(name)
         said: dict[str, Any] = await self._core.targets.call(
-            entry.id, "synced", disk=name, session=session, write_blocking=write_blocking
+            entry.id,
+            "synced",
+            disk=name,
+            session=session,
+            write_blocking=write_blocking,
+            observed={"by": "operator", "ago_ns": 0},
         )
         await self.begin(name)
         return said

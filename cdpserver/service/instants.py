@@ -8,6 +8,7 @@ from cdpserver import names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.journal import control
+from cdpserver.journal.control import Grade
 from cdpserver.locks import locked_seqs
 from cdpserver.names import At
 from cdpserver.points import KINDS, Point
@@ -203,14 +204,15 @@ class Instants:
                 for point in points.points(now_ns=now_ns, since_ns=at, until_ns=at)
                 if point.seq == place.seq and point.name is not None
             ]
+        grade = max([state.grade, *(point.grade for point in named)])
         return {
             "name": entry.name,
             "point": f"{entry.name}@seq:{place.seq}",
             "time": names.format_time(at),
             "time_ns": at,
             "seq": place.seq,
-            "grade": max([state.grade, *(point.grade for point in named)]).label,
-            "evidence": control.shown(state),
+            "grade": grade.label,
+            "evidence": control.shown(state, frozen=grade == Grade.APP),
             "names": [point.name for point in named],
             "locked": place.seq in locked_seqs(self._core.catalog, entry.id, now_ns=now_ns),
         }

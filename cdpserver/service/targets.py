@@ -12,7 +12,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.vm.disks import check_size
 from cdpserver.vm.mirror import mirror_uri
-from cdpserver.vm.target import TargetState
+from cdpserver.vm.target import SeenJob, TargetState
 
 ASK_S = 5.0
 """A worker that restarts is back in a fraction of this."""
@@ -56,10 +56,11 @@ class OwnTarget:
         entry = self._core.entry(disk)
         return bool(await self._core.targets.call(entry.id, "holds", disk=disk, place=place))
 
-    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         """Points are `crash` from here on. The first base point follows, which takes as long as the disk is large."""
         entry = self._core.entry(disk)
-        said = {"session": session, "write_blocking": True, "bitmap": bitmap}
+        observed = None if seen is None else {"by": "qmp", **seen.as_dict()}
+        said = {"session": session, "write_blocking": True, "bitmap": bitmap, "observed": observed}
         await self._core.targets.call(entry.id, "synced", disk=disk, **said)
         if not bitmap:
             self._nursery.start_soon(self._begin, disk)

@@ -12,7 +12,7 @@ Threads: one per connection (`-t 1`), the committer, the control thread.
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,11 +26,12 @@ from cdpserver.errors import (
     RemovedError,
     UsageError,
 )
-from cdpserver.journal import firstcopy
+from cdpserver.journal import control, firstcopy
 from cdpserver.journal.begin import lock_timeline
 from cdpserver.journal.breaks import put_gap
 from cdpserver.journal.firstcopy import FirstCopy
 from cdpserver.journal.log import Journal
+from cdpserver.journal.observed import told
 from cdpserver.journal.writer import JournalWriter
 from cdpserver.names import MirrorExport, format_size
 from cdpserver.target import leftover, place
@@ -270,10 +271,18 @@ class TargetDisk:
                 (self.directory / "first-copy.json").unlink(missing_ok=True)
                 self._base_durable = True
 
-    def synced(self, session: int | None, *, write_blocking: bool, bitmap: str = "") -> dict[str, Any]:
+    def synced(
+        self,
+        session: int | None,
+        *,
+        write_blocking: bool,
+        bitmap: str = "",
+        observed: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The first copy or a resync is complete. RefusedError for a session that is over.
 
-        `bitmap` names the source's that marks what is written from here on (`journal.control.State.anchor`).
+        `bitmap` names the source's that marks what is written from here on (`journal.control.State.anchor`); `observed` is what
+        this rests on, as `journal.observed.told` takes it.
         """
         if self._is_direct:
             raise UsageError(
@@ -292,7 +301,9 @@ class TargetDisk:
         assert self.journal is not None
         number = self.journal.state.session if session is None else session
         again = self.journal.state.synced
-        seq, time_ns = self.journal.synced(number, write_blocking=write_blocking, bitmap=bitmap)
+        seen = told(observed, now_ns=self._clock_ns())
+        message = control.synced(number, write_blocking=write_blocking, bitmap=bitmap, observed=seen)
+        seq, time_ns = self.journal.synced(message)
         if not again:  # else it only anchors another bitmap
             self._emit(
                 "target.synced",
@@ -334,7 +345,7 @@ class TargetDisk:
         with self._mode_lock:
             if self.timeline.is_fork and not self._is_direct:
                 journal = self.writer("guest")
-                journal.synced(journal.state.session, write_blocking=True, direct=True)
+                journal.synced(control.synced(journal.state.session, write_blocking=True, direct=True))
 
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.

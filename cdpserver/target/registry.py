@@ -196,7 +196,10 @@ class Registry:
             "look": lambda r: self.disk(r["disk"]).status(),
             "holds": lambda r: holds(self.disk(r["disk"]).directory, r["place"]),
             "synced": lambda r: self.disk(r["disk"]).synced(
-                r["session"], write_blocking=r["write_blocking"], bitmap=r.get("bitmap", "")
+                r["session"],
+                write_blocking=r["write_blocking"],
+                bitmap=r.get("bitmap", ""),
+                observed=r.get("observed"),
             ),
             "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"], ago_ns=r["ago_ns"]),
             "mirrored": lambda r: self.disk(r["disk"]).mirrored(),

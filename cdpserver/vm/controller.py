@@ -27,7 +27,7 @@ from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
 from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
-from cdpserver.vm.target import Target, TargetState
+from cdpserver.vm.target import SeenJob, Target, TargetState
 
 RETRY_S = 1.0
 """Between two attempts to reach a QEMU that is gone, or to start a job that was refused."""
@@ -276,7 +276,7 @@ class _Follower:
         elif job.stands:
             await self._resume()
         else:
-            await self._watch(said, job)
+            await self._watch(said, job, looked_at)
         seen = self._seen
         if seen.state == "synced":
             seen.whole_at, seen.unsaid = looked_at, True
@@ -387,7 +387,7 @@ class _Follower:
             await self._mirror.resume()
         self._errors += 1
 
-    async def _watch(self, said: TargetState, job: Job) -> None:
+    async def _watch(self, said: TargetState, job: Job, looked_at: float) -> None:
         assert self._mirror is not None
         now, seen = trio.current_time(), self._seen
         if (steady := (said.session, self._errors)) != self._steady:
@@ -407,7 +407,9 @@ class _Follower:
             if not job.in_sync or now - self._steady_since < SETTLE_S:
                 return
             try:
-                await self._target.synced(self._name, said.session)
+                ago_ns = int((trio.current_time() - looked_at) * 1e9)
+                what = SeenJob(ready=job.ready, io_status=job.io_status, ago_ns=ago_ns)
+                await self._target.synced(self._name, said.session, seen=what)
             except RefusedError:
                 return  # the session ended meanwhile: what is said of the next one is another look's business
             seen.copy.took((await self._target.state(self._name)).payload_bytes)

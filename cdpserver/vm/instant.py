@@ -215,7 +215,10 @@ class Resolver:
                 f"the bookmarks {mark} of the disks of {self._name} are of different instants",
                 hint=f"name one disk: {self._entries[0].name}@{mark}",
             )
-        graded = [replace(d, grade=p.grade) for d, p in zip(instant.disks, marks, strict=True)]
+        graded = [
+            replace(disk, grade=mark.grade, evidence=disk.evidence | {"frozen": mark.grade == Grade.APP})
+            for disk, mark in zip(instant.disks, marks, strict=True)
+        ]
         return replace(instant, disks=tuple(graded))
 
     def _bookmark(self, points: Timeline, mark: str) -> Point | None:

@@ -47,7 +47,7 @@ class Job:
 
     status: str
     ready: bool
-    ok: bool
+    io_status: str
     done: int
     total: int
 
@@ -57,10 +57,15 @@ class Job:
         return cls(
             status=str(said["status"]),
             ready=bool(said["ready"]),
-            ok=said["io-status"] == "ok",
+            io_status=str(said["io-status"]),
             done=int(said["offset"]),
             total=int(said["len"]),
         )
+
+    @property
+    def ok(self) -> bool:
+        """No error that is not resumed."""
+        return self.io_status == "ok"
 
     @property
     def stands(self) -> bool:

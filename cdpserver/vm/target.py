@@ -1,6 +1,6 @@
 """What the controller of a VM asks and says of our side of a mirror, wherever that is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 
@@ -54,6 +54,19 @@ class TargetState:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class SeenJob:
+    """What QEMU showed of its job, `ago_ns` ago, that "in sync" rests on."""
+
+    ready: bool
+    io_status: str
+    ago_ns: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the wire."""
+        return asdict(self)
+
+
 class Target(Protocol):
     """Our side of a mirror. Every method but `hung_s` may raise CdpError."""
 
@@ -73,8 +86,8 @@ class Target(Protocol):
         """Is this place in its history? False for an older copy of it, and for one that lost it and went on."""
         ...
 
-    async def synced(self, disk: str, session: int, bitmap: str = "") -> None:
-        """The mirror is in sync and write-blocking. RefusedError for a session that is over.
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
+        """The mirror is in sync and write-blocking, as was `seen`. RefusedError for a session that is over.
 
         With `bitmap` said again: from now on source and target differ where that marks, and nowhere else.
         """

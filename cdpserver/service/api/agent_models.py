@@ -75,12 +75,21 @@ class Report(Body):
     events: list[SeenEvent] = Field(default_factory=list)
 
 
+class SeenJob(Body):
+    """What QEMU showed of its job."""
+
+    ready: bool
+    io_status: str = Field(max_length=64)
+    ago_ns: int = Field(ge=0, lt=MAX)
+
+
 class SyncedMirror(Body):
     """POST /v1/mirror:synced"""
 
     disk: Text
     session: int = Field(ge=0, lt=MAX)
     bitmap: str = ""
+    seen: SeenJob | None = None
 
 
 class LostMirror(Body):

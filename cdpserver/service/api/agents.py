@@ -9,6 +9,7 @@ from cdpserver.service.agents import Agents
 from cdpserver.service.api import agent_models, vm_models
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.protection import connection_of
+from cdpserver.vm.target import SeenJob
 
 AGENT = "/v1/agents/{agent}"
 
@@ -44,7 +45,8 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     @routes.post("/v1/mirror:synced", response_model=agent_models.Done)
     async def say_mirror_synced(body: agent_models.SyncedMirror) -> Response:
         """The mirror of this session is in sync and write-blocking; with `bitmap`: anchored to that."""
-        await agents.target.synced(body.disk, body.session, body.bitmap)
+        seen = None if body.seen is None else SeenJob(**body.seen.model_dump())
+        await agents.target.synced(body.disk, body.session, body.bitmap, seen=seen)
         return await answers.one({"disk": body.disk})
 
     @routes.post("/v1/mirror:holds", response_model=agent_models.Held)

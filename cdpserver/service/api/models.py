@@ -259,6 +259,28 @@ class Removed(Answer):
     removed: str
 
 
+class Observed(Answer):
+    """What *synced* rests on."""
+
+    by: Literal["operator", "qmp"] = Field(description="An operator said so, or a controller saw QEMU's job.")
+    ready: bool | None = Field(description="Of QEMU's job; null for an operator's word.")
+    io_status: str | None = Field(description="Of QEMU's job; null for an operator's word.", examples=["ok"])
+    time_ns: Count = Field(description="When that was seen, or said.")
+
+
+class Evidence(Answer):
+    """What a grade rests on: the state of the mirror, or `source` for a fork that its guest writes to itself."""
+
+    source: Literal["fork"] | None = None
+    session: Count | None = None
+    synced: bool | None = None
+    write_blocking: bool | None = None
+    observed: Observed | None = Field(
+        None, description="Null while not in sync, and where it was not written down."
+    )
+    frozen: bool = Field(False, description="The guest's file systems were frozen for the instant.")
+
+
 class Point(Answer):
     """A recovery point, base point or bookmark."""
 
@@ -269,7 +291,7 @@ class Point(Answer):
     records: Count
     bytes: Count
     grade: str
-    evidence: Any
+    evidence: Evidence
     name: str | None
     locked: bool
 

@@ -1,10 +1,8 @@
 """Models of what several disks have in common: answers for VMs and groups."""
 
-from typing import Any
-
 from pydantic import Field
 
-from cdpserver.service.api.models import Answer, Body, Count, Disk, Lock, Text, VmPoint
+from cdpserver.service.api.models import Answer, Body, Count, Disk, Evidence, Lock, Text, VmPoint
 
 
 class Members(Body):
@@ -32,7 +30,7 @@ class Shown(Answer):
     time_ns: Count
     seq: Count
     grade: str
-    evidence: Any
+    evidence: Evidence
     names: list[str] = Field(description="Bookmarks and base points there.")
     locked: bool
 
@@ -56,7 +54,7 @@ class PlacedDisk(Answer):
     seq: Count
     time_ns: Count = Field(description="Of its newest record then.")
     grade: str
-    evidence: Any
+    evidence: Evidence
 
 
 class PlacedUri(PlacedDisk):
