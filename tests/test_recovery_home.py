@@ -287,6 +287,31 @@ def test_a_new_vm_is_protected_as_a_disk_of_its_own_on_the_fork(
         shared.delete(f"/v1/vms/{name}")
 
 
+def test_a_vm_whose_protection_fails_is_home_and_protected_once_it_can_be(
+    home: Path, short_path: Path, vm: str
+) -> None:
+    """The fork's directory is away for a while: neither the service nor its next start minds."""
+    with Server(short_path / "s") as server:
+        content = protect(server, vm=vm)
+        name = f"{vm}-again"
+        begun = stream(server, home, short_path / "vm.qmp", vm, name=name, protect=True)
+        fork = server.state_dir / "timelines" / server.get(f"/v1/disks/{name}/vda")["id"]
+        fork.rename(short_path / "away")
+        with Vm(short_path, [begun["disks"][0]["target"]]) as running:
+            assert wait(server, begun["id"], "done")["protected"] is False
+            said = soon(lambda: server.events("recovery.unprotected"), "the event")
+            assert said[0]["recovery"] == begun["id"] and said[0]["reason"]
+            assert server.post(f"/v1/recoveries/{begun['id']}:commit")["phase"] == "committed"
+            server.kill()
+            with Server(server.state_dir) as again:
+                soon(lambda: len(again.events("recovery.unprotected")) > len(said), "the event again")
+                assert again.get(f"/v1/recoveries/{begun['id']}")["phase"] == "committed"
+                (short_path / "away").rename(fork)
+                assert protected(again, name)["name"] == f"{name}/vda"
+                assert again.get(f"/v1/recoveries/{begun['id']}")["protected"] is True
+                assert read(running.uri(), SIZE) == content
+
+
 def test_the_record_of_a_vm_in_qemu_system_names_its_device(
     shared: Server, home: Path, short_path: Path, vm: str
 ) -> None:

@@ -71,9 +71,9 @@ class HandOver:
 
     async def take_back(self, one: Recovery) -> Recovery:
         """The VM is protected as it was before the recovery, and held if that is to overwrite it."""
+        await self.hold(one)
         if not one.protected:
             return one
-        await self.hold(one)
         await self._protection.replace(one.vm, None if one.before is None else self._before(one))
         return await self._keep(replace(one, protected=False))
 

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from cdpserver import durable, names, qemu
-from cdpserver.errors import RefusedError
+from cdpserver.errors import CdpError, NotFoundError, RefusedError
 from cdpserver.service import homes, launched
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks, never_written
@@ -25,10 +25,13 @@ from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Runner, fork_uri
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
-from cdpserver.vm.recovery.states import ACTIVE, HOME, OVER, STOPPED, UNDONE, Step, follow
+from cdpserver.vm.recovery.states import ACTIVE, COMMITTED, HOME, NEXT, OVER, STOPPED, UNDONE, Step, follow
 
 STOP_S = 15.0
 """How long aborting waits for QEMU to cancel the copies."""
+
+PROTECT_AGAIN_S = 3.0
+"""Pause before another try to protect a VM that is home."""
 
 
 @dataclass(eq=False)
@@ -51,6 +54,7 @@ class Recoveries:
         self._changing = trio.Lock()
         self._running: dict[str, _Running] = {}
         self._runners: dict[str, Runner] = {}
+        self._protecting: set[str] = set()
         self._nursery: trio.Nursery | None = None
 
     async def keep_running(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -61,9 +65,10 @@ class Recoveries:
                 if one.stage in ACTIVE:
                     self._core.log.emit("recovery.adopted", recovery=one.id, state=one.stage.state)
                     self._run(one)
-                elif one.stage == HOME:
-                    await self._hand_over.protect(one)
-                elif one.stage in OVER:
+                    continue
+                if one.stage == HOME or (one.stage == COMMITTED and one.protect and not one.protected):
+                    self._protect(one.id)
+                if one.stage in OVER:
                     await self._core.thread(launched.forget, self._core, one)
             task_status.started()
             await trio.sleep_forever()
@@ -81,7 +86,11 @@ class Recoveries:
                 await self._settle(runner)
         except Exception as error:  # noqa: BLE001
             # The process's rim: one recovery's trouble is said in its record, and the service goes on.
-            await runner.step("fail", reason=f"internal error: {error!r}")
+            reason = f"internal error: {error!r}"
+            if "fail" in NEXT[runner.recovery.stage]:
+                await runner.step("fail", reason=reason)
+            else:
+                self._core.log.emit("recovery.unsettled", level="error", recovery=id, reason=reason[:2000])
         finally:
             running.ended.set()
             self._running.pop(id, None)
@@ -170,9 +179,37 @@ class Recoveries:
         """After a way home or back: the record of what belongs to the VM follows."""
         one = runner.recovery
         if one.stage == HOME:
-            await self._hand_over.protect(one)
+            self._protect(one.id)
         elif one.stage == UNDONE:
             await self._go_back(runner)
+
+    def _protect(self, id: str) -> None:
+        """Begin to protect the VM that is home, and go on until it is, or is not at home any more."""
+        assert self._nursery is not None
+        if id not in self._protecting:
+            self._protecting.add(id)
+            self._nursery.start_soon(self._until_protected, id)
+
+    async def _until_protected(self, id: str) -> None:
+        said = ""
+        try:
+            while True:
+                async with self._changing:
+                    one = await self._find(id)
+                    if one.stage not in (HOME, COMMITTED):
+                        return
+                    try:
+                        await self._hand_over.protect(one)
+                        return
+                    except CdpError as error:
+                        if error.message != said:
+                            said = error.message
+                            self._core.log.emit("recovery.unprotected", level="warning", recovery=id, reason=said)
+                        if isinstance(error, NotFoundError):
+                            return  # a disk of it was removed
+                await trio.sleep(PROTECT_AGAIN_S)
+        finally:
+            self._protecting.remove(id)
 
     async def _go_back(self, runner: Runner, *, discard: bool = False) -> None:
         """The VM is not at home any more: what it replaced there is as it was. With `discard`, what it left there goes."""
@@ -242,7 +279,7 @@ class Recoveries:
                 await self._take_away(one)
                 await self._hand_over.let_go(one)
             elif one.stage == HOME:
-                await self._hand_over.protect(one)
+                self._protect(one.id)
         return await self.show(one.id)
 
     async def _stopped(self, which: str, step: Step) -> Recovery:
