@@ -1,6 +1,7 @@
 """Drills, isolated and launched VMs, lent forks and bisects with real QEMU; the guest is a boot sector (tools.kit.bootsector)."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -238,6 +239,10 @@ def test_the_newest_point_is_drilled_at_its_time(server: Server, short_path: Pat
         (found,) = until(lambda: [one for one in server.get("/v1/drills") if one["ended"]], "the drill")
         assert (found["state"], found["scheduled"]) == ("passed", True)
         assert found["what"].startswith("web@2")
+        shown_drills = [point["drill"] for point in server.get("/v1/disks/web:points") if point["drill"]]
+        assert shown_drills == [{key: found[key] for key in ("id", "state", "rto_ms", "created")}]
+        table = cdp(server, "point", "list", "--vm", "web").stdout
+        assert f"passed {found['rto_ms'] / 1000:.1f}s" in table
         (shown,) = server.get("/v1/overview")["drills"]
         assert (shown["what"], shown["rto_ms"]) == ("web", found["rto_ms"])
         metrics = cdp(server, "metrics").stdout
@@ -259,6 +264,15 @@ def test_an_isolated_vm_is_discarded(server: Server) -> None:
         nothing_stays(server)
         assert read(server.uri("web/vda@good"), 4096)[512:1024] == bytes(512)
         assert [one["id"] for one in server.get("/v1/recoveries")] == [shown["id"]]
+        useless: dict[str, Any] = {
+            "to": "/srv",
+            "qmp": "/run/x",
+            "name": "again",
+            "mode": "stream",
+            "overwrite": True,
+        }
+        with pytest.raises(ApiError, match="no --to, --qmp, --name, --mode stream, --overwrite"):
+            server.post("/v1/recoveries", point="web/vda@good", isolated=True, **useless)
 
 
 @real
@@ -304,6 +318,37 @@ def test_the_service_starts_the_vm_and_finds_it_again(server: Server, short_path
     )  # fmt: skip
     assert content.returncode == 0, content.stderr
     assert (short_path / "two").read_bytes() == boot_sector() * 2
+
+
+@real
+def test_a_retry_starts_the_vm_as_it_was_started(server: Server, short_path: Path) -> None:
+    command, home = short_path / "vm", short_path / "home"
+    command.write_text(f"{COMMAND} -accel kvm")
+    home.mkdir()
+
+    def accels() -> list[bytes]:
+        said = (server.state_dir / "run" / shown["id"] / "qemu.pid").read_text()
+        words = Path(f"/proc/{said.split()[0]}/cmdline").read_bytes().split(b"\0")
+        return [value for word, value in itertools.pairwise(words) if word == b"-accel"]
+
+    with protected(server, boot_sector()):
+        asked = {"point": "web/vda@good", "to": str(home), "vm_command": str(command), "accel": "tcg"}
+        shown = server.post("/v1/recoveries", **asked)
+        steps = f"/v1/recoveries/{shown['id']}"
+        assert accels()[0] == b"tcg"
+        until(lambda: server.get(steps)["state"] == "done", "the pivot")
+        server.post(f"{steps}:undo")
+        until(lambda: server.get(steps)["phase"] == "undone", "the way back")
+        os.kill(
+            int((server.state_dir / "run" / shown["id"] / "qemu.pid").read_text().split()[0]), signal.SIGKILL
+        )
+        until(lambda: not server.get(steps)["launched"]["running"], "the end of the VM")
+        server.post(f"{steps}:retry")
+        assert accels()[0] == b"tcg"
+        server.post(f"{steps}:abort")
+        os.kill(
+            int((server.state_dir / "run" / shown["id"] / "qemu.pid").read_text().split()[0]), signal.SIGKILL
+        )
 
 
 @real

@@ -37,12 +37,7 @@ def _newest_drill(point: Point, drills: list[tuple[int, Trial]], every_ns: int) 
         if seq == point.seq or (
             point.kind == "rp" and seq <= point.seq and slot[0] <= one.time_ns <= slot[1]
         ):
-            return {
-                "id": one.id,
-                "state": one.state,
-                "rto_ms": one.rto_ms,
-                "created": names.format_time(one.created_ns),
-            }
+            return one.brief()
     return None
 
 

@@ -50,7 +50,7 @@ def read_command(path: str) -> Template:
     return template.read(text)
 
 
-async def launch(core: Core, one: Recovery, accel: Accel | None) -> None:
+async def launch(core: Core, one: Recovery) -> None:
     """Start the VM on what it is to run on, unless it runs or is somebody else's to start; its monitor listens on return.
 
     UsageError, LaunchError.
@@ -61,7 +61,8 @@ async def launch(core: Core, one: Recovery, accel: Accel | None) -> None:
     found = await core.thread(read_command, one.vm_command)
     disks = [Disk(names.split_name(disk.disk)[0], _source(core, one, disk)) for disk in one.disks]
     try:
-        await vm.start(template.command(found, one.name, disks, vm.places, accel=accel), isolated=False)
+        command = template.command(found, one.name, disks, vm.places, accel=one.accel or None)
+        await vm.start(command, isolated=False)
     except BaseException:
         with trio.CancelScope(shield=True):
             await core.thread(vm.end)

@@ -12,6 +12,7 @@ from cdpserver.service.chosen import Chosen, choose
 from cdpserver.service.core import Core
 from cdpserver.service.launching import Vm
 from cdpserver.vm import record as protected
+from cdpserver.vm.launch.parts import Accel
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import MAX_DISKS, Format, Mode, RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import ACTIVE, BEGIN, OVER
@@ -38,7 +39,26 @@ class Request:
     isolated: bool = False
 
 
-def plan(core: Core, asked: Request) -> Recovery:
+def check_isolated(asked: Request) -> None:
+    """UsageError for what an isolated look has no use for."""
+    given = {
+        "--to": asked.to or asked.targets,
+        "--qmp": asked.qmp,
+        "--name": asked.name,
+        "--mode stream": asked.mode != "mirror",
+        "--as chain": asked.shape != "image",
+        "--base": asked.base,
+        "--format": asked.format,
+        "--overwrite": asked.overwrite,
+    }
+    if wrong := [option for option, value in given.items() if value]:
+        raise UsageError(
+            f"an isolated VM has no {', '.join(wrong)}: nothing of it stays",
+            hint="leave that away, or start a recovery that stays: without --isolated",
+        )
+
+
+def plan(core: Core, asked: Request, accel: Accel | None = None) -> Recovery:
     """The recovery. UsageError, NotFoundError, RefusedError for what cannot be."""
     if (asked.qmp is None) == (asked.vm_command is None):
         raise UsageError(
@@ -69,6 +89,7 @@ def plan(core: Core, asked: Request) -> Recovery:
         protect=asked.protect,
         before=None if before is None else protected.row(before).fields,
         vm_command=asked.vm_command or "",
+        accel=accel or "",
     ).noted("started", now_ns=now_ns)
     record.check_fits(one)
     return one

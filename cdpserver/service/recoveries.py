@@ -20,7 +20,7 @@ from cdpserver.service.drills import Drills
 from cdpserver.service.handover import HandOver
 from cdpserver.service.isolated import Isolated
 from cdpserver.service.launching import Vm
-from cdpserver.service.planned import Request, plan
+from cdpserver.service.planned import Request, check_isolated, plan
 from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Runner, fork_uri
 from cdpserver.vm.recovery import record
@@ -102,10 +102,11 @@ class Recoveries:
         begun = trio.current_time()
         core = self._core
         if asked.isolated:
+            check_isolated(asked)
             return await self._isolated.start(asked.point, asked.vm_command, asked.accel, force=asked.force)
         accel = await self.drills.accels.choose(asked.accel)
         async with self._changing:
-            one = await core.thread(plan, core, asked)
+            one = await core.thread(plan, core, asked, accel)
             if one.vm_command:
                 await core.thread(launched.read_command, one.vm_command)
             await self._hand_over.check_idle(one)
@@ -116,7 +117,7 @@ class Recoveries:
                 await self._hand_over.hold(one)
                 one = await self._prepare(one)
                 one = replace(one, rto_ms=round((trio.current_time() - begun) * 1000))
-                await launched.launch(core, one, accel)
+                await launched.launch(core, one)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     # Once it is over nothing stands on its forks any more.
@@ -204,7 +205,9 @@ class Recoveries:
                     except CdpError as error:
                         if error.message != said:
                             said = error.message
-                            self._core.log.emit("recovery.unprotected", level="warning", recovery=id, reason=said)
+                            self._core.log.emit(
+                                "recovery.unprotected", level="warning", recovery=id, reason=said
+                            )
                         if isinstance(error, NotFoundError):
                             return  # a disk of it was removed
                 await trio.sleep(PROTECT_AGAIN_S)
@@ -339,7 +342,7 @@ class Recoveries:
             else:
                 await self._hand_over.hold(one)
                 await runner.keep(await self._prepare(one))
-                await launched.launch(self._core, one, None)
+                await launched.launch(self._core, one)
             one = await runner.step(step)
             self._run(one)
         return await self.show(one.id)

@@ -13,8 +13,19 @@ from cdpserver.stretches import stretches
 from cdpserver.vm import instant
 from cdpserver.vm.instant import Instant
 from cdpserver.vm.together import CommonPoint, Member, common_points
+from cdpserver.vm.trial import record as trials
+from cdpserver.vm.trial.record import Trial
 
 SECOND_NS = 1_000_000_000
+
+
+def _newest_drill(point: CommonPoint, drills: list[Trial], slot_ns: int) -> dict[str, Any] | None:
+    """What came of the newest drill at a point: at just that instant, or in the slot that a recovery point ends."""
+    start_ns = point.time_ns if point.name else point.time_ns - point.time_ns % slot_ns
+    for one in reversed(drills):
+        if start_ns <= one.time_ns <= point.time_ns:
+            return one.brief()
+    return None
 
 
 class Vms:
@@ -89,7 +100,16 @@ class Vms:
         if kind in (None, "bookmark"):
             found += self._bookmarks(name, [marks for _, marks in held])
         found.sort(key=lambda point: (point.time_ns, point.name or ""))
-        return [point.as_dict() for point in found if since_ns <= point.time_ns <= until_ns]
+        drills = [
+            one
+            for one in trials.all_of(self._core.catalog)
+            if one.kind == "drill" and one.subject == name and first_ns <= one.time_ns < end_ns
+        ]
+        return [
+            point.as_dict() | {"drill": _newest_drill(point, drills, slot_ns)}
+            for point in found
+            if since_ns <= point.time_ns <= until_ns
+        ]
 
     def _held(
         self, entry: Entry, since_ns: int, until_ns: int, now_ns: int

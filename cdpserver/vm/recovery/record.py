@@ -100,6 +100,8 @@ class Recovery:
     events: tuple[tuple[int, str], ...] = ()
     vm_command: str = ""
     """The file with the command that the service starts the VM with; empty when somebody else does."""
+    accel: Literal["", "tcg", "kvm"] = ""
+    """What runs it in place of what the command says."""
 
     def after(self, step: Step, *, now_ns: int, reason: str = "") -> "Recovery":
         """The recovery after a step. RefusedError where that is not possible."""
@@ -145,6 +147,7 @@ class Recovery:
             "reason": self.reason,
             "events": [list(event) for event in self.events],
             "vm_command": self.vm_command,
+            "accel": self.accel,
             "disks": [
                 {
                     "disk": one.disk,
@@ -215,6 +218,7 @@ def read(row: Row) -> Recovery:
             reason=str(fields["reason"]),
             events=tuple((int(time_ns), str(what)) for time_ns, what in fields["events"]),
             vm_command=str(fields.get("vm_command", "")),
+            accel=_one_of(("", "tcg", "kvm"), fields.get("accel", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(

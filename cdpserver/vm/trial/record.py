@@ -95,6 +95,15 @@ class Trial:
         }
         return Row(self.id, SCHEMA, fields)
 
+    def brief(self) -> dict[str, Any]:
+        """What a list of points says of it."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "rto_ms": self.rto_ms,
+            "created": format_time(self.created_ns),
+        }
+
     def describe(self) -> dict[str, Any]:
         """The trial as the API shows it."""
         return {
