@@ -1,4 +1,4 @@
-"""What the shell offers while a `cdp` line is typed: names of disks, forks, bookmarks, base points and jobs.
+"""What the shell offers while a `cdp` line is typed: names of disks, VMs, groups, forks, bookmarks, base points and jobs.
 
 Loaded only when a shell asks (`_ARGCOMPLETE` is set), never by a command. Names come from the service, which has a fifth
 of a second for it; without it, disks are those of the catalog's plain copy. Whatever goes wrong, nothing is offered and
@@ -77,6 +77,10 @@ def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def _completer(command: str, action: argparse.Action) -> Completer | None:
     """By what the help calls the argument: the same word always stands for the same thing."""
     word = action.metavar or action.dest
+    if word == "DISK|VM":
+        return offer_sets if command.startswith(("cdp point", "cdp rpo")) else offer_disks_and_vms
+    if word == "DISK@WHEN" and "VM@WHEN" in (action.help or ""):
+        return offer_points_of_sets
     if word != "NAME":
         return _offers().get(str(word))
     if action.option_strings or command.endswith(" add"):
@@ -89,6 +93,8 @@ def _offers() -> dict[str, Completer]:
     return {
         "DISK": offer_disks,
         "DISK@WHEN": offer_points,
+        "DISK|VM@WHEN": offer_points_of_vms,
+        "GROUP": offer_groups,
         "WHEN": offer_whens,
         "VM": offer_vms,
         "JOB": offer_jobs,
@@ -119,19 +125,52 @@ def offer_jobs(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 def offer_vms(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every VM that has a disk."""
-    return sorted({name.partition("/")[0] for name in _disks(_state(parsed_args)) if "/" in name})
+    return _vms(_disks(_state(parsed_args)))
+
+
+def offer_groups(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Every group."""
+    return _groups(_state(parsed_args))
+
+
+def offer_disks_and_vms(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Every disk, and every VM that has one."""
+    disks = _disks(_state(parsed_args))
+    return [*_vms(disks), *disks]
+
+
+def offer_sets(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Whatever has points: disks, VMs and groups."""
+    return [*offer_disks_and_vms(parsed_args), *offer_groups(parsed_args)]
 
 
 def offer_points(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Disks; as soon as only one can be meant, its instants: there are always several, so the shell stops at the `@`."""
     state = _state(parsed_args)
-    disk, at, _when = prefix.partition("@")
+    return _points(state, prefix, [] if "@" in prefix else _disks(state), [])
+
+
+def offer_points_of_vms(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """The same with VMs."""
+    disks = _disks(state := _state(parsed_args))
+    return _points(state, prefix, disks, _vms(disks))
+
+
+def offer_points_of_sets(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """The same with VMs and groups."""
+    disks = _disks(state := _state(parsed_args))
+    return _points(state, prefix, disks, [*_vms(disks), *_groups(state)])
+
+
+def _points(state: StateDir, prefix: str, disks: list[str], sets: list[str]) -> list[str]:
+    name, at, _when = prefix.partition("@")
     if not at:
-        meant = [name for name in _disks(state) if name.startswith(disk)]
+        meant = [one for one in (*disks, *sets) if one.startswith(name)]
         if len(meant) != 1:
             return meant
-        (disk,) = meant
-    return [f"{disk}@{when}" for when in _whens(state, disk)]
+        (name,) = meant
+    whens = _common_whens(state, name) if name in sets else _whens(state, name)
+    return [f"{name}@{when}" for when in whens]
 
 
 def offer_whens(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
@@ -171,6 +210,21 @@ def _whens(state: StateDir, disk: str) -> list[str]:
     )
     numbers = _names(lambda: client.base_points(disk)[-MOST_POINTS:], "number")
     return [*bookmarks, *USUAL_WHENS, *(f"bp:{number}" for number in numbers)]
+
+
+def _vms(disks: list[str]) -> list[str]:
+    return sorted({name.partition("/")[0] for name in disks if "/" in name})
+
+
+def _groups(state: StateDir) -> list[str]:
+    return _names(lambda: _client(state).groups())
+
+
+def _common_whens(state: StateDir, name: str) -> list[str]:
+    """Instants of all disks of a VM or group: base points are of one."""
+    client = _client(state)
+    bookmarks = _names(lambda: client.vm_points(name, kind="bookmark", limit=MOST_POINTS))
+    return [*bookmarks, *USUAL_WHENS]
 
 
 def _names(ask: Callable[[], list[Object]], key: str = "name") -> list[str]:

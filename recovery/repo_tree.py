@@ -88,7 +88,7 @@ def _add_backup(commands: Commands) -> None:
         "Back up a point; only what changed since an earlier backup is read. Works without the server.",
         "cdp backup run web/vda@latest --repo /mnt/nas/backups",
     )
-    take_point(run)
+    take_point(run, help="of one disk")
     run.add_argument("--full", action="store_true", help="read everything, whatever is known of changes")
     run.add_argument(
         "--max-increments",

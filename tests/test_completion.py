@@ -31,6 +31,9 @@ ANSWERS: dict[str, Any] = {
     "/v1/disks": [{"name": name} for name in ("db", "rescue", "web/vda", "web/vdb")],
     "/v1/jobs": [{"name": "jobs/11"}, {"name": "jobs/12"}],
     "/v1/forks": [{"name": "rescue"}],
+    "/v1/groups": [{"name": "shop"}],
+    "/v1/vms/web:points": [{"name": "monday"}, {"name": None}],
+    "/v1/vms/shop:points": [{"name": "sale"}],
     "/v1/disks/web/vda:points": [{"name": "before-upgrade"}, {"name": "monday"}],
     "/v1/disks/web/vda:basepoints": [{"number": 0}, {"number": 1}],
 }
@@ -116,7 +119,9 @@ def offered(line: str, environment: dict[str, str], state: StateDir, *, breaks: 
     return sorted(word.strip() for word in done.stdout.splitlines())
 
 
-WHENS = ["-1h", "-1m", "-5m", "before-upgrade", "bp:0", "bp:1", "latest", "monday"]
+USUAL = ["-1h", "-1m", "-5m", "latest"]
+WHENS = [*USUAL, "before-upgrade", "bp:0", "bp:1", "monday"]
+EVERY_DISK = ["db", "rescue", "web/vda", "web/vdb"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,20 @@ WHENS = ["-1h", "-1m", "-5m", "before-upgrade", "bp:0", "bp:1", "latest", "monda
         ("cdp disk add new --vm ", ["web"]),
         ("cdp fork remove ", ["rescue"]),
         ("cdp check d", ["db"]),
-        ("cdp uri web", ["web/vda", "web/vdb"]),
+        ("cdp uri web", ["web", "web/vda", "web/vdb"]),
+        ("cdp uri web@", [f"web@{when}" for when in (*USUAL, "monday")]),
+        ("cdp export sh", [f"shop@{when}" for when in (*USUAL, "sale")]),
+        ("cdp point show d", [f"db@{when}" for when in USUAL]),
+        ("cdp recover start web@mo", ["web@monday"]),
+        ("cdp recover start s", []),
+        ("cdp snapshot pull web", ["web/vda", "web/vdb"]),
+        ("cdp backup run web", ["web/vda", "web/vdb"]),
+        ("cdp point mark ", [*EVERY_DISK, "shop", "web"]),
+        ("cdp point list s", ["shop"]),
+        ("cdp rpo w", ["web", "web/vda", "web/vdb"]),
+        ("cdp policy set ", [*EVERY_DISK, "web"]),
+        ("cdp group show ", ["shop"]),
+        ("cdp group add shop ", [*EVERY_DISK, "web"]),
         ("cdp uri web/vda", [f"web/vda@{when}" for when in WHENS]),
         ("cdp uri web/vda@b", ["web/vda@before-upgrade", "web/vda@bp:0", "web/vda@bp:1"]),
         ("cdp fork add web/vda@mo", ["web/vda@monday"]),
@@ -277,6 +295,9 @@ def read_until(fd: int, text: str) -> str:
     return seen
 
 
+NAMED = ("DISK", "DISK|VM", "DISK@WHEN", "DISK|VM@WHEN", "WHEN", "VM", "GROUP", "JOB")
+
+
 def test_every_argument_that_names_a_disk_is_completed() -> None:
     """A new command gets its completion from what its help calls the argument."""
     parser = build_parser()
@@ -285,7 +306,7 @@ def test_every_argument_that_names_a_disk_is_completed() -> None:
         f"{command.prog} {action.metavar}"
         for command in complete._leaves(parser)
         for action in command._actions
-        if action.metavar in ("DISK", "DISK@WHEN", "WHEN", "JOB") and not hasattr(action, "completer")
+        if action.metavar in NAMED and not hasattr(action, "completer")
     ]
     assert not without
 
