@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import tarfile
@@ -17,6 +18,7 @@ import pytest
 import trio
 
 from cdpserver.errors import BrokenError
+from cdpserver.files.session import MEMORY_BYTES
 from cdpserver.service import browsing
 from cdpserver.service.api import paging
 from tests import filesystems as make
@@ -197,6 +199,11 @@ def sessions(server: Server) -> dict[int, int]:
             if children:
                 found[pid] = int(children[0])
     return found
+
+
+def test_a_session_has_a_limit_of_memory(server: Server) -> None:
+    (pid, *_) = until(lambda: list(sessions(server)), "a session")
+    assert resource.prlimit(pid, resource.RLIMIT_DATA) == (MEMORY_BYTES, MEMORY_BYTES)
 
 
 def kill_sessions(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import io
 import os
 import re
@@ -20,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cdpserver.errors import CdpError, CorruptError, RefusedError
+from cdpserver.files import browser as browsers
 from cdpserver.files.browser import Browser, File
 from cdpserver.files.fetch import Fetch
+from cdpserver.files.mount import PointFiles
 from cdpserver.files.point import SORTED, Files
 from cdpserver.files.sandbox import MEMORY_BYTES
 from cdpserver.files.tarball import write_tar
@@ -142,6 +145,27 @@ def test_a_directory_inside_itself(images: dict[str, Path], tmp_path: Path) -> N
     assert loop.path == (b"level0", b"level1", b"loop") and "inside itself" in loop.why
 
 
+def test_directories_that_have_two_names(tmp_path: Path) -> None:
+    """Each of a chain names the next twice: 2^24 ways lead to its end, and each directory is told once."""
+    depth, tree = 24, tmp_path / "tree"
+    tree.mkdir()
+    for number in range(depth):
+        (tree / f"d{number}").mkdir()
+    (tree / f"d{depth - 1}" / "end").touch()
+    image = make.make_ext(tmp_path / "image", tree, "-O", "^dir_index", size="8M")
+    links = "".join(
+        f"ln d{number + 1} d{number}/{name}\n" for number in range(depth - 1) for name in ("one", "two")
+    )
+    make.run("debugfs", "-w", "-f", "-", image, stdin=links.encode())
+    with Browser(ImageDisk(image)) as browser:
+        found = list(browser.walk("", b"/d0"))
+        below = list(browser.find("", b"/d0", name=b"end"))
+    twice = [file for file in found if file.type == "unreadable"]
+    assert len(twice) == depth - 1 and all("two names" in file.why for file in twice)
+    assert [file.name for file in found if file.type == "file"] == [b"end"]
+    assert [file.name for file in below if file.type == "file"] == [b"end"]
+
+
 def test_links_that_lead_in_circles(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
@@ -196,8 +220,10 @@ def blocks_of(image: Path, name: str) -> list[int]:
     return [int(block) for block in make.run("debugfs", "-R", f"blocks {name}", image).split()]
 
 
-def test_a_directory_of_hundreds_of_millions(tmp_path: Path) -> None:
-    """One block of names, to which a million pointers lead: its list begins at once, and is never whole in memory."""
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block of names, to which a million pointers lead."""
+    tmp_path = tmp_path_factory.mktemp("huge")
     tree = tmp_path / "tree"
     (tree / "huge").mkdir(parents=True)
     for number in range(60):
@@ -214,7 +240,12 @@ def test_a_directory_of_hundreds_of_millions(tmp_path: Path) -> None:
         make.run("debugfs", "-w", "-R", f"sif huge {field} {value}", image)
     for number in range(1, 12):
         make.run("debugfs", "-w", "-R", f"sif huge block[{number}] {names}", image)
-    with Browser(ImageDisk(image)) as browser:
+    return image
+
+
+def test_a_directory_of_hundreds_of_millions(huge: Path) -> None:
+    """Its list begins at once, and is never whole in memory."""
+    with Browser(ImageDisk(huge)) as browser:
         started = time.monotonic()
         files = Files(browser)
         found = files.listing("", b"/huge")
@@ -225,6 +256,21 @@ def test_a_directory_of_hundreds_of_millions(tmp_path: Path) -> None:
         assert int(status.partition("VmHWM:")[2].split()[0]) < 300_000
         # The one that asked for no more is no burden for the next.
         assert {row["name"] for row in files.listing("", b"/")} >= {"huge", "one", "two"}
+
+
+def test_who_needs_all_of_it_has_a_limit(huge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browsers, "MOST_HELD", 5000)
+    told: list[tuple[str, str]] = []
+    with contextlib.closing(PointFiles(ImageDisk(huge), lambda path, why: told.append((path, why)))) as files:
+        with pytest.raises(OSError, match="Input/output") as caught:
+            list(files.readdir("/fs/huge", 0))
+        assert caught.value.errno == errno.EIO and told[0][0] == "/fs/huge" and "5000 entries" in told[0][1]
+        assert {"huge", "one"} <= set(files.readdir("/fs", 0)), "the next question is answered"
+    monkeypatch.setattr(browsers, "MOST_HELD", 0)
+    with contextlib.closing(PointFiles(ImageDisk(huge), lambda path, why: told.append((path, why)))) as files:
+        with pytest.raises(OSError, match="Input/output"):
+            files.open("/fs/one", os.O_RDONLY)
+        assert told[1][0] == "/fs/one"
 
 
 def test_what_unpacks_to_a_thousand_times_its_size(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdpserver.errors import NotFoundError
+from cdpserver.errors import NotFoundError, RefusedError
 from cdpserver.files import browser as browsers
 from cdpserver.files import through
 from cdpserver.files.watched import as_ranges, touches
@@ -188,6 +188,12 @@ def test_what_differs(
         diff(server, "a", "c", "/nothing")
     with pytest.raises(NotFoundError):
         answer(server, capsys, "diff", "d@a", "d@c", "/nothing")
+
+
+def test_what_is_compared_has_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browsers, "MOST_HELD", 100)
+    with pytest.raises(RefusedError, match="more than 100 entries"):
+        diff(server, "a", "c")
 
 
 def test_ranges_that_touch() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from cdpserver import messages
 from cdpserver.errors import BrokenError, CorruptError, RefusedError, UsageError
@@ -29,6 +29,23 @@ MAX_PARTS = 1 << 18
 
 CHUNK = 1 << 20
 """Content comes in pieces of this size."""
+
+
+MOST_HELD = 1_000_000
+"""Entries or runs that who needs them all keeps in memory: each takes a few hundred bytes."""
+
+T = TypeVar("T")
+
+
+def bounded(found: Iterator[T], what: str) -> Iterator[T]:
+    """For who keeps all of it. RefusedError for more than MOST_HELD."""
+    for number, one in enumerate(found):
+        if number == MOST_HELD:
+            raise RefusedError(
+                f"{what}: more than {MOST_HELD} entries",
+                hint="look at less of it: cdp file ls or find, below it",
+            )
+        yield one
 
 
 class Disk(Protocol):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from cdpserver.errors import NotFoundError
-from cdpserver.files.browser import Browser, File
+from cdpserver.files.browser import Browser, File, bounded
+from cdpserver.files.fetch import show_path
 from cdpserver.files.formats.base import HOLE
 from cdpserver.files.versions import LARGEST_DIGEST, changed_fields, digest_of
 from cdpserver.files.watched import Watched, as_ranges, meet
@@ -67,7 +68,8 @@ def differences(old: Side, new: Side, changed: Ranges | None) -> Iterator[Differ
 
 def _walk(side: Side) -> dict[Path, File]:
     try:
-        return {file.path: file for file in side.browser.walk(side.volume, side.path, full=True)}
+        found = side.browser.walk(side.volume, side.path, full=True)
+        return {file.path: file for file in bounded(found, show_path((side.path,)))}
     except NotFoundError:
         return {}
 

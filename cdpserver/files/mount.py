@@ -18,7 +18,7 @@ from typing import Any
 import mfusepy
 
 from cdpserver.errors import CdpError, NotFoundError
-from cdpserver.files.browser import Browser, Disk, File
+from cdpserver.files.browser import Browser, Disk, File, bounded
 from cdpserver.files.formats.base import FILE_SYSTEMS, OPAQUE
 
 IMAGE = "disk.img"
@@ -144,7 +144,7 @@ class PointFiles(mfusepy.Operations):  # type: ignore[misc]
             yield from sorted(below)
             return
         top = path.rstrip("/")
-        for file in self._ask(path, lambda browser: list(browser.entries(*place))):
+        for file in self._ask(path, lambda browser: list(bounded(browser.entries(*place), "the directory"))):
             name = os.fsdecode(file.name)
             self._keep(f"{top}/{name}", file)
             yield name
@@ -160,7 +160,7 @@ class PointFiles(mfusepy.Operations):  # type: ignore[misc]
         self._next += 1
         if path != f"/{IMAGE}":
             file = self._stat(path, anew=True)
-            runs = self._ask(path, lambda browser: tuple(browser.extents(file)))
+            runs = self._ask(path, lambda browser: tuple(bounded(browser.extents(file), "the file's map")))
             self._open[self._next] = replace(file, runs=runs)
         return self._next
 

@@ -10,6 +10,7 @@ Threads: none.
 
 import contextlib
 import json
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,9 @@ from cdpserver.state import StateDir
 
 PAGE_SECONDS = 1.0
 """After which a page goes out as far as it is."""
+
+MEMORY_BYTES = 4 << 30
+"""Of its own: the indexes of a large store that it maps are none of it."""
 
 ALIVE_S = 5.0
 
@@ -91,6 +95,10 @@ class Session:
             return {"ok": self._ops[request["op"]](request)}
         except CdpError as error:
             return messages.error_fields(error)
+        except MemoryError:
+            return messages.error_fields(
+                RefusedError("this takes more memory than reading may", hint="look at less of it")
+            )
         except OSError as error:
             return messages.error_fields(
                 BrokenError(f"the point cannot be read: {error}", hint="look at the store's disk")
@@ -279,6 +287,7 @@ class Connection:
 def main() -> None:
     """Until the service closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at a terminal it is for the service
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     with contextlib.suppress(ConnectionError):
         try:

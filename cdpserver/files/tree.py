@@ -45,6 +45,16 @@ class Found:
     why: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """A directory that is walked; `seen` has the directories of its file system, or subvolume, so far."""
+
+    path: tuple[bytes, ...]
+    id: int
+    entries: Iterator[tuple[bytes, Node]]
+    seen: set[int]
+
+
 @dataclass
 class Tree:
     """A file system that is open."""
@@ -114,13 +124,17 @@ class Tree:
             yield self.look((name,), node)
 
     def walk(self, top: Found) -> Iterator[Found]:
-        """Everything below, a directory before what is in it. A directory that is inside itself is told, and not entered."""
-        stack: list[tuple[tuple[bytes, ...], int, Iterator[tuple[bytes, Node]]]] = []
+        """Everything below, a directory before what is in it.
+
+        A directory that is inside itself, or has two names, is told and not entered again: a chain of the latter doubles the work
+        with each link.
+        """
+        stack: list[_Entered] = []
         yield Found((), top.node, top.stat, top.target)
         if top.stat is not None and top.stat.type == "dir":
-            stack.append(((), top.stat.id, self.fs.entries(top.node)))
+            stack.append(_Entered((), top.stat.id, self.fs.entries(top.node), {top.stat.id}))
         while stack:
-            path, _, entries = stack[-1]
+            path, entries, seen = stack[-1].path, stack[-1].entries, stack[-1].seen
             try:
                 name, node = next(entries)
                 check_entry(name)
@@ -133,11 +147,22 @@ class Tree:
                 continue
             found = self.look((*path, name), node)
             if found.stat is not None and found.stat.type == "dir":
-                if found.stat.id in (id for _, id, _ in stack) or len(stack) >= MAX_DEPTH:
+                if found.stat.id in (above.id for above in stack) or len(stack) >= MAX_DEPTH:
                     yield Found(found.path, node, None, why="the directory is inside itself, or too deep")
                     continue
+                if self.fs.begins(node):
+                    seen = set()
+                if found.stat.id in seen:
+                    yield Found(
+                        found.path,
+                        node,
+                        None,
+                        why="the directory has two names; its files are told at the first",
+                    )
+                    continue
+                seen.add(found.stat.id)
                 yield found
-                stack.append((found.path, found.stat.id, self.fs.entries(node)))
+                stack.append(_Entered(found.path, found.stat.id, self.fs.entries(node), seen))
                 continue
             yield found
 

@@ -96,6 +96,10 @@ class FileSystem(ABC):
     def runs(self, node: Node) -> Iterator[Run]:
         """Where a file's content lies: in order, without gaps, from 0 to its size."""
 
+    def begins(self, node: Node) -> bool:
+        """Is this directory the top of a tree that may well have several names?"""
+        return False
+
     def read(self, node: Node, offset: int, length: int) -> bytes:
         """Content of an OPAQUE run, at most up to its end."""
         raise NotImplementedError(f"{self.kind} has no content of its own")

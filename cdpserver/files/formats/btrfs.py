@@ -63,6 +63,10 @@ class Btrfs(FileSystem):
             if name not in (".", ".."):
                 yield name.encode(errors="surrogateescape"), child
 
+    def begins(self, node: Any) -> bool:
+        """A subvolume: snapshots of what it is in name it, too."""
+        return bool(node.inum == c_btrfs.BTRFS_FIRST_FREE_OBJECTID)
+
     def runs(self, node: Any) -> Iterator[Run]:
         """Extents: compressed ones and inline content come through dissect."""
         extents = node.extents()

@@ -69,7 +69,7 @@ class Exfat(FileSystem):
             uid=0,
             gid=0,
             links=1,
-            id=node.cluster if node.directory else -2 - node.place,
+            id=node.cluster if node.directory and node.cluster else -2 - node.place,
         )
 
     def target(self, node: Entry) -> bytes:

@@ -66,7 +66,7 @@ class Fat(FileSystem):
             uid=0,
             gid=0,
             links=1,
-            id=node.cluster if node.directory else -2 - node.id,
+            id=node.cluster if node.directory and node.cluster else -2 - node.id,
         )
 
     def target(self, node: Entry) -> bytes:
