@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
         "Make one of a base point and those below it, the base included (else the next below). It holds the newest.",
         "cdp snapshot commit web/vda@bp:7 --base bp:3",
     )
-    take_point(delete, pull, commit, help="as DISK@bp:N")
+    take_point(delete, pull, commit, help="as DISK@bp:N, or another name of that instant")
     take_yes(delete, pull, commit)
     for command in (pull, commit):
         command.add_argument("--base", metavar="WHEN", type=when, help="an older base point, as bp:N")

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from cdpserver import durable, qemu
+from cdpserver import durable, leases, nodes, qemu
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain import lock, merge, room, same
 from cdpserver.chain.plan import VERBS, Link, Merge, Verb, plan
 from cdpserver.chain.room import Pull, Slot
 from cdpserver.chain.tree import MAX_BASE_POINTS, Branch, tree
+from cdpserver.clock import fix_clock
+from cdpserver.config import Config
 from cdpserver.errors import (
     BrokenError,
     CdpError,
@@ -25,8 +28,16 @@ from cdpserver.errors import (
     RefusedError,
     UsageError,
 )
+from cdpserver.events import EventLog, read_events
+from cdpserver.journal.control import Grade
 from cdpserver.journal.log import interval_path
+from cdpserver.leases import Lease
 from cdpserver.nodes import MANUAL, base_point_path, read_header
+from cdpserver.retention.policy import CHAIN_WARNING
+from cdpserver.service.control import Targets
+from cdpserver.service.core import Core
+from cdpserver.service.merges import Merges
+from cdpserver.service.room import Room
 from cdpserver.state import StateDir
 from tests.chains import START_NS, Forest, Line
 from tests.dying import Step, dies_at
@@ -280,6 +291,23 @@ def test_a_fork_without_base_points_holds_where_it_starts(forest: Forest) -> Non
     refused(forest, disk, 1, "the fork rescue starts at it")
 
 
+def test_an_open_point_holds_its_base_point(forest: Forest) -> None:
+    """Until a grace after its reader is gone; the journal does not hold what it reads any more."""
+    disk = forest.disk("web", 3)
+    for interval in (2, 3):
+        shutil.rmtree(interval_path(disk.directory, interval))
+    lease = Lease.take(disk.directory, 20)
+    refused(forest, disk, 1, "it is open, or was a moment ago")
+    lease.close()
+    refused(forest, disk, 1, "it is open, or was a moment ago")
+    now_ns = START_NS
+    for _ in range(2):
+        leases.held(disk.directory, now_ns=now_ns, tidy=True)
+        now_ns += leases.GRACE_NS
+    do(forest, disk, "delete", 1)
+    forest.check()
+
+
 def test_a_lock_that_cannot_be_read_holds_everything(forest: Forest) -> None:
     disk = forest.disk("web", 3)
     forest.catalog.put_row("locks", Row("k1", 2, {"point": "web@bp:2"}))
@@ -377,6 +405,53 @@ def test_the_chain_of_a_fork_goes_on_in_its_parent(forest: Forest) -> None:
     (disk.directory / MANUAL).write_text('{"numbers": [true]}')
     with pytest.raises(CorruptError, match="'numbers' are not base points"):
         room.manual(disk.directory)
+
+
+def service_of(forest: Forest, config: Config) -> Core:
+    """What the service has of its own, without its processes."""
+    state = forest.state
+    clock, _ = fix_clock(state.clock, lambda: START_NS)
+    return Core(state, config, clock, forest.catalog, EventLog(state.events), Targets(state, 1))
+
+
+def test_a_chain_that_grows_long_is_said(forest: Forest) -> None:
+    """Once, at half of the limit; a few less are no news."""
+    disk = forest.disk("web", 1)
+    entry = forest.catalog.get("web")
+    assert entry is not None
+    core = service_of(forest, Config())
+    making = Room(core, Merges(core))
+    for number in range(1, CHAIN_WARNING + 2):
+        if number >= CHAIN_WARNING - 3:
+            trio.run(making.make, entry, number)
+            assert len(read_events(forest.state.events, 99)) == (number >= CHAIN_WARNING - 1)
+        qemu.create_overlay(
+            disk.path(number), backing=disk.path(number - 1), format="qcow2", size=forest.size
+        )
+        note = nodes.Node(number, 10 * (number + 1), START_NS + number, number + 1, Grade.CRASH, 1, 3)
+        nodes.write_note(disk.directory, note)
+    (event,) = read_events(forest.state.events, 99)
+    assert (event["event"], event["level"]) == ("chain.long", "warning")
+    assert (event["disk"], event["length"], event["limit"]) == ("web", CHAIN_WARNING, 128)
+
+
+def test_at_the_limit_nothing_goes_that_somebody_asked_for(forest: Forest) -> None:
+    disk = forest.disk("web", 4)
+    entry = forest.catalog.get("web")
+    assert entry is not None
+    core = service_of(forest, Config(policy_max_chain=4))
+    making = Room(core, Merges(core))
+    for number in range(3):
+        room.add_manual(disk.directory, number)
+    with pytest.raises(
+        RefusedError, match=r"is full \(4 of 4\), and no automatic base point in it may go"
+    ) as full:
+        trio.run(making.make, entry, 4)
+    assert "cdp snapshot tree web" in full.value.hint
+    with pytest.raises(RefusedError, match="has 4 base points, and max_chain is 4"):
+        trio.run(making.check, entry)
+    assert nodes.published(disk.directory) == [0, 1, 2, 3]
+    forest.check()
 
 
 # --- faults

@@ -50,6 +50,8 @@ POLICIES = (
     POLICY,
     parse_config(FIRST.replace("'1h'", "'3h'")),
     parse_config(FIRST.replace("'3h'", "'24h 3d'")),
+    # Every instant of an hour, then one every ten minutes.
+    parse_config(FIRST.replace("'1h'", "'1h 3h/10m'")),
     # Less than an operator may say, since the disk is less than an operator's.
     replace(POLICY, policy_size_cap=1 << 20),
     replace(POLICY, policy_size_cap=3 << 20),
@@ -118,6 +120,7 @@ class Life:
         self.held: list[Held] = []
         self.config = POLICY
         self.locks = 0
+        self.passed_ns = 0
         self._named(world.add(SIZE, image=bytes(SIZE)))
         self.churn()
         self.lines[0][0].synced()
@@ -160,7 +163,8 @@ class Life:
             line, entry, seq = found
             self.locks += 1
             until_ns = self.dice.choice((None, self.world.now_ns + self.dice.randrange(1, 9 * HOUR_NS)))
-            made = Lock(f"lock-{self.locks}", entry.id, seq, 1, until_ns, False, "", self.world.now_ns)
+            immutable = until_ns is not None and self.dice.random() < 0.5
+            made = Lock(f"lock-{self.locks}", entry.id, seq, 1, until_ns, immutable, "", self.world.now_ns)
             self.catalog.put_row("locks", made.row())
             self.held.append(Held(line, seq, until_ns))
 
@@ -270,24 +274,20 @@ class Life:
                 )
 
     def prune(self) -> None:
+        """A pass. Of what the policy keeps in full, and no pass before may have dropped, all can be opened; some is read."""
         capped = self.config.policy_size_cap is not None
-        recent = [
-            (
-                line,
-                [
-                    c.seq
-                    for c in line.model.changes
-                    if not capped and c.seq and c.time_ns >= line.writer.last_time_ns - HOUR_NS
-                ],
-            )
-            for line, _ in self.lines
-        ]
+        span_ns = 0 if capped else self.config.policy_keep_rp[0].span_ns
         state, catalog, now_ns = self.world.state, self.catalog, self.world.now_ns
         done = prune.prune(state, catalog, self.config, now_ns=now_ns, disk=None)
         assert not done.failed, done.failed
-        for line, seqs in recent:
+        for line, _ in () if capped else self.lines:
+            since_ns = max(line.writer.last_time_ns - span_ns, self.passed_ns)
+            seqs = [c.seq for c in line.model.changes if c.seq and c.time_ns >= since_ns]
+            for seq in seqs:
+                opens(line, seq)
             for seq in self.dice.sample(seqs, min(4, len(seqs))):
                 assert read(line, seq) == expected(line, seq)
+        self.passed_ns = max(self.passed_ns, now_ns - span_ns)
         again = prune.look(state, catalog, self.config, now_ns=now_ns, disk=None)[0]
         assert not again.dropped, "one pass is enough"
         for facts in again.disks:
@@ -338,6 +338,12 @@ def read(line: Line, seq: int) -> bytes:
             view.close()
     finally:
         history.close()
+
+
+def opens(line: Line, seq: int) -> None:
+    """An instant can be opened. RefusedError where it is not kept."""
+    with contextlib.closing(History(line.world.state.path, line.timeline, line.world.boot)) as history:
+        View(history, seq).close()
 
 
 def expected(line: Line, seq: int) -> bytes:

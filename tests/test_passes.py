@@ -72,6 +72,7 @@ def test_one_pass_is_enough_at_a_cap(kept: Kept) -> None:
         planned = kept.look(capped)
         done = kept.prune(capped)
         assert not done.failed
+        assert sum(d.bytes for d in done.dropped) == planned.disks[0].bytes - done.disks[0].bytes
         more += len(done.dropped) > len(planned.dropped) > 0
         again = kept.look(capped)
         assert again.dropped == [] and again.disks == done.disks

@@ -188,6 +188,41 @@ def test_a_killed_qemu_is_waited_for_and_mirrored_again(short_path: Path) -> Non
         assert server.events("disk.degraded") and server.events("disk.resynced")
 
 
+def test_a_disk_that_has_grown_is_mirrored_on(short_path: Path) -> None:
+    """Points from before keep the size that the disk had then."""
+    with world(short_path) as (server, source):
+        with guest(source) as writes:
+            writes.pwrite(b"s" * BLOCK, 0)
+        protect(server, source)
+        in_sync(server)
+        server.post("/v1/disks/web/disk0:mark", name="small")
+        source.process.kill()
+        source.process.wait()
+        until(lambda: disk(server)["state"] == "waiting", "the lost QEMU")
+        os.truncate(source.image, 2 * SIZE)
+        source.start()
+        source.qmp.close()
+        in_sync(server)
+        assert server.get("/v1/disks/web/disk0")["size"] == 2 * SIZE
+        with guest(source) as writes:
+            assert writes.get_size() == 2 * SIZE
+            writes.pwrite(b"l" * BLOCK, 2 * SIZE - BLOCK)
+        assert size_and_end(server.uri("web/disk0@small")) == (SIZE, bytes(BLOCK))
+        until(lambda: size_and_end(server.uri("web/disk0@latest")) == (2 * SIZE, b"l" * BLOCK), "the new end")
+        assert same_as_source(server, source)
+
+
+def size_and_end(uri: str) -> tuple[int, bytes]:
+    """How large an export is, and its last block."""
+    handle = nbd.NBD()
+    handle.connect_uri(uri)
+    try:
+        size = handle.get_size()
+        return size, bytes(handle.pread(BLOCK, size - BLOCK))
+    finally:
+        handle.shutdown()
+
+
 def test_a_job_that_somebody_ends_is_started_again(short_path: Path) -> None:
     """An operator's command comes between two of ours: the monitor is free while the service does not run."""
     with world(short_path) as (server, source), guest(source) as writes:

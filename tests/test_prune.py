@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -123,8 +124,13 @@ def test_a_pass_does_what_was_announced_and_the_rest_reads_as_before(kept: Kept)
     announced = kept.look()
     assert kept.intervals() == before
     done = kept.prune()
-    assert [pruning.describe(d) for d in done.dropped] == [pruning.describe(d) for d in announced.dropped]
+    # Base points that stay take over what only merged ones held, and are packed anew: what came back is told as it was.
+    most = {decision.what: decision.bytes for decision in announced.dropped}
+    assert [replace(d, bytes=most[d.what]) for d in done.dropped] == announced.dropped
     assert not done.failed and all(d.bytes > 0 and d.reason for d in done.dropped)
+    assert all(d.bytes == most[d.what] for d in done.dropped if d.is_interval)
+    came_back = announced.disks[0].bytes - done.disks[0].bytes
+    assert sum(d.bytes for d in done.dropped) == came_back > 0
     assert kept.intervals() == before[-4:]
     # All of the last hour, and the base points that are kept.
     assert check(kept) >= 3 * 4 + 6
@@ -450,11 +456,9 @@ def test_a_pass_over_one_disk_says_nothing_of_the_whole_store(short_path: Path) 
         assert len(server.events("retention.lock-quota-near")) == 1
 
 
-def test_the_service_drops_and_ends_by_itself_what_is_over(short_path: Path) -> None:
-    config = short_path / "c.toml"
-    config.write_text(
-        "[store]\nprune_every = '1s'\n[policy]\nbp_every = '10s'\nkeep_rp = '10s'\nkeep_bp = 'none'\n"
-    )
+def test_what_is_over_is_announced_and_the_service_drops_it_by_itself(short_path: Path) -> None:
+    config, policy = short_path / "c.toml", "[policy]\nbp_every = '10s'\nkeep_rp = '10s'\nkeep_bp = 'none'\n"
+    config.write_text(f"[store]\nprune_every = '10m'\n{policy}")
     with Server(short_path / "s", "--config", str(config)) as server:
         uri = server.add("d")
         write(uri, pattern(1))
@@ -463,12 +467,43 @@ def test_the_service_drops_and_ends_by_itself_what_is_over(short_path: Path) -> 
         done = cdp(server, "point", "lock", "d@latest", "--until", "3s")
         assert done.returncode == 0, done.stderr
 
-        def gone() -> bool:
+        def announced() -> bool:
             write(uri, pattern(2))  # a disk that rests does not age
+            return any(row["what"] == "interval:1" for row in server.get("/v1/prune"))
+
+        until(announced, "the first interval's age")
+        done = cdp(server, "prune", "d", "--dry-run", "--json")
+        rows = json.loads(done.stdout)
+        assert rows and all(set(row) == {"what", "disk", "reason", "bytes"} for row in rows)
+        first = next(row for row in rows if row["what"] == "interval:1")
+        assert first["disk"] == "d" and first["bytes"] > 0 and "keep_rp 10s" in first["reason"]
+        done = cdp(server, "prune", "d", "--dry-run")
+        assert "interval:1" in done.stdout and "would come back" in done.stdout + done.stderr
+        assert not server.events("retention.dropped"), "a look drops nothing"
+    config.write_text(f"[store]\nprune_every = '1s'\n{policy}")
+    with Server(short_path / "s", "--config", str(config)) as server:
+
+        def dropped() -> bool:
+            write(uri, pattern(3))
             return any("interval:1" in event["things"] for event in server.events("retention.dropped"))
 
-        until(gone, "the first interval's end")
+        until(dropped, "the first interval's end")
         (ended,) = server.events("lock.expired")
         assert ended["disk"] == "d" and server.get("/v1/locks") == []
-        (first, *_) = server.events("retention.dropped")
-        assert first["disk"] == "d" and first["bytes"] > 0
+        assert server.events("retention.dropped")[0]["bytes"] > 0
+
+
+def test_a_cap_is_announced_before_anything_goes(short_path: Path) -> None:
+    config = short_path / "c.toml"
+    config.write_text("[policy]\nsize_cap = '64M'\n")
+    with Server(short_path / "s", "--config", str(config)) as server:
+        uri = server.post("/v1/disks", name="d", size=64 << 20)["uri"]
+        write(uri, pattern(1))
+        server.post("/v1/disks/d:synced")
+        with connected(uri) as client:
+            for at in range(0, 56 << 20, 8 << 20):
+                client.pwrite(random.Random(at).randbytes(8 << 20), at)
+        assert json.loads(cdp(server, "prune", "--json").stdout) == []
+        (near,) = server.events("retention.cap-near")
+        assert near["disk"] == "d" and 80 <= near["percent"] < 95 and near["level"] == "warning"
+        assert "the oldest history goes then" in near["reason"] and not server.events("retention.dropped")

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,8 +176,9 @@ def _prune_one(
                 durable.remove_tree(interval_path(directory, decision.number))
                 done.dropped.append(decision)
     for run in merges(decisions):
-        chain.merge(state, catalog, entry.id, "pull", run.keep, base=run.base)
-        done.dropped += [decision for decision in gone if run.takes(decision)]
+        merged = chain.merge(state, catalog, entry.id, "pull", run.keep, base=run.base)
+        taken = [decision for decision in gone if run.takes(decision)]
+        done.dropped += share(taken, max(0, merged["freed_bytes"]))
 
 
 def _thinned(thinning: Thinning, size: int) -> Decision:
@@ -247,6 +248,17 @@ def merges(decisions: list[Decision]) -> list[Run]:
             found.append(Run(decision.number, base))
         base, between = decision.number, False
     return found[::-1]
+
+
+def share(taken: list[Decision], freed: int) -> list[Decision]:
+    """The base points that a merge took away, each with its share of what came back: what only they held the one above has."""
+    whole, below, found = sum(decision.bytes for decision in taken), 0, []
+    for decision in taken:
+        before, below = below, below + decision.bytes
+        found.append(
+            replace(decision, bytes=freed * below // whole - freed * before // whole if whole else 0)
+        )
+    return found
 
 
 def finish(directory: Path) -> None:
