@@ -101,13 +101,19 @@ class _Agent:
 
     async def _keep(self, running: _Running) -> None:
         with running.scope:
-            while True:
-                try:
-                    await running.controller.run()
-                except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
-                    name = running.controller.vm.name
-                    self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
-                await trio.sleep(AGAIN_S)
+            async with trio.open_nursery() as nursery:
+                for disk in running.controller.vm.disks:
+                    nursery.start_soon(self._target.watch, disk.name)
+                await self._control(running)
+
+    async def _control(self, running: _Running) -> None:
+        while True:
+            try:
+                await running.controller.run()
+            except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
+                name = running.controller.vm.name
+                self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
+            await trio.sleep(AGAIN_S)
 
     async def _let_go(self, connection: Connection, uuids: list[str]) -> None:
         with trio.move_on_after(LET_GO_S):

@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 
 import trio
 
-from cdpserver.errors import UsageError
+from cdpserver.errors import CdpError, UsageError
+from cdpserver.vm.mirror import disk_uri
+from cdpserver.vm.probe import Probe
 from cdpserver.vm.target import SeenJob, TargetState
 from recovery.agent_client import AgentClient
 
@@ -17,8 +19,8 @@ MOST_EVENTS = 1000
 
 AT_ONCE = 16
 
-SLOW_S = 0.3
-"""An answer that takes no longer than this is no news."""
+AGAIN_S = 1.0
+"""Between two attempts to learn where a disk's NBD is."""
 
 Answer = TypeVar("Answer")
 
@@ -29,7 +31,7 @@ class ApiTarget:
     def __init__(self, client: AgentClient, nbd: str | None) -> None:
         self._client = client
         self._nbd = nbd
-        self._asked: dict[str, float] = {}
+        self._probes: dict[str, Probe] = {}
         self._calls = trio.CapacityLimiter(AT_ONCE)
         self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_EVENTS)
 
@@ -49,11 +51,7 @@ class ApiTarget:
 
     async def state(self, disk: str) -> TargetState:
         """See Target."""
-        self._asked[disk] = trio.current_time()
-        try:
-            return TargetState.read((await self.call(self._client.mirror, disk))["said"])
-        finally:
-            del self._asked[disk]
+        return TargetState.read((await self.call(self._client.mirror, disk))["said"])
 
     async def holds(self, disk: str, place: str) -> bool:
         """See Target."""
@@ -74,10 +72,27 @@ class ApiTarget:
         await self.call(self._client.tell_mirror, "lost", said)
 
     def hung_s(self, disk: str) -> float:
-        """See Target: for how long its state has been asked for."""
-        asked_at = self._asked.get(disk)
-        waited = 0.0 if asked_at is None else trio.current_time() - asked_at
-        return waited if waited > SLOW_S else 0.0
+        """See Target: for how long its NBD has not answered here. An API that hangs holds no guest up."""
+        probe = self._probes.get(disk)
+        return 0.0 if probe is None else probe.hung_s()
+
+    async def watch(self, disk: str) -> None:
+        """Until cancelled: know whether its NBD answers."""
+        probe = self._probes[disk] = Probe(await self._disk_uri(disk))
+        try:
+            await probe.run()
+        finally:
+            if self._probes.get(disk) is probe:  # else it is watched anew already
+                del self._probes[disk]
+
+    async def _disk_uri(self, disk: str) -> str:
+        while True:
+            try:
+                uuid, uri = await self.identity(disk)
+            except CdpError:
+                await trio.sleep(AGAIN_S)  # its controller says why
+            else:
+                return disk_uri(uri, uuid)
 
     def emit(self, event: str, **fields: Any) -> None:
         """See Target: told with the next report."""

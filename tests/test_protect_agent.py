@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def test_an_agent_on_another_host(short_path: Path) -> None:
                 until(lambda: "has not reported" in disk(server)["reason"], "notice of the silence")
                 other.start()
                 until(lambda: anchored(server)["bitmap"] != first["bitmap"], "the next agent's anchor")
+
+                # The API hangs, and the mirror's server does not: nobody takes the guest away from it.
+                until(lambda: disk(server)["state"] == "synced", "in sync")
+                os.kill(server.process.pid, signal.SIGSTOP)
+                try:
+                    until_s = time.monotonic() + 2.5
+                    while time.monotonic() < until_s:
+                        writes.pwrite(b"5" * CLUSTER, 4 * CLUSTER)
+                finally:
+                    os.kill(server.process.pid, signal.SIGCONT)
+                until(lambda: same(server, made), "what was written meanwhile")
+                assert not server.events("disk.guest-freed") and not server.events("disk.gap")
 
                 # A worker dies.
                 os.kill(server.pids()["target-0"], signal.SIGKILL)

@@ -106,6 +106,11 @@ def mirror_uri(uri: str, uuid: str) -> str:
     return f"{place}:{uuid}{query}{rest}"
 
 
+def disk_uri(uri: str, uuid: str) -> str:
+    """Of such a URI the disk's own, which may be opened beside its mirror."""
+    return uri.replace(f":{uuid}", "", 1)
+
+
 class Mirror:
     """The mirror of the disk with this uuid, by way of a monitor. Its methods raise what the monitor does."""
 
