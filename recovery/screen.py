@@ -67,14 +67,16 @@ COPY = "last copy"
 COLUMNS = (
     Column("disk", 0, lambda disk, _: printable(disk["name"]), right=False),
     Column("state", 1, lambda disk, _: _state(disk), right=False),
-    Column("size", 8, lambda disk, _: "-" if disk["size"] is None else format_size(disk["size"])),
+    Column("grade", 4, lambda disk, _: disk["grade"] or "-", right=False),
+    Column("size", 10, lambda disk, _: "-" if disk["size"] is None else format_size(disk["size"])),
+    Column("rpo", 3, lambda disk, _: span(disk["rpo_ns"])),
     Column("lag", 2, lambda disk, _: span(disk["lag_ns"])),
-    Column("durable lag", 3, lambda disk, _: span(disk["durable_lag_ns"])),
-    Column("tail", 6, lambda disk, _: f"{disk['tail_records']:,}"),
-    Column("index lag", 4, lambda disk, _: span(disk["index_lag_ns"])),
-    Column("base point", 5, _base_point),
-    Column(COPY, 9, lambda disk, _: in_short(disk["resync"]), right=False),
-    Column("clients", 7, lambda disk, _: "?" if disk["clients"] is None else str(disk["clients"])),
+    Column("durable lag", 5, lambda disk, _: span(disk["durable_lag_ns"])),
+    Column("tail", 8, lambda disk, _: f"{disk['tail_records']:,}"),
+    Column("index lag", 6, lambda disk, _: span(disk["index_lag_ns"])),
+    Column("base point", 7, _base_point),
+    Column(COPY, 11, lambda disk, _: in_short(disk["resync"]), right=False),
+    Column("clients", 9, lambda disk, _: "?" if disk["clients"] is None else str(disk["clients"])),
 )
 
 

@@ -1,8 +1,11 @@
 """Protected VMs end to end: a service and a real QEMU, and what befalls either of them while a guest writes."""
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ import pytest
 
 from tests.test_service import ApiError, Server, until
 from tools.kit.qmp import Qmp
-from tools.kit.source import Source
+from tools.kit.source import Source, make_image
 
 pytestmark = pytest.mark.real
 
@@ -47,6 +50,13 @@ def in_sync(server: Server) -> dict[str, Any]:
         return None
 
     return until(look, "mirror in sync")
+
+
+def cdp(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "recovery.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def graded(server: Server, grade: str) -> dict[str, Any]:
@@ -171,6 +181,85 @@ def test_other_ways_to_mirror(short_path: Path, more: dict[str, Any]) -> None:
         assert server.delete("/v1/vms/web")["left"] == ""
 
 
+def stopped(server: Server, writes: nbd.NBD, byte: bytes) -> threading.Thread:
+    """A write of the guest, which the service does not see: it is stopped."""
+    assert server.stop() == 0
+    writer = threading.Thread(target=lambda: writes.pwrite(byte * BLOCK, 0), daemon=True)
+    writer.start()
+    return writer
+
+
+def anchored(server: Server) -> dict[str, Any]:
+    return until(lambda: (seen := in_sync(server))["bitmap"] and seen, "an anchored bitmap")
+
+
+def test_a_mirror_that_runs_is_changed_by_protecting_again(short_path: Path) -> None:
+    """How long a write waits is fixed in QEMU: the mirror begins anew, and sends only what changed."""
+    with world(short_path) as (server, source), guest(source) as writes:
+        protect(server, source, wait=True)
+        anchored(server)
+        assert protect(server, source)["wait"] is False
+        assert anchored(server)["resync"]["method"] == "bitmap"
+        writer = stopped(server, writes, b"i")
+        writer.join(5)
+        assert not writer.is_alive(), "two seconds on a machine with nothing else to do"
+
+        with Server(server.state_dir) as again:
+            anchored(again)
+            assert protect(again, source, wait=True)["wait"] is True
+            assert anchored(again)["resync"]["method"] == "bitmap"
+            writer = stopped(again, writes, b"j")
+            writer.join(3)
+            assert writer.is_alive(), "longer than a guest waits that is not to"
+
+        with Server(server.state_dir) as again:
+            writer.join(30)
+            assert not writer.is_alive()
+            anchored(again)
+            protect(again, source, wait=True, drive_mirror=True)
+            assert in_sync(again)["resync"]["why"] == "drive-mirror knows no bitmaps"
+            all_arrives(again, source)
+
+
+def test_the_command_protects_and_waits(short_path: Path) -> None:
+    """The contract of `cdp protect` as a program reads it, and what it says at a terminal."""
+    with world(short_path) as (server, source):
+        asked = ["protect", "web", "--qmp", str(source.monitor), "--disk", "disk0", "--wait-synced"]
+        asked += ["--state-dir", str(server.state_dir)]
+        done = cdp(*asked, "--json")
+        assert "web/disk0: " in done.stderr, "the last copy in words"
+        shown = json.loads(done.stdout)
+        assert shown["vm"] == "web"
+        (seen,) = shown["disks"]
+        assert (seen["name"], seen["state"], seen["node"]) == ("web/disk0", "synced", disk(server)["node"])
+        assert content(seen["uri"]) == content(source.uri)
+        # Said again, what runs is taken over, and the table has all of it.
+        (row,) = cdp(*asked).stdout.splitlines()[1:]
+        assert row.split()[:4] == [seen[key] for key in ("name", "node", "state", "uri")]
+
+
+def test_other_disks_said_end_the_mirrors_of_those_left_out(short_path: Path) -> None:
+    other = short_path / "other.raw"
+    make_image(other, SIZE, "raw")
+    with Server(short_path / "state") as server, Source(short_path, SIZE) as source:
+        file = {"driver": "file", "filename": str(other)}
+        source.qmp.call("blockdev-add", driver="raw", node_name="disk1", file=file)
+        source.qmp.close()
+        protect(server, source, disks=["disk0", "disk1"])
+        until(
+            lambda: all(one["state"] == "synced" for one in server.get("/v1/vms/web")["disks"]),
+            "both mirrors in sync",
+        )
+        protect(server, source, disks=["disk0"])
+        assert in_sync(server)["name"] == "web/disk0"
+        assert len(server.get("/v1/vms/web")["disks"]) == 1
+        assert server.stop() == 0
+        with Qmp(source.monitor) as qmp:
+            assert len(qmp.call("query-block-jobs")) == 1
+            nodes = [node["node-name"] for node in qmp.call("query-named-block-nodes")]
+            assert len([name for name in nodes if name.startswith("cdp-")]) == 2, "target and filter of one"
+
+
 def test_a_killed_qemu_is_waited_for_and_mirrored_again(short_path: Path) -> None:
     with world(short_path) as (server, source):
         protect(server, source)
@@ -178,6 +267,11 @@ def test_a_killed_qemu_is_waited_for_and_mirrored_again(short_path: Path) -> Non
         source.process.kill()
         source.process.wait()
         until(lambda: disk(server)["state"] == "waiting", "the lost QEMU")
+        shown = cdp("status", "--state-dir", str(server.state_dir)).stdout
+        assert shown.startswith("! web/disk0 is not protected now: ") and "cdp disk synced" not in shown
+        (seen,) = server.get("/v1/overview")["disks"]
+        assert seen["mirror"]["state"] == "waiting" and seen["mirror"]["reason"] in shown
+        assert 0 < seen["lag_ns"] <= seen["rpo_ns"], "its target alone would say 0"
         with open(source.image, "r+b") as image:
             image.write(b"f" * BLOCK)
         source.start()

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from tests.test_protect import disk, guest
-from tests.test_protect_resync import CLUSTER, anchored, ours, same, source
-from tests.test_service import Server, until
+from tests.test_protect_resync import CLUSTER, SIZE, anchored, ours, same, source
+from tests.test_service import ApiError, Server, until
 from tools.kit.processes import stop
 from tools.kit.qmp import Qmp
+from tools.kit.source import Source
 
 pytestmark = pytest.mark.real
 
@@ -62,6 +63,13 @@ class There:
         return json.loads(done.stdout)
 
 
+def there_again(server: Server, made: Source, *, wait: bool) -> dict[str, Any]:
+    """As `cdp protect --by hv1` says it again."""
+    found = {"name": "disk0", "device": "disk0", "size": SIZE}
+    body = {"qmp": str(made.monitor), "disks": [found], "wait": wait}
+    return dict(server.request("PUT", "/v1/agents/hv1/vms/web", body))
+
+
 @contextlib.contextmanager
 def there(directory: Path, state: Path) -> Iterator[There]:
     other = There(directory, state)
@@ -89,6 +97,9 @@ def test_an_agent_on_another_host(short_path: Path) -> None:
                 # The agent dies: the mirror goes on, and it is said that nobody looks. The next one takes it over.
                 other.agent.kill()
                 other.agent.wait()
+                with pytest.raises(ApiError, match="mirrored in another way by the agent hv1"):
+                    there_again(server, made, wait=True)
+                assert there_again(server, made, wait=False)["by"] == "hv1"
                 writes.pwrite(b"2" * CLUSTER, CLUSTER)
                 assert same(server, made)
                 until(lambda: "has not reported" in disk(server)["reason"], "notice of the silence")

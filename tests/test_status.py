@@ -29,6 +29,8 @@ DISK: dict[str, Any] = {
     "size": 64 << 20,
     "clients": 1,
     "broken": "",
+    "grade": "crash",
+    "mirror": None,
     "lag_ns": 0,
     "rpo_ns": 340_000_000,
     "write_ns": 21_000,
@@ -62,6 +64,8 @@ FOUND: dict[str, Any] = {
             "name": "web/vdb",
             "state": "damaged",
             "size": None,
+            "grade": None,
+            "rpo_ns": None,
             "last_base_point": None,
             "error": "t2 is gone",
         },
@@ -75,9 +79,9 @@ cdpserver 0.1.0 | up 2h3m | pid 10 | /srv/cdp
 target-0 pid 11 | export pid 12, 2 restarts | indexer pid 13, 1 restart
 store 25% used | 75.0G free of 100.0G
 
-disk     state    size  lag  durable lag    tail  index lag  base point  clients
-web/vda  synced    64M    0        340ms  12,345       2.1s  bp:7 2m14s        1
-web/vdb  damaged     -    0        340ms  12,345       2.1s           -        1
+disk     state    grade  size    rpo  lag  durable lag    tail  index lag  base point  clients
+web/vda  synced   crash   64M  340ms    0        340ms  12,345       2.1s  bp:7 2m14s        1
+web/vdb  damaged  -         -      ?    0        340ms  12,345       2.1s           -        1
 """
 
 
@@ -86,7 +90,22 @@ def text(found: dict[str, Any], **size: int) -> str:
 
 
 def test_the_screen() -> None:
-    assert text(FOUND) == WIDE == text(FOUND, width=80, height=24)
+    assert text(FOUND) == WIDE == text(FOUND, width=94, height=24)
+    (head,) = (line for line in text(FOUND, width=80).splitlines() if line.startswith("disk"))
+    assert head.split() == [
+        "disk",
+        "state",
+        "grade",
+        "rpo",
+        "lag",
+        "durable",
+        "lag",
+        "tail",
+        "index",
+        "lag",
+        "base",
+        "point",
+    ]
 
 
 def test_a_narrow_terminal_loses_columns_and_no_warning() -> None:
@@ -152,6 +171,19 @@ def test_spans() -> None:
         ({"disks": [DISK | {"tail_records": 300_000}]}, ["web/vda: the index is 300,000 records behind"]),
         ({"disks": [DISK | {"state": "unordered"}]}, ["web/vda is not in sync"]),
         ({"disks": [DISK | {"state": "unordered", "clients": 0}]}, []),
+        ({"disks": [DISK | {"mirror": {"state": "synced", "reason": ""}}]}, []),
+        (
+            {
+                "disks": [
+                    DISK | {"state": "unordered", "mirror": {"state": "waiting", "reason": "QEMU is gone"}}
+                ]
+            },
+            ["web/vda is not protected now: QEMU is gone (cdp event list --level warning)"],
+        ),
+        (
+            {"disks": [DISK | {"state": "first-copy", "mirror": {"state": "copying", "reason": ""}}]},
+            ["web/vda is not protected now: its mirror is copying"],
+        ),
         (
             {"disks": [DISK | {"state": "damaged", "error": "no"}]},
             ["web/vda is damaged: no (cdp check web/vda)"],
@@ -215,7 +247,7 @@ def test_a_target_that_hangs_costs_its_own_figures(server: Server) -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("! target-0 does not answer")
     web = next(line for line in done.stdout.splitlines() if line.startswith("web "))
-    assert web.split()[3:5] != ["?", "?"] and web.split().count("?") == 2 and "bp:0" in web
+    assert web.split()[3:5] != ["?", "?"] and web.split().count("?") == 3 and "bp:0" in web
 
 
 @pytest.mark.real

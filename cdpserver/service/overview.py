@@ -130,6 +130,7 @@ class Overview:
             "lag_ns": 0,
             "rpo_ns": None,
             "write_ns": self._sampler.write_ns.get(entry.name),
+            "mirror": {"state": mirror.state, "reason": mirror.reason} if mirror is not None else None,
             "resync": mirror.resync if mirror is not None else None,
             **NO_RECORDS,
             "counts": None,
@@ -138,7 +139,8 @@ class Overview:
             return shown
         try:
             shown |= self._live(entry, look)
-            return shown | {"rpo_ns": _rpo_ns(shown, mirror)}
+            shown["lag_ns"] = max(shown["lag_ns"], _behind_ns(mirror))
+            return shown | {"rpo_ns": _rpo_ns(shown)}
         except (CdpError, OSError) as error:
             return shown | {"state": "damaged", "error": getattr(error, "message", str(error))}
 
@@ -186,12 +188,16 @@ class Overview:
         return {"number": number, "time_ns": self._cut_times[key]}
 
 
-def _rpo_ns(shown: dict[str, Any], mirror: DiskState | None) -> int | None:
+def _behind_ns(mirror: DiskState | None) -> int:
+    """How long ago a mirror was in sync, which the target alone cannot know: it may hear nothing of a QEMU that writes on."""
+    return mirror.behind_ns(time.monotonic_ns()) if mirror is not None else 0
+
+
+def _rpo_ns(shown: dict[str, Any]) -> int | None:
     """What a loss of source and host would cost now; None while the target does not say what is durable."""
     if shown["durable_lag_ns"] is None:
         return None
-    behind_ns = mirror.behind_ns(time.monotonic_ns()) if mirror is not None else 0
-    return int(max(shown["lag_ns"], shown["durable_lag_ns"], behind_ns))
+    return int(max(shown["lag_ns"], shown["durable_lag_ns"]))
 
 
 def _store(path: os.PathLike[str]) -> dict[str, Any]:
@@ -276,6 +282,10 @@ def _disk_warnings(disk: dict[str, Any]) -> list[str]:
         said.append(
             f"{name}: the index is {disk['tail_records']:,} records behind, so writes are slowed down"
         )
-    if disk["clients"] and disk["state"] == "unordered":
+    mirror = disk["mirror"]
+    if mirror is not None and mirror["state"] != "synced":
+        why = mirror["reason"] or f"its mirror is {mirror['state']}"
+        said.append(f"{name} is not protected now: {why} (cdp event list --level warning)")
+    elif mirror is None and disk["clients"] and disk["state"] == "unordered":
         said.append(f"{name} is not in sync (when its mirror job is ready: cdp disk synced {name})")
     return said

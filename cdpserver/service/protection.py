@@ -27,7 +27,7 @@ from cdpserver.vm.disks import FoundDisk, check_size, choose
 from cdpserver.vm.qmp import Monitor
 from cdpserver.vm.record import LibvirtDomain, ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.recovery.record import overwritten
-from cdpserver.vm.release import release
+from cdpserver.vm.release import end_mirrors, release
 
 AGAIN_S = 5.0
 """Pause before a controller goes on that met what it does not know."""
@@ -192,6 +192,11 @@ class Protection:
                 )
                 for disk in found:
                     await self._register(name, disk)
+                if before is None or not vm.mirrored_like(before):
+                    # How long a write waits is fixed when QEMU opens the target: what runs would be taken over with that.
+                    await end_mirrors(
+                        monitor, [(await self.target.identity(disk.name))[0] for disk in vm.disks]
+                    )
                 await self._core.thread(self._core.catalog.put_row, "vms", record.row(vm))
                 kept = {disk.name for disk in vm.disks}
                 dropped = [disk.name for disk in before.disks if disk.name not in kept] if before else []
@@ -230,6 +235,12 @@ class Protection:
                 wait,
                 by=agent,
             )
+            if before is not None and not vm.mirrored_like(before):
+                # Its mirrors may run while no agent does, and the next one would take them over as they are.
+                raise RefusedError(
+                    f"{name} is mirrored in another way by the agent {agent}",
+                    hint=f"end that first, while the agent runs: cdp protect {name} --remove",
+                )
             for disk in found:
                 await self._register(name, disk)
             await self._core.thread(self._core.catalog.put_row, "vms", record.row(vm))

@@ -257,6 +257,7 @@ class _Follower:
             self._bitmaps = Bitmaps(self._monitor, found)
             self._anchoring = Anchoring(self._bitmaps, settle_s=SETTLE_S)
             self._mark = Mark(self._monitor, found)
+            self._seen.node = self._seen.node or await self._bitmaps.source()
             self._mirror = found
         # No question to QEMU may wait for a target that hangs, and it would: opening a node does.
         if self._target.hung_s(self._name):

@@ -65,6 +65,10 @@ class ProtectedVm:
     guest_agent: str | None = None
     by: str = ""
 
+    def mirrored_like(self, other: "ProtectedVm") -> bool:
+        """Would a mirror of the other do for this one? How it is made and how long it waits is fixed at its start."""
+        return (self.method, self.wait) == (other.method, other.wait)
+
 
 def row_id(vm: str) -> str:
     """The id of the row of a VM."""

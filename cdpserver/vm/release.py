@@ -1,4 +1,4 @@
-"""The end of a protection in QEMU: nothing of ours is left there."""
+"""The end of mirrors in QEMU: of a protection, of which nothing is left there then, or to begin anew in another way."""
 
 from collections.abc import Iterable
 
@@ -14,8 +14,22 @@ from cdpserver.vm.qmp import Monitor
 async def release(monitor: Monitor, uuids: Iterable[str]) -> None:
     """End the mirrors of the disks with these uuids, and take their bitmaps away. Raises what the monitor does."""
     for uuid in uuids:
-        mirror = Mirror(monitor, uuid)
-        await Changes(monitor, mirror, trio.Lock()).clean()
-        await mirror.end()
+        mirror = await _end(monitor, uuid, force=False)
         await Mark(monitor, mirror).remove()
         await Bitmaps(monitor, mirror).remove_all()
+
+
+async def end_mirrors(monitor: Monitor, uuids: Iterable[str]) -> None:
+    """End mirrors that are to begin anew in another way; their bitmaps stay, so that only what changes meanwhile is sent then.
+
+    RefusedError if that takes too long, and what the monitor raises.
+    """
+    for uuid in uuids:
+        await _end(monitor, uuid, force=True)
+
+
+async def _end(monitor: Monitor, uuid: str, *, force: bool) -> Mirror:
+    mirror = Mirror(monitor, uuid)
+    await Changes(monitor, mirror, trio.Lock()).clean()
+    await mirror.end(force=force)
+    return mirror

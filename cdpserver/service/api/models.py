@@ -175,6 +175,13 @@ class Resync(Answer):
     pause_ns: Count = Field(description="For how long the guest was held.")
 
 
+class SeenMirror(Answer):
+    """What the service, or an agent, sees of the mirror of a protected disk."""
+
+    state: str = Field(description="waiting, starting, copying, resyncing, synced, degraded.")
+    reason: str = Field(description="Why it is not in sync, where that is known.")
+
+
 class SeenDisk(Answer):
     """A disk or a fork at a glance."""
 
@@ -191,6 +198,7 @@ class SeenDisk(Answer):
     write_ns: Count | None = Field(
         description="How long a write took in the target: the mean of the last second, if it had any."
     )
+    mirror: SeenMirror | None = Field(description="Of a disk that is to be protected.")
     resync: Resync | None = Field(
         description="The last copy of a disk that the service protects, or the one under way."
     )
