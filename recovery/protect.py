@@ -31,6 +31,11 @@ def protect(options: Namespace) -> None:
         _remove(service, options)
         return
     if options.by is not None:
+        if options.agent is not None:
+            raise UsageError(
+                "--agent does not go with --by: the service cannot reach a guest agent on another host",
+                hint="leave --agent away; points of this VM are crash points",
+            )
         from recovery.agent import protect_here
 
         shown = protect_here(options, _monitor(options))

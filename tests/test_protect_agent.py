@@ -48,7 +48,7 @@ class There:
                 stderr=log,
             )
 
-    def cdp(self, *arguments: str) -> Any:
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [
             sys.executable,
             "-m",
@@ -58,7 +58,10 @@ class There:
             "--state-dir",
             str(self.directory),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def cdp(self, *arguments: str) -> Any:
+        done = self.run(*arguments)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -88,6 +91,10 @@ def test_an_agent_on_another_host(short_path: Path) -> None:
             shown = other.cdp(*protect, "--wait-synced")
             assert shown["by"] == "hv1" and shown["disks"][0]["state"] == "synced"
             assert shown["disks"][0]["uri"].startswith("nbd://127.0.0.1:")
+            refused = other.run(*protect, "--agent", "/run/qemu/web.agent")
+            assert refused.returncode == 2 and "--agent does not go with --by" in refused.stderr
+            with pytest.raises(ApiError, match="runs beside the agent hv1"):
+                server.post("/v1/disks/web:mark", name="quiet", freeze=True)
             first = anchored(server)
             assert first["resync"]["why"] == "the first copy"
             with guest(made) as writes:

@@ -122,6 +122,10 @@ def test_what_libvirt_has_not(short_path: Path, libvirtd: Libvirtd) -> None:
             server.request("PUT", "/v1/vms/web", {"libvirt": f"qemu:///system?socket={short_path}/none"})
         with pytest.raises(ApiError, match="not the URI of a libvirt"):
             server.request("PUT", "/v1/vms/web", {"libvirt": "here"})
+        with pytest.raises(ApiError, match=r"the libvirt of another host.*run cdp agent NAME"):
+            server.request("PUT", "/v1/vms/web", {"libvirt": "qemu+ssh://root@hv/system"})
+        with pytest.raises(ApiError, match="not the URI of a libvirt"):
+            server.request("PUT", "/v1/vms/web", {"libvirt": "qemu+tls://[hv/system"})
         with pytest.raises(ApiError, match="name qmp, or libvirt"):
             server.request("PUT", "/v1/vms/web", {"libvirt": libvirtd.uri, "qmp": "/none"})
         libvirtd.virsh("destroy", "web")

@@ -80,7 +80,9 @@ class Freezer:
         if vm.guest_agent is None:
             raise RefusedError(
                 f"no guest agent of {vm.name} is known",
-                hint=f"name its socket: cdp protect {vm.name} --agent PATH",
+                hint=f"it runs beside the agent {vm.by}, where the service does not reach it: leave --freeze away"
+                if vm.by
+                else f"name its socket: cdp protect {vm.name} --agent PATH",
             )
         if vm.name in self._busy:
             raise RefusedError(f"{vm.name} is being frozen or thawed", hint="try again in some seconds")

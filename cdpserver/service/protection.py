@@ -21,7 +21,7 @@ from cdpserver.service.hung import Hung
 from cdpserver.service.remote import Remote
 from cdpserver.service.targets import OwnTarget
 from cdpserver.vm import record
-from cdpserver.vm.connect import check_connection, connect
+from cdpserver.vm.connect import check_connection, check_here, connect
 from cdpserver.vm.controller import Controller, DiskState
 from cdpserver.vm.disks import FoundDisk, check_size, choose
 from cdpserver.vm.qmp import Monitor
@@ -165,7 +165,7 @@ class Protection:
     ) -> dict[str, Any]:
         """Protect a VM from now on, or as is said now. Its disks are registered, and its record durable, on return."""
         names.check_name(name)
-        check_connection(connection)
+        check_here(connection, name)
         if agent is not None and not agent.startswith("/"):
             raise UsageError(f"not an absolute path: {names.show(agent)}", hint="give the path from the root")
         async with self._changing(name) as before:

@@ -4,6 +4,7 @@ guest --NBD--> qemu-storage-daemon --raw--> source.raw
                       \\--blockdev-mirror--> cdpserver's target
 """
 
+import contextlib
 import subprocess
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,13 @@ def make_image(image: Path, size: int, format: str) -> None:
     if image.exists():
         raise FileExistsError(image)
     subprocess.run(["qemu-img", "create", "-q", "-f", format, str(image), str(size)], check=True)
+
+
+def first(monitor: Path) -> Qmp | None:
+    """A connection to the monitor of a QEMU that has just made its socket; None while it does not listen there yet."""
+    with contextlib.suppress(ConnectionRefusedError):
+        return Qmp(monitor)
+    return None
 
 
 class Source:
@@ -64,7 +72,7 @@ class Source:
         )
         try:
             listens(self.process, monitor, log)
-            self.qmp = Qmp(monitor)
+            self.qmp = until(lambda: first(monitor), f"listener at {monitor}")
         except BaseException:
             stop(self.process)
             raise
@@ -158,7 +166,7 @@ class Machine:
         )
         try:
             listens(self.process, monitor, log)
-            self.qmp = Qmp(monitor)
+            self.qmp = until(lambda: first(monitor), f"listener at {monitor}")
         except BaseException:
             stop(self.process)
             raise
