@@ -5,7 +5,8 @@
 
 The writer says of each file when it is safe: written, synced, and never touched again; around these it changes others without
 a pause. A point marked at any moment has every file that was safe by then, byte for byte, and all of it reads as the kernel
-reads the same bytes. CDP_LONG=N takes N times as many points.
+reads the same bytes. ext4 and XFS also hold a tree of thousands of files that stands there all the time, with links, holes,
+owners and attributes. CDP_LONG=N takes N times as many points.
 """
 
 import contextlib
@@ -15,13 +16,15 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from cdpserver.files.browser import Browser, Disk
+from cdpserver.files.formats.base import HOLE
 from cdpserver.held import HeldPoint
 from cdpserver.names import Mark
 from cdpserver.state import StateDir
@@ -191,6 +194,96 @@ def comparable(tree: Tree) -> dict[bytes, Any]:
     return {path: known for path, known in tree.items() if path != b"lost+found"}
 
 
+# --- what is there all the time
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that must be kept of a file; `twins` are the names of one with hard links."""
+
+    type: str
+    size: int
+    content: bytes
+    mode: int
+    mtime_ns: int
+    owner: tuple[int, int]
+    xattrs: dict[str, bytes]
+    twins: frozenset[bytes] = frozenset()
+
+
+STANDING = {"ext4": 2000, "xfs": 2000}
+"""Small files of the tree that is there before the first point, with all that a source tree has."""
+
+
+def standing_tree(path: Path, files: int) -> Path:
+    """With owners, and attributes that fit an inode and that do not, on files and on a directory."""
+    make.source_tree(path, files)
+    (path / "pipe").unlink()
+    for number in range(0, files, 10):
+        file = path / "many" / f"file-{number}"
+        os.chown(file, 7, 8 + number % 3)
+        os.setxattr(file, "user.note", b"%d" % number)
+    os.setxattr(path / "large", "user.long", bytes(range(250)) * 2)
+    os.setxattr(path / "many", "user.note", b"of a directory")
+    os.lchown(path / "outside", 7, 8)
+    return path
+
+
+def standing(top: Path) -> dict[bytes, Known]:
+    """Of a tree on this host."""
+    seen: dict[bytes, tuple[int, Known]] = {}
+    for folder, folders, files in os.walk(os.fsencode(top)):
+        for name in [*folders, *files]:
+            path = os.path.join(folder, name)
+            known, short = os.lstat(path), os.path.relpath(path, os.fsencode(top))
+            kind, size, content = "dir", 0, b""
+            if os.path.islink(path):
+                kind, content = "link", os.readlink(path)
+            elif os.path.isfile(path):
+                kind, size, content = "file", known.st_size, digest_of_file(path)
+            xattrs = {n: os.getxattr(path, n) for n in os.listxattr(path, follow_symlinks=False)}
+            owner = (known.st_uid, known.st_gid)
+            mode = known.st_mode & 0o7777
+            found = Known(kind, size, content, mode, known.st_mtime_ns, owner, xattrs)
+            seen[short] = (known.st_ino, found)
+    return with_twins(seen)
+
+
+def with_twins(seen: dict[bytes, tuple[int, Known]]) -> dict[bytes, Known]:
+    names: dict[int, set[bytes]] = {}
+    for path, (number, _) in seen.items():
+        names.setdefault(number, set()).add(path)
+    return {path: replace(known, twins=frozenset(names[number])) for path, (number, known) in seen.items()}
+
+
+def digest_of_file(path: bytes) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha1").digest()
+
+
+def standing_at(disk: Disk) -> dict[bytes, Known]:
+    """The same tree, of a point."""
+    seen: dict[bytes, tuple[int, Known]] = {}
+    with Browser(disk) as browser:
+        volume = browser.choose(None)
+        for file in browser.walk(volume, b"/standing", full=True):
+            if not file.path:
+                continue
+            path, size, content = b"/".join(file.path), 0, file.target or b""
+            if file.type == "file":
+                size, digest = file.size, hashlib.sha1()
+                for start, end, data in browser.content(file):
+                    digest.update(bytes(end - start) if data is None else data)
+                content = digest.digest()
+            if file.name == b"sparse":
+                assert sum(end - start for start, end, place in browser.extents(file) if place != HOLE) < MIB
+            xattrs = {} if file.type == "link" else browser.xattrs(file)
+            owner = (file.uid, file.gid)
+            known = Known(file.type, size, content, file.mode, file.mtime_ns, owner, xattrs)
+            seen[path] = (file.id, known)
+    return with_twins(seen)
+
+
 SIZES = {"xfs": 320, "btrfs": 128}
 KINDS = ("ext4", "xfs", "btrfs", "ntfs", "fat", "exfat")
 
@@ -213,6 +306,12 @@ def test_points_in_the_middle_of_writes(kind: str, server: Server, short_path: P
         ):
             source.mirror(str(server.get(f"/v1/disks/{kind}")["uri"]))
             server.post(f"/v1/disks/{kind}:synced", write_blocking=True)
+            tree: dict[bytes, Known] = {}
+            if kind in STANDING:
+                held = standing_tree(tmp_path / "standing", STANDING[kind])
+                make.run("cp", "-a", "--sparse=always", held, short_path / "top")
+                make.run("sync", "--file-system", short_path / "top")
+                tree = standing(held)
             with writer.running():
                 for number in range(POINTS):
                     least = len(writer.safe) + BETWEEN
@@ -223,15 +322,21 @@ def test_points_in_the_middle_of_writes(kind: str, server: Server, short_path: P
         points = {p["name"]: p for p in server.get(f"/v1/disks/{kind}:points?kind=bookmark")}
         assert {points[name]["grade"] for name in marks} == {"crash"}
         for name, safe in marks.items():
-            check(kind, StateDir(server.state_dir), name, safe, tmp_path / f"{name}.img")
+            check(kind, StateDir(server.state_dir), name, safe, tree, tmp_path / f"{name}.img")
 
 
-def check(kind: str, state: StateDir, name: str, safe: dict[bytes, bytes], image: Path) -> None:
-    """The point has what was safe; and is the same to the kernel."""
+def check(
+    kind: str, state: StateDir, name: str, safe: dict[bytes, bytes], tree: dict[bytes, Known], image: Path
+) -> None:
+    """The point has what was safe, and the tree that stood there; and is the same to the kernel."""
     with contextlib.closing(HeldPoint(state, kind, Mark(name))) as held:
         found, _ = browsed_disk(held.view)
         missing = {path for path, digest in safe.items() if held_as(found, path) != digest}
         assert len(safe) >= BETWEEN and not missing, (kind, name, missing)
+        if tree:
+            there = standing_at(held.view)
+            assert {p: (k, there.get(p)) for p, k in tree.items() if there.get(p) != k} == {}, (kind, name)
+            assert there.keys() == tree.keys()
         with open(image, "wb") as file:
             file.truncate(held.view.size)
             for at in range(0, held.view.size, MIB):
