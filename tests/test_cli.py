@@ -314,12 +314,12 @@ def test_removing_answers_in_json(service: Service, capsys: pytest.CaptureFixtur
 # --- a terminal
 
 
-def at_a_terminal(service: Service, *arguments: str, typed: str = "") -> tuple[int, str]:
+def at_a_terminal(state_dir: Path, *arguments: str, typed: str = "") -> tuple[int, str]:
     """The command at a terminal of 80 columns: (exit code, what the terminal shows)."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command(*arguments),
-        env=environment(service.state_dir) | {"TERM": "xterm-256color"},
+        env=environment(state_dir) | {"TERM": "xterm-256color"},
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,
@@ -338,21 +338,21 @@ def at_a_terminal(service: Service, *arguments: str, typed: str = "") -> tuple[i
 def test_a_table_at_a_terminal_has_colours_and_is_never_cut(service: Service) -> None:
     long_uri = "nbd+unix:///web/vda?socket=/" + "x" * 100
     service.answer = [DISK | {"uri": long_uri, "name": "[red]x"}]
-    code, shown = at_a_terminal(service, "disk", "list")
+    code, shown = at_a_terminal(service.state_dir, "disk", "list")
     assert code == 0
     assert long_uri in shown and "[red]x" in shown
     service.answer = [POINT]
-    assert "\x1b[32mcrash" in at_a_terminal(service, "point", "list", "vda")[1]
+    assert "\x1b[32mcrash" in at_a_terminal(service.state_dir, "point", "list", "vda")[1]
 
 
 def test_removing_asks_at_a_terminal(service: Service) -> None:
     service.answer = DISK | {"points": 12, "journal_bytes": 1 << 20}
-    code, shown = at_a_terminal(service, "disk", "remove", "web/vda", typed="n\n")
+    code, shown = at_a_terminal(service.state_dir, "disk", "remove", "web/vda", typed="n\n")
     assert code == 2
     assert "Remove disk web/vda (64M, 1.0M of journal, 12 points) with its whole history? [y/N]" in shown
     assert "cdp: nothing was removed" in shown
     assert [method for method, _, _ in service.asked] == ["GET"]
-    assert at_a_terminal(service, "disk", "remove", "web/vda", typed="y\n")[0] == 0
+    assert at_a_terminal(service.state_dir, "disk", "remove", "web/vda", typed="y\n")[0] == 0
     assert service.asked[-1] == ("DELETE", "/v1/disks/web/vda", None)
 
 

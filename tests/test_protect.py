@@ -15,6 +15,7 @@ from typing import Any
 import nbd
 import pytest
 
+from tests.test_cli import at_a_terminal
 from tests.test_service import ApiError, Server, until
 from tools.kit.qmp import Qmp
 from tools.kit.source import Source, make_image
@@ -226,9 +227,10 @@ def test_the_command_protects_and_waits(short_path: Path) -> None:
     with world(short_path) as (server, source):
         asked = ["protect", "web", "--qmp", str(source.monitor), "--disk", "disk0", "--wait-synced"]
         asked += ["--state-dir", str(server.state_dir)]
-        done = cdp(*asked, "--json")
-        assert "web/disk0: " in done.stderr, "the last copy in words"
-        shown = json.loads(done.stdout)
+        code, seen_there = at_a_terminal(server.state_dir, *asked)
+        assert code == 0 and "protecting web" in seen_there, "the bar"
+        assert "web/disk0: " in seen_there, "the last copy in words"
+        shown = json.loads(cdp(*asked, "--json").stdout)
         assert shown["vm"] == "web"
         (seen,) = shown["disks"]
         assert (seen["name"], seen["state"], seen["node"]) == ("web/disk0", "synced", disk(server)["node"])
