@@ -1,6 +1,7 @@
 """`cdp recover`: starting and watching recoveries of running VMs. The service does the work; this command may be killed."""
 
 import os
+import shlex
 import time
 from argparse import Namespace
 from typing import Any
@@ -40,7 +41,7 @@ def start(options: Namespace) -> None:
         "protect": options.protect,
         "force": options.force,
         "isolated": options.isolated,
-        **_places(options.to),
+        **places(options.to),
     }
     for name in ("qmp", "vm_command"):
         if (path := getattr(options, name)) is not None:
@@ -53,10 +54,14 @@ def start(options: Namespace) -> None:
         body["base"] = os.path.abspath(options.base)
     if options.format is not None:
         body["format"] = options.format
-    _answer(options, client(options).start_recovery(body))
+    found = client(options).start_recovery(body)
+    _answer(options, found)
+    if options.qmp is not None and not options.json:
+        for disk in found["disks"]:
+            say(f"for the VM's QEMU: {shlex.join(disk['blockdev'])}")
 
 
-def _places(given: list[str]) -> dict[str, Any]:
+def places(given: list[str]) -> dict[str, Any]:
     """`PATH` for all disks, `DISK=PATH` for one; UsageError for two of one kind."""
     found: dict[str, Any] = {"targets": {}}
     for text in given:
@@ -67,6 +72,8 @@ def _places(given: list[str]) -> dict[str, Any]:
                     f"two places for all disks: {shown(text)}", hint="write --to DISK=PATH for one"
                 )
             found["to"] = os.path.abspath(text) + ("/" if text.endswith("/") else "")
+        elif disk in found["targets"]:
+            raise UsageError(f"two places for {shown(disk)}", hint="name one")
         else:
             found["targets"][disk] = os.path.abspath(path)
     return found

@@ -4,17 +4,18 @@ import contextlib
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import nbd
 import pytest
 
-from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.vm.recovery import record, states
 from cdpserver.vm.recovery.graph import export_of
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
+from recovery.recover import places
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
 from tools.kit.processes import FailedError, listens, start
 from tools.kit.processes import until as soon
@@ -45,9 +46,12 @@ def on_file(number: int, path: str) -> list[str]:
 
 
 class Vm:
-    """A qemu-storage-daemon on a fork's export, or a file. Its one monitor is the service's once it is started."""
+    """A qemu-storage-daemon on a fork's export, a file, or what `blockdev` of an answer says.
 
-    def __init__(self, directory: Path, disks: list[str], name: str = "vm") -> None:
+    Its one monitor is the service's once it is started.
+    """
+
+    def __init__(self, directory: Path, disks: Sequence[str | list[str]], name: str = "vm") -> None:
         self.qmp = directory / f"{name}.qmp"
         self.other = directory / f"{name}.other"
         """A monitor for the test."""
@@ -57,8 +61,13 @@ class Vm:
         command = ["qemu-storage-daemon"]
         command += ["--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=0"]
         for number, disk in enumerate(disks):
-            command += on_file(number, disk) if disk.startswith("/") else on_export(number, disk)
-            command += ["--export", f"nbd,id=e{number},node-name=disk{number},name=disk{number},writable=on"]
+            node = f"disk{number}"
+            if isinstance(disk, list):
+                node = f"recovered{number}"
+                command += [word.replace("-blockdev", "--blockdev") for word in disk]
+            else:
+                command += on_file(number, disk) if disk.startswith("/") else on_export(number, disk)
+            command += ["--export", f"nbd,id=e{number},node-name={node},name=disk{number},writable=on"]
         log = directory / f"{name}.log"
         self.process = start(
             [
@@ -217,6 +226,18 @@ def test_exports_in_the_names_that_qemu_gives() -> None:
     assert export_of("nbd://[::1]:10809/r/vda") == "r/vda"
     assert export_of('json:{"driver": "nbd", "export": "r/vda", "tls-creds": "t"}') == "r/vda"
     assert export_of("json:{") == export_of("json:3") == ""
+
+
+def test_places_on_the_command_line() -> None:
+    assert places(["/srv/vms/"]) == {"targets": {}, "to": "/srv/vms/"}
+    assert places(["vda=/dev/x", "vdb=y", "z"]) == {
+        "targets": {"vda": "/dev/x", "vdb": os.path.abspath("y")},
+        "to": os.path.abspath("z"),
+    }
+    assert places(["/a/b=c"]) == {"targets": {}, "to": "/a/b=c"}
+    for twice in (["/a", "/b"], ["vda=/a", "vda=/b"]):
+        with pytest.raises(UsageError, match="two places for"):
+            places(twice)
 
 
 # --- moving home

@@ -59,7 +59,7 @@ async def launch(core: Core, one: Recovery) -> None:
     if not one.vm_command or vm.is_running():
         return
     found = await core.thread(read_command, one.vm_command)
-    disks = [Disk(names.split_name(disk.disk)[0], _source(core, one, disk)) for disk in one.disks]
+    disks = [Disk(names.split_name(disk.disk)[0], source_of(core, one, disk)) for disk in one.disks]
     try:
         command = template.command(found, one.name, disks, vm.places, accel=one.accel or None)
         await vm.start(command, isolated=False)
@@ -81,7 +81,7 @@ async def _until_let_go(core: Core, one: Recovery) -> None:
                 await trio.sleep(LOOK_S)
 
 
-def _source(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:
+def source_of(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:
     """Where the VM's newest content is: in a stream at home from the start."""
     at_home = one.mode == "stream" or disk.at == "home"
     return Image(disk.target, disk.format) if at_home else Nbd(fork_uri(core, disk))

@@ -23,6 +23,8 @@ from cdpserver.service.launching import Vm
 from cdpserver.service.planned import Request, check_isolated, plan
 from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Runner, fork_uri
+from cdpserver.vm.launch import parts
+from cdpserver.vm.launch.parts import Disk
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import ACTIVE, COMMITTED, HOME, NEXT, OVER, STOPPED, UNDONE, Step, follow
@@ -229,11 +231,11 @@ class Recoveries:
         runner = self._runners.get(one.id)
         if runner is not None and one.stage in ACTIVE:
             one = replace(one, copied=runner.copied, total=runner.total)
-        disks = [self._shown_disk(one, disk) for disk in one.disks]
+        disks = [self._shown_disk(one, number, disk) for number, disk in enumerate(one.disks)]
         vm = {"launched": Vm(self._core, one.id).describe()} if one.vm_command else {}
         return {**one.describe(), "uri": disks[0]["uri"], "disks": disks, **vm}
 
-    def _shown_disk(self, one: Recovery, disk: RecoveredDisk) -> dict[str, Any]:
+    def _shown_disk(self, one: Recovery, number: int, disk: RecoveredDisk) -> dict[str, Any]:
         core = self._core
         if one.mode == "stream":
             uris = core.point_uris(disk.disk, disk.seq)
@@ -249,7 +251,17 @@ class Recoveries:
             "format": disk.format,
             "at": "home" if one.mode == "stream" and disk.made else disk.at,
             "warning": disk.warning,
+            "blockdev": self._words(one, number, disk),
         }
+
+    def _words(self, one: Recovery, number: int, disk: RecoveredDisk) -> list[str]:
+        """What QEMU's command line needs for the VM to run on what there is of this disk now; nothing once that is gone."""
+        source = launched.source_of(self._core, one, disk) if self._is_there(one, disk) else None
+        return [] if source is None else parts.blockdevs(number, Disk(names.split_name(disk.disk)[0], source))
+
+    def _is_there(self, one: Recovery, disk: RecoveredDisk) -> bool:
+        at_home = disk.made if one.mode == "stream" else disk.at == "home"
+        return at_home or (one.mode == "mirror" and self._core.catalog.get(disk.fork) is not None)
 
     async def show(self, which: str) -> dict[str, Any]:
         """One recovery, by its id or name. NotFoundError."""

@@ -91,7 +91,9 @@ class Recovery(Answer):
     total_bytes: Count
     reason: str = Field(description="Why it failed.")
     events: list[dict[str, Any]] = Field(description="The newest, oldest of them first.")
-    disks: list[dict[str, Any]]
+    disks: list[dict[str, Any]] = Field(
+        description="`blockdev` of each: the words of QEMU's command line for it; a device has drive=recovered0, and so on."
+    )
 
 
 def routes(answers: Answers, recoveries: Recoveries, roles: Roles) -> APIRouter:
