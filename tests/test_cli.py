@@ -593,8 +593,25 @@ def test_help_has_an_example_of_every_command() -> None:
     commands = every_command()
     assert [" ".join(words) for words in commands] == [
         *("status", "metrics"),
-        *("protect", "disk add", "disk resize", "disk list", "disk show", "disk remove", "disk synced"),
-        *("point list", "point mark", "point show", "point lock", "point unlock", "point locks"),
+        *(
+            "protect",
+            "agent",
+            "disk add",
+            "disk resize",
+            "disk list",
+            "disk show",
+            "disk remove",
+            "disk synced",
+        ),
+        *(
+            "point list",
+            "point mark",
+            "point show",
+            "point lock",
+            "point unlock",
+            "point locks",
+            "point drills",
+        ),
         *(
             "uri",
             "group add",
@@ -617,7 +634,7 @@ def test_help_has_an_example_of_every_command() -> None:
         *("recover commit", "recover undo"),
         *("repo init", "repo list", "repo show", "repo check", "repo prune", "repo gc"),
         *("backup run", "backup list", "backup show", "backup verify", "backup remove"),
-        *("backup lock", "backup unlock", "backup restore"),
+        *("backup lock", "backup unlock", "backup restore", "drill", "bisect"),
         *("policy set", "policy show", "policy clear", "prune"),
         "usage",
         "forecast",

@@ -185,6 +185,7 @@ NOTHING_LOST = (
     "boots.json",
     "chain.lock",
     "manual.json",
+    "/rpo",
     "timelines/t1/bp-1.qcow2",
     "timelines/t2/bp-0.qcow2",
     "timelines/t3/bp-0.qcow2",
@@ -192,7 +193,9 @@ NOTHING_LOST = (
     "timelines/t4/first-copy.json",
 )
 """Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on, which base points were asked
-for (their notes say it too). What befalls a first copy is said when its disk is opened, see below."""
+for (their notes say it too), what could have been lost when.
+
+What befalls a first copy is said when its disk is opened, see below."""
 
 
 def dependants(file: str) -> set[str]:
@@ -201,7 +204,7 @@ def dependants(file: str) -> set[str]:
     if parts[0] == "bases" and file.endswith(".raw"):
         return {"t2"}
     if parts[0] != "timelines" or file.endswith(
-        (".mdb", ".mdb-lock", ".map", ".qcow2", ".lock", "lease", ".synced")
+        (".mdb", ".mdb-lock", ".map", ".qcow2", ".lock", "lease", ".synced", "/rpo")
     ):
         return set()
     return {"t1", "t3"} if parts[1] == "t1" else {parts[1]}
@@ -333,12 +336,15 @@ def test_a_lost_end_of_the_history_is_not_written_over(short_path: Path) -> None
     timeline.create_timeline(state, id="t9", name="late", vm=None, size=made.size, base=base, now_ns=1)
     interval = state.timeline("t1") / "intervals" / "000003"
     payload = (interval / "00000001.data").read_bytes()
+    with contextlib.closing(History(state.path, made)) as history:
+        # A slow machine commits more often on the way, and each commit is a record.
+        kept_seq = history.journal.reader(3, 1).first_seq - 1
     (interval / "00000001.log").unlink()
     after = start(state, {"t1"})
     [event] = [event for event in after.events if event["event"] == "target.unclean-boot"]
-    assert event["empty_or_missing"] == ["intervals/000003/00000001.log"] and event["kept_seq"] == 15
+    assert event["empty_or_missing"] == ["intervals/000003/00000001.log"] and event["kept_seq"] == kept_seq
     assert (interval / "00000001.data.cut").read_bytes() == payload
-    assert after.harmed("t1") == {str(seq) for seq in range(16, last + 1)}
+    assert after.harmed("t1") == {str(seq) for seq in range(kept_seq + 1, last + 1)}
     with contextlib.closing(History(state.path, made)) as history:
         assert history.journal.last_seq() > 1 << 32
     with contextlib.closing(History(state.path, timeline.load(state.timeline("t9")))) as late:
