@@ -42,6 +42,8 @@ def ext4(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.setxattr(tree / "many", "user.note", b"of a directory")
     if os.geteuid() == 0:
         os.setxattr(tree / "large", "security.capability", CAPABILITY)
+        for name in ("relative", "many/file-5", "level0"):
+            os.lchown(tree / name, 7, 8)
     return make.make_ext(tmp_path_factory.mktemp("image") / "ext4.img", tree)
 
 
@@ -56,6 +58,11 @@ def assert_attributes(out: Path) -> None:
     assert os.getxattr(out / "many", "user.note") == b"of a directory"
     if os.geteuid() == 0:
         assert os.getxattr(out / "large", "security.capability") == CAPABILITY
+        for name in ("relative", "many/file-5", "level0"):
+            known = (out / name).lstat()
+            assert (known.st_uid, known.st_gid) == (7, 8), name
+        known = (out / "many/file-6").lstat()
+        assert (known.st_uid, known.st_gid) == (0, 0)
 
 
 # --- fetching
