@@ -18,6 +18,7 @@ from cdpserver.catalog import Entry, Row
 from cdpserver.clock import fix_clock
 from cdpserver.config import Config
 from cdpserver.errors import CorruptError
+from cdpserver.names import format_time
 from cdpserver.retention import policies
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
@@ -417,17 +418,27 @@ SECONDS = 200
 FIRST_BAD = 137
 
 
-def history(state_dir: Path) -> None:
-    """A disk with a point a second; what it holds at 0 is the number of the second, and from FIRST_BAD on it is bad."""
+def history(state_dir: Path, *disks: str, vm: str | None = None) -> int:
+    """Disks with a point a second; what they hold at 0 is the number of the second, and from FIRST_BAD on it is bad.
+
+    The time of the first point.
+    """
     state = StateDir.create_or_open(state_dir)
     clock, _ = fix_clock(state.clock, lambda: 0)
-    now = [clock.now_ns() - (SECONDS + 60) * 10**9]
-    made = create_timeline(state, id="t1", name="d", vm=None, size=SIZE, base=EmptyBase(), now_ns=now[0])
+    begun_ns = clock.now_ns() - (SECONDS + 60) * 10**9
+    for number, name in enumerate(disks, start=1):
+        _history(state, clock.boot_id, f"t{number}", name, vm, begun_ns)
+    return begun_ns
+
+
+def _history(state: StateDir, boot_id: str, id: str, name: str, vm: str | None, begun_ns: int) -> None:
+    now = [begun_ns]
+    made = create_timeline(state, id=id, name=name, vm=vm, size=SIZE, base=EmptyBase(), now_ns=now[0])
 
     def tick() -> int:
         return now[0]
 
-    disk = TargetDisk(state.path, made, clock_ns=tick, boot_id=clock.boot_id, emit=lambda *_, **__: None)
+    disk = TargetDisk(state.path, made, clock_ns=tick, boot_id=boot_id, emit=lambda *_, **__: None)
     client = disk.connect()
     client.write(memoryview(bytes(4096)), 0)
     disk.synced(None, write_blocking=True)
@@ -441,7 +452,7 @@ def history(state_dir: Path) -> None:
 @real
 def test_bisect_finds_the_last_good_second_and_goes_on_where_it_was(short_path: Path) -> None:
     state_dir = short_path / "s"
-    history(state_dir)
+    history(state_dir, "d")
     log = short_path / "seen"
     judge = script(
         short_path / "judge",
@@ -466,3 +477,30 @@ def test_bisect_finds_the_last_good_second_and_goes_on_where_it_was(short_path: 
         nothing_stays(server)
         wrong = cdp(server, "bisect", "d", "--good", "latest", "--bad", "seq:10", "--run", judge)
         assert wrong.returncode == 2 and "is not before" in wrong.stderr
+
+
+@real
+def test_bisect_of_a_vm_asks_for_all_disks_at_one_instant(short_path: Path) -> None:
+    begun_ns = history(short_path / "s", "vda", "vdb", vm="web")
+    log = short_path / "seen"
+    reading = "import sys; sys.stdout.write(h.pread(4096, 0).rstrip(bytes(1)).decode())"
+    judge = script(
+        short_path / "judge",
+        f'for uri in "$CDP_URI_1" "$CDP_URI_2"; do nbdsh -u "$uri" -c \'{reading}\'; echo; done >{log}.now\n'
+        f'echo "$CDP_DISKS" $(cat {log}.now) >>{log}\n! grep -q bad {log}.now',
+    )
+    with Server(short_path / "s") as server:
+        first = format_time(begun_ns + 5 * 10**9)
+        last = format_time(begun_ns + (SECONDS - 5) * 10**9)
+        done = cdp(server, "bisect", "web", "--good", first, "--bad", last, "--run", judge, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        for point, word in ((found["good"], b"fine136"), (found["bad"], b"bad137")):
+            for disk in ("vda", "vdb"):
+                at = point.replace("web@", f"web/{disk}@")
+                assert read(server.uri(at), 4096).rstrip(b"\0") == word
+        assert found["probes"] <= 8 and found["skipped"] == 0
+        probes = [line.split() for line in log.read_text().splitlines()]
+        assert len(probes) == found["probes"]
+        assert all(words[:2] == ["vda", "vdb"] and words[2] == words[3] for words in probes)
+        nothing_stays(server)

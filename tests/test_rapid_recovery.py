@@ -20,7 +20,7 @@ from recovery.recover import places
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
 from tools.kit.processes import FailedError, listens, start
 from tools.kit.processes import until as soon
-from tools.kit.qmp import Qmp
+from tools.kit.qmp import Qmp, QmpError
 from tools.kit.source import nbd_server
 
 real = pytest.mark.real
@@ -345,6 +345,61 @@ def test_undo_of_a_vm_that_is_gone_lets_go_of_what_it_wrote_at_home(
     shown = server.post(f"/v1/recoveries/{begun['id']}:undo", discard=True)
     assert (shown["state"], shown["phase"], shown["disks"][0]["at"]) == ("aborted", "undone", "fork")
     assert read(begun["uri"], SIZE) == content
+
+
+@contextlib.contextmanager
+def undoing(server: Server, id: str, vm: Vm) -> Iterator[None]:
+    """An undo is under way for as long as this is open, and hardly moves."""
+    job = f"cdp-{id.rpartition('-')[2]}-0"
+    with Qmp(vm.other) as qmp:
+        server.post(f"/v1/recoveries/{id}:undo")
+
+        def slow() -> bool:
+            with contextlib.suppress(QmpError):  # it is not there yet
+                qmp.call("block-job-set-speed", device=job, speed=1 << 16)
+                return True
+            return False
+
+        soon(slow, "the copy back", every_s=0.001)
+    shown = server.get(f"/v1/recoveries/{id}")
+    assert (shown["state"], shown["phase"]) == ("copying", "undoing")
+    yield
+
+
+@real
+def test_an_undo_that_is_aborted_leaves_the_vm_at_home(server: Server, home: Path, short_path: Path) -> None:
+    content = protect(server)
+    begun = begin(server, home, short_path / "vm.qmp")
+    with Vm(short_path, [begun["uri"]]) as vm:
+        target = wait(server, begun["id"], "done")["disks"][0]["target"]
+        guest = Guest(vm.uri(), content)
+        with undoing(server, begun["id"], vm):
+            shown = server.post(f"/v1/recoveries/{begun['id']}:abort")
+        assert (shown["state"], shown["phase"], shown["disks"][0]["at"]) == ("done", "home", "home")
+        server.post(f"/v1/recoveries/{begun['id']}:undo")
+        assert wait(server, begun["id"], "aborted")["phase"] == "undone"
+        guest.stop()
+        assert read(vm.uri(), SIZE) == content
+    assert read(begun["uri"], SIZE) == content and Path(target).exists()
+
+
+@real
+def test_a_service_killed_in_an_undo_goes_on_with_it(server: Server, home: Path, short_path: Path) -> None:
+    content = protect(server)
+    begun = begin(server, home, short_path / "vm.qmp")
+    with Vm(short_path, [begun["uri"]]) as vm:
+        wait(server, begun["id"], "done")
+        guest = Guest(vm.uri(), content)
+        with undoing(server, begun["id"], vm):
+            server.kill()
+            with Qmp(vm.other) as qmp:
+                job = f"cdp-{begun['id'].rpartition('-')[2]}-0"
+                qmp.call("block-job-set-speed", device=job, speed=0)
+        with Server(server.state_dir) as again:
+            assert wait(again, begun["id"], "aborted")["phase"] == "undone"
+            guest.stop()
+            assert read(vm.uri(), SIZE) == content
+            assert read(begun["uri"], SIZE) == content
 
 
 # --- faults
