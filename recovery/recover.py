@@ -46,10 +46,9 @@ def start(options: Namespace) -> None:
     for name in ("qmp", "vm_command"):
         if (path := getattr(options, name)) is not None:
             body[name] = os.path.abspath(path)
-    if options.accel is not None:
-        body["accel"] = options.accel
-    if options.name is not None:
-        body["name"] = options.name
+    for name in ("accel", "name", "libvirt", "domain"):
+        if (value := getattr(options, name)) is not None:
+            body[name] = value
     if options.base is not None:
         body["base"] = os.path.abspath(options.base)
     if options.format is not None:

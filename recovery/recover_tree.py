@@ -11,7 +11,8 @@ def add_recover(commands: Commands) -> None:
         "start",
         lazy("recover", "start"),
         "Make writable disks of a point at once; when the VM runs on them, move them to primary storage, unseen by the guest.",
-        "cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp",
+        "cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp\n"
+        "  cdp recover start web@-90s --to /var/lib/vms --libvirt qemu:///system --vm-command /etc/cdp/web.xml",
     )
     start.add_argument("point", metavar="DISK|VM@WHEN", type=point)
     start.add_argument(
@@ -32,7 +33,15 @@ def add_recover(commands: Commands) -> None:
     start.add_argument(
         "--vm-command",
         metavar="FILE",
-        help="or a QEMU command line, with {disk:NAME} for the disks, that the service starts",
+        help="or a QEMU command line, with {disk:NAME} for the disks, that the service starts; with --libvirt a domain's XML",
+    )
+    start.add_argument(
+        "--libvirt",
+        metavar="URI",
+        help="or the libvirt that the service starts the VM in; without --vm-command a machine of its own",
+    )
+    start.add_argument(
+        "--domain", metavar="NAME", help="what it is called there; default: as the recovered VM"
     )
     start.add_argument("--accel", choices=("tcg", "kvm", "auto"), help="else as FILE says, or tcg")
     start.add_argument(

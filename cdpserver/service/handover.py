@@ -13,7 +13,7 @@ from cdpserver.errors import RefusedError
 from cdpserver.service.core import Core
 from cdpserver.service.protection import Protection
 from cdpserver.vm import record as protected
-from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
+from cdpserver.vm.record import ProtectedDisk, ProtectedVm
 from cdpserver.vm.recovery.record import Recovery
 
 
@@ -59,7 +59,7 @@ class HandOver:
 
     def _vm(self, one: Recovery) -> ProtectedVm:
         disks = tuple(ProtectedDisk(one.protected_name(disk), disk.device) for disk in one.disks)
-        connection = QmpSocket(one.qmp)
+        connection = one.connection
         if one.before is None:
             return ProtectedVm(one.vm, connection, disks, self._core.clock.now_ns())
         return replace(self._before(one), connection=connection, disks=disks)

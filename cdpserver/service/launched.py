@@ -3,10 +3,13 @@
 It is a QEMU on its own from then on: it outlives the service, and whoever shuts it down is the operator.
 """
 
+from pathlib import Path
+
 import trio
 
 from cdpserver import names
 from cdpserver.errors import UsageError
+from cdpserver.service import domains, homes
 from cdpserver.service.core import Core
 from cdpserver.service.launching import Vm, read_file
 from cdpserver.service.recovering import fork_uri
@@ -39,13 +42,21 @@ class Accels:
         raise UsageError(f"not an accelerator: {names.show(asked)}", hint="it is tcg, kvm or auto")
 
 
+def check_command(one: Recovery) -> None:
+    """UsageError for a file that the VM cannot be started with. For threads."""
+    if one.libvirt:
+        domains.check(one)
+    elif one.vm_command:
+        read_command(one.vm_command)
+
+
 def read_command(path: str) -> Template:
     """The operator's command. UsageError. For threads."""
     text = read_file(path, "the VM's command")
     if text.lstrip().startswith("<"):
         raise UsageError(
             f"{names.show(path)} is a libvirt domain, and the service starts a QEMU of its own",
-            hint="give a QEMU command line: virsh domxml-to-native qemu-argv shows one",
+            hint="name the libvirt that starts it: --libvirt URI; or give a QEMU command line",
         )
     return template.read(text)
 
@@ -55,6 +66,14 @@ async def launch(core: Core, one: Recovery) -> None:
 
     UsageError, LaunchError.
     """
+    if one.libvirt:
+        try:
+            await domains.launch(core, one)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await _until_let_go(core, one)
+            raise
+        return
     vm = Vm(core, one.id)
     if not one.vm_command or vm.is_running():
         return
@@ -84,11 +103,12 @@ async def _until_let_go(core: Core, one: Recovery) -> None:
 def source_of(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:
     """Where the VM's newest content is: in a stream at home from the start."""
     at_home = one.mode == "stream" or disk.at == "home"
-    return Image(disk.target, disk.format) if at_home else Nbd(fork_uri(core, disk))
+    found = Image(disk.target, disk.format, homes.is_device(Path(disk.target)))
+    return found if at_home else Nbd(fork_uri(core, disk))
 
 
 def forget(core: Core, one: Recovery) -> None:
     """Take away what is left of a VM that does not run any more. For threads."""
     vm = Vm(core, one.id)
-    if one.vm_command and not vm.is_running():
+    if one.vm_command and not one.libvirt and not vm.is_running():
         vm.end()

@@ -12,6 +12,7 @@ from cdpserver.service.chosen import Chosen, choose
 from cdpserver.service.core import Core
 from cdpserver.service.launching import Vm
 from cdpserver.vm import record as protected
+from cdpserver.vm.connect import check_connection
 from cdpserver.vm.launch.parts import Accel
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import MAX_DISKS, Format, Mode, RecoveredDisk, Recovery
@@ -35,6 +36,8 @@ class Request:
     protect: bool = True
     force: bool = False
     vm_command: str | None = None
+    libvirt: str | None = None
+    domain: str | None = None
     accel: str | None = None
     isolated: bool = False
 
@@ -44,6 +47,7 @@ def check_isolated(asked: Request) -> None:
     given = {
         "--to": asked.to or asked.targets,
         "--qmp": asked.qmp,
+        "--libvirt": asked.libvirt,
         "--name": asked.name,
         "--mode stream": asked.mode != "mirror",
         "--as chain": asked.shape != "image",
@@ -60,19 +64,14 @@ def check_isolated(asked: Request) -> None:
 
 def plan(core: Core, asked: Request, accel: Accel | None = None) -> Recovery:
     """The recovery. UsageError, NotFoundError, RefusedError for what cannot be."""
-    if (asked.qmp is None) == (asked.vm_command is None):
-        raise UsageError(
-            "either you start the VM, or the service does",
-            hint="name its monitor with --qmp PATH, or its command with --vm-command FILE",
-        )
+    _check_who_starts(asked)
     held = record.all_of(core.catalog)
     id = record.new_id(other.id for other in held)
-    qmp = str(Vm(core, id).places.qmp) if asked.qmp is None else asked.qmp
     name = names.check_name(asked.name) if asked.name is not None else id
     chosen = choose(core, asked.point, force=asked.force, most=MAX_DISKS)
     overwrites = _overwritten(core, chosen) if asked.overwrite else ""
     before = protected.find(core.catalog, overwrites) if overwrites else None
-    _check_monitor(core, qmp, held, overwrites)
+    qmp = asked.qmp or ("" if asked.libvirt else str(Vm(core, id).places.qmp))
     disks = tuple(_disk(core, disk, name, asked) for disk in chosen)
     _check_disks(core, disks, asked, held)
     now_ns = core.clock.now_ns()
@@ -90,21 +89,38 @@ def plan(core: Core, asked: Request, accel: Accel | None = None) -> Recovery:
         before=None if before is None else protected.row(before).fields,
         vm_command=asked.vm_command or "",
         accel=accel or "",
+        libvirt=asked.libvirt or "",
+        domain=(asked.domain or name) if asked.libvirt else "",
     ).noted("started", now_ns=now_ns)
+    _check_monitor(core, one.connection, held, overwrites)
     record.check_fits(one)
     return one
 
 
-def _check_monitor(core: Core, qmp: str, held: list[Recovery], overwrites: str) -> None:
+def _check_who_starts(asked: Request) -> None:
+    if (asked.qmp is None) == (asked.vm_command is None and asked.libvirt is None):
+        raise UsageError(
+            "either you start the VM, or the service does",
+            hint="name its monitor with --qmp PATH, or its command with --vm-command FILE, or --libvirt URI",
+        )
+    if asked.domain is not None and asked.libvirt is None:
+        raise UsageError("--domain goes with --libvirt", hint="leave it away")
+    if asked.libvirt is not None and asked.mode != "mirror":
+        # libvirt would open what the files stand on by itself, and nothing could give that a reconnect delay.
+        raise UsageError("a domain of libvirt is mirrored home, not streamed", hint="leave --mode away")
+
+
+def _check_monitor(core: Core, at: protected.Connection, held: list[Recovery], overwrites: str) -> None:
+    check_connection(at)
     for other in held:
-        if other.qmp == qmp and other.stage in ACTIVE:
+        if other.connection == at and other.stage in ACTIVE:
             raise RefusedError(
-                f"{other.id} uses the monitor {qmp}", hint=f"wait for it: cdp recover show {other.id}"
+                f"{other.id} uses the monitor {at}", hint=f"wait for it: cdp recover show {other.id}"
             )
     for vm in protected.all_of(core.catalog):
-        if vm.connection == protected.QmpSocket(qmp) and vm.name != overwrites:
+        if vm.connection == at and vm.name != overwrites:
             raise RefusedError(
-                f"{qmp} is the monitor of {vm.name}, which is protected",
+                f"{at} is the monitor of {vm.name}, which is protected",
                 hint="give the recovered VM a monitor of its own, or replace that VM: --overwrite",
             )
 

@@ -6,6 +6,7 @@ when streaming, on what it has at home. What belongs to the VM that is protected
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import trio
 
 from cdpserver import durable, names, qemu
 from cdpserver.errors import CdpError, NotFoundError, RefusedError
-from cdpserver.service import homes, launched
+from cdpserver.service import domains, homes, launched
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Disks, never_written
 from cdpserver.service.drills import Drills
@@ -70,6 +71,8 @@ class Recoveries:
                     continue
                 if one.stage == HOME or (one.stage == COMMITTED and one.protect and not one.protected):
                     self._protect(one.id)
+                if one.stage == HOME:
+                    nursery.start_soon(partial(domains.settle, self._core, one, home=True))
                 if one.stage in OVER:
                     await self._core.thread(launched.forget, self._core, one)
             task_status.started()
@@ -109,8 +112,8 @@ class Recoveries:
         accel = await self.drills.accels.choose(asked.accel)
         async with self._changing:
             one = await core.thread(plan, core, asked, accel)
-            if one.vm_command:
-                await core.thread(launched.read_command, one.vm_command)
+            await core.thread(launched.check_command, one)
+            await domains.check_free(one)
             await self._hand_over.check_idle(one)
             for disk in one.disks:
                 await core.make_durable(core.entry(disk.disk), disk.seq)
@@ -183,8 +186,10 @@ class Recoveries:
         one = runner.recovery
         if one.stage == HOME:
             self._protect(one.id)
+            await domains.settle(self._core, one, home=True)
         elif one.stage == UNDONE:
             await self._go_back(runner)
+            await domains.settle(self._core, one, home=False)
 
     def _protect(self, id: str) -> None:
         """Begin to protect the VM that is home, and go on until it is, or is not at home any more."""
@@ -232,7 +237,7 @@ class Recoveries:
         if runner is not None and one.stage in ACTIVE:
             one = replace(one, copied=runner.copied, total=runner.total)
         disks = [self._shown_disk(one, number, disk) for number, disk in enumerate(one.disks)]
-        vm = {"launched": Vm(self._core, one.id).describe()} if one.vm_command else {}
+        vm = {"launched": Vm(self._core, one.id).describe()} if one.vm_command and not one.libvirt else {}
         return {**one.describe(), "uri": disks[0]["uri"], "disks": disks, **vm}
 
     def _shown_disk(self, one: Recovery, number: int, disk: RecoveredDisk) -> dict[str, Any]:
@@ -331,12 +336,15 @@ class Recoveries:
             await runner.keep(replace(runner.recovery, mode="mirror"))
             one = await runner.step("discard")
             await self._go_back(runner, discard=True)
+            await domains.settle(self._core, one, home=False)
         return await self.show(one.id)
 
     async def commit(self, which: str) -> dict[str, Any]:
         """Say that the VM stays at home: there is no undo from here on. Its forks stay, as forks like any other."""
         async with self._changing:
             runner = Runner(self._core, await self._find(which), self._prepare)
+            follow(runner.recovery.stage, "commit", runner.recovery.id)
+            await domains.define(self._core, runner.recovery)
             one = await runner.step("commit")
             for disk in one.disks:
                 with homes.errors_said(self._core, one, disk):

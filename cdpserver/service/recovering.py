@@ -12,11 +12,12 @@ from typing import TypeAlias
 import trio
 
 from cdpserver import durable, progress, qemu
-from cdpserver.errors import CdpError
+from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.service import homes
 from cdpserver.service.core import Core
 from cdpserver.service.launching import LaunchError, Vm
 from cdpserver.vm import qmp
+from cdpserver.vm.connect import connect
 from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
 from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
@@ -94,19 +95,23 @@ class Runner:
         lost_at: float | None = None
         while True:
             try:
-                async with qmp.connect(Path(self.recovery.qmp)) as monitor:
+                async with connect(self.recovery.connection) as monitor:
                     lost_at = None
                     await self._work(monitor)
                     return
-            except qmp.QmpClosedError:
-                self._check_launched()
+            except qmp.QmpClosedError as error:
+                self._check_launched(error)
                 lost_at = trio.current_time() if lost_at is None else lost_at
                 if self.recovery.stage != BEGIN and trio.current_time() - lost_at > GONE_S:
                     raise
             await trio.sleep(WAIT_S)
 
-    def _check_launched(self) -> None:
+    def _check_launched(self, error: qmp.QmpClosedError) -> None:
         """LaunchError if the service started the VM, and it has ended: nobody else will start it."""
+        if self.recovery.libvirt:
+            if isinstance(error, qmp.QmpGoneError):
+                raise LaunchError(error.message, hint="cdp recover retry starts it again")
+            return
         vm = Vm(self._core, self.recovery.id)
         if self.recovery.vm_command and not vm.is_running():
             raise LaunchError(f"QEMU has ended: {vm.last_words()}", hint="cdp recover retry starts it again")
@@ -243,13 +248,13 @@ class Runner:
         kept: list[RecoveredDisk] = []
         try:
             with trio.fail_after(within_s):
-                async with qmp.connect(Path(self.recovery.qmp)) as monitor:
+                async with connect(self.recovery.connection) as monitor:
                     for _, move in self._moves(monitor):
                         kept.append(move.disk)
                         await self._clear(move)
                         kept.pop()
         except (CdpError, trio.TooSlowError) as error:
-            if await monitor_is_gone(self.recovery.qmp):
+            if await _is_gone(self.recovery, error):
                 kept.clear()  # nobody has the files open any more
             self._core.log.emit(
                 "recovery.left-in-qemu", level="warning", recovery=self.recovery.id, reason=str(error)
@@ -274,6 +279,13 @@ def fork_uri(core: Core, disk: RecoveredDisk) -> str:
     """Where the VM finds the fork. A QEMU of this host takes the Unix socket."""
     uris = core.disk_uris(core.entry(disk.fork))
     return uris.get("uri_unix", uris["uri"])
+
+
+async def _is_gone(one: Recovery, error: Exception) -> bool:
+    """Does the QEMU that gave this answer run no more?"""
+    if one.libvirt:
+        return isinstance(error, (qmp.QmpGoneError, NotFoundError))
+    return await monitor_is_gone(one.qmp)
 
 
 async def monitor_is_gone(path: str) -> bool:

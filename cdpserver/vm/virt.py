@@ -52,8 +52,8 @@ class LibvirtMonitor:
         if self._closed:
             raise QmpClosedError(self._closed)
         message = {"execute": command, **({"arguments": dict(arguments)} if arguments else {})}
-        module = _module("libvirt_qemu")
-        text = await self._call(module.qemuMonitorCommand, self._domain, json.dumps(message), 0)
+        qemu = module("libvirt_qemu")
+        text = await self._call(qemu.qemuMonitorCommand, self._domain, json.dumps(message), 0)
         try:
             answer = json.loads(text)
         except ValueError:
@@ -69,7 +69,7 @@ class LibvirtMonitor:
         return value
 
     async def _call(self, function: Any, *arguments: Any) -> Any:
-        error_class = _module("libvirt").libvirtError
+        error_class = module("libvirt").libvirtError
         try:
             with trio.fail_after(COMMAND_S):
                 return await trio.to_thread.run_sync(
@@ -109,7 +109,7 @@ class LibvirtMonitor:
 
     def lived(self, *said: Any) -> None:
         """Something became of the domain: (connection, domain, what, detail, opaque). What is started next is another QEMU."""
-        libvirt = _module("libvirt")
+        libvirt = module("libvirt")
         if said[2] in (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_CRASHED):
             self._tell(self.close, f"{self.name} has ended")
 
@@ -143,8 +143,8 @@ async def connect(uri: str, domain: str) -> AsyncIterator[LibvirtMonitor]:
     UnreachableError without python3-libvirt, QmpClosedError if libvirtd does not answer, QmpGoneError if the domain does not run,
     NotFoundError if there is none.
     """
-    libvirt, qemu = _module("libvirt"), _module("libvirt_qemu")
-    _run_event_loop()
+    libvirt, qemu = module("libvirt"), module("libvirt_qemu")
+    run_event_loop()
     name = f"{domain} of {uri}"
     connection = await _open(libvirt, uri, name)
     try:
@@ -179,7 +179,7 @@ async def _open(libvirt: Any, uri: str, name: str) -> Any:
     try:
         with trio.fail_after(COMMAND_S):
             connection = await trio.to_thread.run_sync(
-                partial(libvirt.open, uri), abandon_on_cancel=True, limiter=_opening(uri)
+                partial(libvirt.open, uri), abandon_on_cancel=True, limiter=opening(uri)
             )
     except trio.TooSlowError:
         raise QmpClosedError(f"libvirtd at {uri} did not answer in {COMMAND_S:.0f} s") from None
@@ -208,7 +208,7 @@ async def _quietly(libvirt: Any, function: Any) -> None:
 
 
 def _translated(error: Any, name: str) -> Exception:
-    libvirt = _module("libvirt")
+    libvirt = module("libvirt")
     code = error.get_error_code()
     if code in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
         return QmpGoneError(f"{name} does not run", hint="it is waited for")
@@ -216,13 +216,14 @@ def _translated(error: Any, name: str) -> Exception:
 
 
 @cache
-def _opening(uri: str) -> trio.CapacityLimiter:
+def opening(uri: str) -> trio.CapacityLimiter:
     """A libvirtd that hangs keeps the threads that ask it: so many, and those of no other."""
     return trio.CapacityLimiter(AT_ONCE)
 
 
 @cache
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
+    """`libvirt` or `libvirt_qemu`. UnreachableError where it is not installed."""
     try:
         return __import__(name)
     except ImportError:
@@ -233,8 +234,9 @@ def _module(name: str) -> Any:
 
 
 @cache
-def _run_event_loop() -> None:
-    libvirt = _module("libvirt")
+def run_event_loop() -> None:
+    """Once, before the first connection."""
+    libvirt = module("libvirt")
     libvirt.registerErrorHandler(lambda *_: None, None)  # errors are raised; printed they would be said twice
     libvirt.virEventRegisterDefaultImpl()
 

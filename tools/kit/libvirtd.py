@@ -113,6 +113,10 @@ class Libvirtd:
         self.virsh("start", name)
         self._domains.add(self.pid(name))
 
+    def adopt(self, name: str) -> None:
+        """A domain that somebody else has started ends with this libvirtd."""
+        self._domains.add(self.pid(name))
+
     def pid(self, name: str) -> int:
         """The process of a domain's QEMU."""
         return int((self._root / f"run/libvirt/qemu/{name}.pid").read_text())

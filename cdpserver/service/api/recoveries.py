@@ -40,6 +40,11 @@ class StartRecovery(Body):
     vm_command: Text | None = Field(
         None, description="Or the absolute path of a QEMU command line that the service starts; for admins."
     )
+    libvirt: Text | None = Field(
+        None,
+        description="Or the URI of a libvirt that the service starts the VM in; vm_command is then a domain's XML, or none.",
+    )
+    domain: Text | None = Field(None, description="What it is called there; by default as the recovered VM.")
     accel: Literal["tcg", "kvm", "auto"] | None = None
     isolated: bool = Field(False, description="Only a look: without a network, and nothing of it stays.")
     name: Text | None = Field(None, description="The recovered VM's name: its forks are NAME/DISK.")
@@ -123,7 +128,7 @@ def routes(answers: Answers, recoveries: Recoveries, roles: Roles) -> APIRouter:
     @routes.post("/v1/recoveries", response_model=Recovery)
     async def start_recovery(asked: Asked, body: StartRecovery) -> Response:
         """Make writable disks of a point at once, and move them home while the VM runs. They can be opened on return."""
-        check_programs(asked, roles, body.vm_command)
+        check_programs(asked, roles, body.vm_command, body.libvirt)
         return await answers.one(await recoveries.start(Request(**body.model_dump())))
 
     @routes.get("/v1/recoveries", response_model=list[Recovery] | Page[Recovery])

@@ -36,6 +36,7 @@ class Image:
 
     path: str
     format: Literal["raw", "qcow2"]
+    is_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ def blockdevs(number: int, disk: Disk) -> list[str]:
                 "reconnect-delay": RECONNECT_S,
             }
             driver = "raw"
-        case Image(path, driver):
-            below = {"driver": "file", "node-name": f"{top}-file", "filename": path, "discard": "unmap"}
+        case Image(path, driver, is_device):
+            kind = "host_device" if is_device else "file"
+            below = {"driver": kind, "node-name": f"{top}-file", "filename": path, "discard": "unmap"}
     over = {"driver": driver, "node-name": top, "file": below["node-name"], "discard": "unmap"}
     return ["-blockdev", json.dumps(below), "-blockdev", json.dumps(over)]
 

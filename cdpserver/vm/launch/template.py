@@ -196,7 +196,7 @@ def _location(disk: Disk) -> str:
     match disk.source:
         case Nbd(uri):
             return uri
-        case Image(path, _):
+        case Image(path):
             return path
 
 

@@ -12,6 +12,7 @@ from cdpserver.catalog import Catalog, Row
 from cdpserver.catalog.rows import check_row
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.names import format_time, show
+from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
 from cdpserver.vm.recovery.states import HOME, NEXT, OVER, Phase, Stage, State, Step, follow
 
 SCHEMA = 1
@@ -102,6 +103,9 @@ class Recovery:
     """The file with the command that the service starts the VM with; empty when somebody else does."""
     accel: Literal["", "tcg", "kvm"] = ""
     """What runs it in place of what the command says."""
+    libvirt: str = ""
+    """The libvirt that the service starts the VM in, as `domain`; the file is then a domain's description, or none."""
+    domain: str = ""
 
     def after(self, step: Step, *, now_ns: int, reason: str = "") -> "Recovery":
         """The recovery after a step. RefusedError where that is not possible."""
@@ -117,6 +121,11 @@ class Recovery:
         disks = list(self.disks)
         disks[number] = replace(disks[number], **changed)
         return replace(self, disks=tuple(disks))
+
+    @property
+    def connection(self) -> Connection:
+        """The way to its QEMU's monitor."""
+        return LibvirtDomain(self.libvirt, self.domain) if self.libvirt else QmpSocket(self.qmp)
 
     @property
     def vm(self) -> str:
@@ -148,6 +157,8 @@ class Recovery:
             "events": [list(event) for event in self.events],
             "vm_command": self.vm_command,
             "accel": self.accel,
+            "libvirt": self.libvirt,
+            "domain": self.domain,
             "disks": [
                 {
                     "disk": one.disk,
@@ -188,6 +199,8 @@ class Recovery:
             "reason": self.reason,
             "created": format_time(self.created_ns),
             "qmp": self.qmp,
+            "libvirt": self.libvirt or None,
+            "domain": self.domain or None,
             "events": [{"time": format_time(time_ns), "event": what} for time_ns, what in self.events],
         }
 
@@ -219,6 +232,8 @@ def read(row: Row) -> Recovery:
             events=tuple((int(time_ns), str(what)) for time_ns, what in fields["events"]),
             vm_command=str(fields.get("vm_command", "")),
             accel=_one_of(("", "tcg", "kvm"), fields.get("accel", "")),
+            libvirt=str(fields.get("libvirt", "")),
+            domain=str(fields.get("domain", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(
