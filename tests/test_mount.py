@@ -63,7 +63,7 @@ def test_a_point_is_a_directory(server: Server, tmp_path: Path) -> None:
     assert not os.path.ismount(there)
     leases = server.state_dir / "timelines"
     until(lambda: not holders(leases), "end of the mount's process")
-    assert b"did not start" in cdp(server, "mount", "vm0@seq:999", there, code=5)
+    assert b"after the newest record" in cdp(server, "mount", "vm0@seq:999", there, code=2)
 
 
 def holders(timelines: Path) -> list[str]:
