@@ -60,7 +60,12 @@ def test_a_running_mirror_is_taken_over_with_proof_only() -> None:
     assert foreign(replace(SAID, anchor=OTHER), [BITMAP])
     assert foreign(SAID, [])
     assert foreign(replace(SAID, anchor=""), [BITMAP])
+    assert foreign(replace(SAID, anchor=""), [BITMAP], marked=True) == "", (
+        "in sync for so short that nothing is anchored"
+    )
+    assert foreign(replace(SAID, anchor=OTHER), [BITMAP], marked=True)
     assert foreign(replace(SAID, session=0), [BITMAP])
+    assert foreign(replace(SAID, session=0), [BITMAP], marked=True)
 
 
 def test_a_target_that_is_worse_than_it_was() -> None:

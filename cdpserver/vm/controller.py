@@ -312,8 +312,8 @@ class _Follower:
             reason = proof.worse(said, self._said)
             before = self._said.place if said.session != self._said.session else ""
         elif job is not None:
-            reason = proof.foreign(said, await self._bitmaps.look())
             before = await self._mark.read()
+            reason = proof.foreign(said, await self._bitmaps.look(), marked=bool(before))
         if before and not reason and not await self._target.holds(self._name, before):
             reason = proof.OLDER
         if reason:

@@ -22,11 +22,15 @@ def worse(said: TargetState, before: TargetState) -> str:
     return ""
 
 
-def foreign(said: TargetState, found: Sequence[Bitmap]) -> str:
-    """Why a target is not what a mirror that runs already belongs to; nothing if it may be."""
+def foreign(said: TargetState, found: Sequence[Bitmap], *, marked: bool = False) -> str:
+    """Why a target is not what a mirror that runs already belongs to; nothing if it may be.
+
+    `marked`: QEMU keeps a mark of what the target held, which is asked of the target as well. Then a bitmap that no target is
+    anchored to yet, as in the first seconds of being in sync, says nothing against it.
+    """
     if said.session == 0:
         return "the target has nothing of what a running mirror sent: everything is copied anew"
-    if said.anchor not in {bitmap.name for bitmap in found} and (said.anchor or found):
+    if said.anchor not in {bitmap.name for bitmap in found} and (said.anchor or (found and not marked)):
         return "the target is not what a running mirror was in sync with: everything is copied anew"
     return ""
 
