@@ -206,12 +206,22 @@ def test_a_session_has_a_limit_of_memory(server: Server) -> None:
     assert resource.prlimit(pid, resource.RLIMIT_DATA) == (MEMORY_BYTES, MEMORY_BYTES)
 
 
-def kill_sessions(server: Server) -> None:
-    killed = set(sessions(server))
-    for pid in killed:
+def kill(*pids: int) -> None:
+    """SIGKILL them; they are dead on return, and whoever asks after them hears so."""
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    # There may be others by then: one is always kept ready.
-    until(lambda: not killed & set(sessions(server)), "end of the sessions")
+    until(lambda: all(map(is_dead, pids)), "end of the processes")
+
+
+def is_dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def kill_sessions(server: Server) -> None:
+    kill(*sessions(server))
 
 
 def size_of(server: Server, path: str = "/large") -> int:
@@ -220,8 +230,7 @@ def size_of(server: Server, path: str = "/large") -> int:
 
 def test_a_process_that_died_is_replaced(server: Server) -> None:
     size_of(server)
-    for parser in sessions(server).values():
-        os.kill(parser, signal.SIGKILL)
+    kill(*sessions(server).values())
     assert size_of(server) == 2_000_000
     kill_sessions(server)
     assert size_of(server) == 2_000_000

@@ -458,7 +458,14 @@ def test_a_rebuilt_index_is_another_one(world: World) -> None:
 
 
 def test_only_one_interval_is_looked_up_apart_when_its_index_is_made_anew(world: World) -> None:
-    line = with_history(world, 7)
+    line = world.add(MIB)
+    line.write(0, b"base" * 1024)
+    line.synced()
+    for number in range(7):  # each has a block that no other one has, so every one of them is asked
+        line.write((number + 1) * BLOCK, bytes([number + 1]) * BLOCK)
+        line.cut()
+    line.write(9 * BLOCK, bytes([9]) * BLOCK)
+    INDEXER.call("drain", line.directory, world.boot)
     all_merged(line)
     (interval_path(line.directory, 4) / CLOSED_NAME).unlink()
     INDEXER.call("close", line.directory, world.boot)

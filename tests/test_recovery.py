@@ -111,8 +111,9 @@ def opened(case: Killed) -> int:
     assert records[:gap] == case.records[:gap]
     assert kept >= case.durable_seq
     assert (records[gap].message["from_seq"], records[gap].seq) == (kept, kept + limits.SEQ_JUMP)
-    assert [(e, f["level"], f["kept_seq"]) for e, f in world.events] == [
-        ("target.unclean-boot", "warning", kept)
+    assert [(e, f["level"], f.get("kept_seq", kept)) for e, f in world.events] == [
+        ("target.unclean-boot", "warning", kept),
+        ("disk.gap", "warning", kept),
     ]
     # What a cut file doesn't show any more cannot be counted.
     assert kept < case.records[-1].seq or world.events[0][1]["cut_records"] == 0
