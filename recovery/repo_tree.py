@@ -38,7 +38,7 @@ def _add_repo(commands: Commands) -> None:
         help="no command removes a backup that is younger, such as 30d",
     )
     take_key(init)
-    listing = repo.leaf(
+    repo.leaf(
         "list",
         lazy("repo", "list_"),
         "List the repositories that were used on this machine.",
@@ -77,7 +77,6 @@ def _add_repo(commands: Commands) -> None:
     for command in (show, check, prune, gc):
         command.add_argument("path", metavar="PATH")
         take_key(command)
-    del listing
 
 
 def _add_backup(commands: Commands) -> None:

@@ -5,6 +5,7 @@ that is there is a whole backup, and one that was killed leaves at most chunks t
 A chunk in a doomed pack counts as not there: who finds it so stores it anew (gc.py says why that is safe).
 """
 
+import json
 import os
 import secrets
 import time
@@ -102,15 +103,11 @@ def _is_there(place: Place, name: str) -> bool:
 
 
 def _config_bytes(config: Config) -> bytes:
-    import json
-
     return json.dumps(config.show(), indent=1).encode() + b"\n"
 
 
 def load_config(place: Place) -> Config:
     """NotFoundError where there is no repository; CorruptError, RefusedError for one of a newer version."""
-    import json
-
     try:
         data = place.get(CONFIG)
     except (FileNotFoundError, NotADirectoryError):

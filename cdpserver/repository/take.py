@@ -69,9 +69,20 @@ def choose(
             return Choice(FULL, f"backup {parent.id} is damaged: {error.message}")
         except UnknownChangeError as error:
             return Choice(FULL, str(error))
-    if sum(map(_bytes, found)) >= sum(_bytes(source.used()) for source in sources) > 0:
+    if _is_all(sources, sum(map(_bytes, found))):
         return Choice(FULL, f"as much changed since backup {parent.id} as a full one reads")
     return Choice(INCREMENTAL, f"what changed since backup {parent.id} is known", parent, tuple(found))
+
+
+def _is_all(sources: Sequence[Source], changed: int) -> bool:
+    """Did as much change as is used? Block status is asked only as far as it takes to know."""
+    used = 0
+    for source in sources:
+        for start, end in source.used():
+            used += end - start
+            if used > changed:
+                return False
+    return used > 0
 
 
 def _bytes(ranges: Iterable[tuple[int, int]]) -> int:
@@ -185,7 +196,7 @@ class _Run:
             size=source.size,
             grade=source.grade,
             pages=tuple(self._pages(pages, old, count)),
-            chunks=0 if old is None and not pages else self._used(pages, old, count),
+            chunks=self._used(pages, old, count),
         )
 
     def _store(self, source: Source, chunks: Iterator[int], put: Callable[[int, bytes], None]) -> None:
