@@ -163,8 +163,8 @@ def files() -> list[str]:
 
 
 def cases() -> list[str]:
-    """Every file, but of locks and indexes, which are alike, only those of one timeline."""
-    alike = (".lock", "lease", ".mdb-lock", ".mdb")
+    """Every file, but of locks, indexes and samples, which are alike, only those of one timeline."""
+    alike = (".lock", "lease", ".mdb-lock", ".mdb", "/rpo")
     return [
         f
         for f in files()

@@ -494,8 +494,9 @@ def test_what_is_refused(server: Server, home: Path, short_path: Path) -> None:
     one = begin(server, home, qmp, name="one")
     with pytest.raises(ApiError, match=f"one/vda is what {one['id']} stands on"):
         server.delete("/v1/forks/one/vda")
+    (home / "a").mkdir()
     refusals: dict[str, dict[str, Any]] = {
-        "uses the monitor": {"qmp": qmp},
+        "uses the monitor": {"qmp": qmp, "home": home / "a"},
         "there is a disk one/vda": {"qmp": short_path / "b", "name": "one"},
         "no directory here": {"qmp": short_path / "b", "home": short_path / "none"},
         "in the state directory": {"qmp": short_path / "b", "home": server.state_dir},

@@ -64,6 +64,7 @@ def build(path: Path) -> StateDir:
     with Server(path) as server:
         _build_all(server, image)
         until(lambda: _is_indexed(path), "index of everything")
+        until((path / "timelines" / IDS["web/root"] / "rpo").exists, "a sample of what could have been lost")
     image.unlink()
     return StateDir.open(path)
 
