@@ -49,6 +49,26 @@ def io_errors(doing: str, path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Turn every OSError of reading what is stored under `path` into the project's: what is missing, or not the file or directory
+    that it should be, is damage (CorruptError), anything else BrokenError.
+    """
+    try:
+        with io_errors("read", path):
+            yield
+    except OSError as error:
+        where, why = error.filename or path, error.strerror
+        if is_damage(error):
+            raise CorruptError(f"{where} is damaged: {why}") from error
+        raise BrokenError(f"cannot read {where}: {why}", hint="look at its owner and mode") from error
+
+
+def is_damage(error: OSError) -> bool:
+    """Does it speak of what is stored, rather than of a device or a right?"""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EUCLEAN)
+
+
 def fsync_dir(path: Path) -> None:
     """Make the names in directory `path` durable."""
     with io_errors("sync", path):

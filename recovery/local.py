@@ -116,7 +116,7 @@ def _busy(doing: str) -> Iterator[None]:
 def check(options: Namespace) -> None:
     """Verify everything of a disk, or of each disk of a VM or group. CorruptError after the answer if anything is damaged."""
     from cdpserver import groups
-    from cdpserver.check import check_timeline
+    from cdpserver.check import check_timeline, lost
     from cdpserver.vm import instant
 
     state = StateDir.open(default_state_dir(options.state_dir))
@@ -129,9 +129,13 @@ def check(options: Namespace) -> None:
     for disk, known in disks.items():
         id = known or _timeline(state, disk)
         with _progress() as progress:
-            reports[disk] = check_timeline(
-                state.path, id, boot_id=boot_id(), full=options.full, progress=progress
-            )
+            try:
+                reports[disk] = check_timeline(
+                    state.path, id, boot_id=boot_id(), full=options.full, progress=progress
+                )
+            except NotFoundError:
+                # It was removed just now, which this says, or its directory is lost.
+                reports[disk] = lost(state.timeline(_timeline(state, disk)))
         if not options.json:
             _answer_report(disk, reports[disk], state.path)
     if options.json:

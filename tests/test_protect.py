@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,6 +96,32 @@ def same_as_source(server: Server, source: Source) -> bool:
 def all_arrives(server: Server, source: Source) -> None:
     """What the guest wrote is there in the end: on a busy machine a worker may be back later than a guest waits."""
     until(lambda: same_as_source(server, source), "the source's content")
+
+
+def test_a_vm_is_shown_while_its_record_changes(short_path: Path) -> None:
+    """Its controller stands while somebody else talks to QEMU, here for as long as a monitor says nothing."""
+    with world(short_path) as (server, source), socket.socket(socket.AF_UNIX) as silent:
+        protect(server, source)
+        in_sync(server)
+        silent.bind(str(short_path / "silent.qmp"))
+        silent.listen()
+        silent.settimeout(30)
+        refused: list[ApiError] = []
+
+        def change() -> None:
+            try:
+                protect(server, source, qmp=str(short_path / "silent.qmp"))
+            except ApiError as error:
+                refused.append(error)
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        talk, _ = silent.accept()
+        assert disk(server)["state"] == "synced"
+        assert [vm["vm"] for vm in server.get("/v1/vms")] == ["web"]
+        talk.close()
+        changing.join(30)
+        assert refused and in_sync(server)["name"] == "web/disk0"
 
 
 def test_protect_write_and_points_are_crash(short_path: Path) -> None:

@@ -5,16 +5,18 @@ values as JSON has them, without fractions. The catalog keeps and recovers them 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgpack
 
 from cdpserver.durable import corrupt_json, take_int, take_keys
-from cdpserver.errors import UsageError
+from cdpserver.errors import CorruptError, UsageError
 from cdpserver.names import show
+
+T = TypeVar("T")
 
 Table: TypeAlias = Literal["locks", "policies", "vms", "groups", "recoveries", "trials"]
 
@@ -56,6 +58,18 @@ class Row:
     def value(self) -> dict[str, Any]:
         """What stands under the row's id."""
         return {"schema": self.schema, "fields": dict(self.fields)}
+
+
+def read_each(rows: Iterable[Row], read: Callable[[Row], T]) -> tuple[list[T], list[CorruptError]]:
+    """(what the rows say, as far as they can be read; why the others cannot): one that is damaged hides no other."""
+    found: list[T] = []
+    wrong: list[CorruptError] = []
+    for row in rows:
+        try:
+            found.append(read(row))
+        except CorruptError as error:
+            wrong.append(error)
+    return found, wrong
 
 
 def empty_rows() -> Rows:

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cdpserver import timeline
+from cdpserver import durable, timeline
 from cdpserver.basepoint import below_intervals
 from cdpserver.chain.lock import intervals_stand, stays
 from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point
 from cdpserver.check.damage import Damage, Effects, Finding
 from cdpserver.check.isolated import check_indexes
-from cdpserver.check.segments import SegmentCheck, size_bytes
+from cdpserver.check.segments import SegmentCheck, Totals, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments
 from cdpserver.journal.segment import SegmentReader
@@ -74,7 +74,42 @@ def check_timeline(
     directory = state_dir / "timelines" / id
     if not directory.is_dir():
         raise NotFoundError(f"there is no timeline {id}", hint="list the disks: cdp disk list")
+    effects, totals = Effects(), Totals()
+    try:
+        _check(state_dir, directory, boot_id, effects, totals, full=full, progress=progress)
+    except OSError as error:
+        if not durable.is_damage(error):
+            raise
+        effects.add(_all_of(Path(error.filename or directory), error.strerror or "it cannot be read"))
+    return _report(effects, totals)
+
+
+def lost(directory: Path) -> Report:
+    """Of a timeline whose directory is gone, while its disk is there."""
     effects = Effects()
+    effects.add(_all_of(directory, "it is missing"))
+    return _report(effects, Totals())
+
+
+def _all_of(path: Path, why: str) -> Finding:
+    hint = f"restore {path.name} from a backup of the state directory"
+    return Finding(f"{path} is damaged: {why}", path, 1, 0, hint=hint)
+
+
+def _report(effects: Effects, totals: Totals) -> Report:
+    return Report(totals.records, totals.segments, totals.bytes, tuple(effects.damage()), effects.untold)
+
+
+def _check(
+    state_dir: Path,
+    directory: Path,
+    boot_id: str,
+    effects: Effects,
+    totals: Totals,
+    *,
+    full: bool,
+    progress: Progress,
+) -> None:
     with contextlib.ExitStack() as stack:
         history = None
         held = None
@@ -91,7 +126,12 @@ def check_timeline(
                 stack.callback(history.close)
         total = size_bytes(directory)
         check = SegmentCheck(
-            directory, held, boot_id, effects, lambda done: progress("journal", min(done, total), total)
+            directory,
+            held,
+            boot_id,
+            effects,
+            lambda done: progress("journal", min(done, total), total),
+            totals=totals,
         )
         check.run()
         known = _cuts(directory, check, history)
@@ -100,8 +140,6 @@ def check_timeline(
         if full and history is not None:
             for finding in _contents(history, known, progress):
                 effects.add(finding)
-    totals = check.totals
-    return Report(totals.records, totals.segments, totals.bytes, tuple(effects.damage()), effects.untold)
 
 
 def _the_rest(

@@ -291,7 +291,9 @@ def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog)
     except (OSError, lmdb.Error) as error:
         # A full disk or a broken environment: the index is disposable, so it is made again later.
         indexer.due = now + 5 * IDLE_S
-        log.emit("indexer.failed", level="error", timeline=name, reason=repr(error))
+        if indexer.damage != repr(error):
+            log.emit("indexer.failed", level="error", timeline=name, reason=repr(error))
+        indexer.damage = repr(error)
         indexer.close()
 
 

@@ -16,7 +16,7 @@ from cdpserver import groups, messages, names, progress, timeline
 from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
-from cdpserver.errors import BrokenError, CorruptError, RemovedError
+from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RemovedError
 from cdpserver.events import EventLog
 from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
@@ -119,9 +119,13 @@ class Core:
 
     async def target_status(self, entry: Entry) -> dict[str, Any]:
         """What the target says of one disk; {} when it has not opened it."""
-        found = await self.thread(timeline.load, self.state.timeline(entry.id))
-        answer = await self.targets.call(entry.id, "status", disks=[found.full_name])
-        status: dict[str, Any] = answer.get(found.full_name, {})
+        name = entry.name
+        with contextlib.suppress(
+            CorruptError, NotFoundError
+        ):  # a damaged disk can be asked about, and removed
+            name = (await self.thread(timeline.load, self.state.timeline(entry.id))).full_name
+        answer = await self.targets.call(entry.id, "status", disks=[name])
+        status: dict[str, Any] = answer.get(name, {})
         return status
 
     async def make_durable(self, entry: Entry, seq: int) -> None:

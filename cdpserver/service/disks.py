@@ -361,7 +361,7 @@ def exclusive_lease(directory: Path) -> Iterator[bool]:
     """Hold the lease of a timeline against readers; False when some have it. True when it is gone already."""
     try:
         fd = os.open(directory / "lease", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         yield True
         return
     try:

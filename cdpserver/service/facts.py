@@ -48,8 +48,8 @@ def describe(
             facts["points"] = Points(history).count(now_ns=core.clock.now_ns(), every_ns=every_ns)
         finally:
             history.close()
-    except CdpError as error:
-        return facts | {"state": "damaged", "error": error.message}
+    except (CdpError, OSError) as error:
+        return facts | {"state": "damaged", "error": getattr(error, "message", str(error))}
     return facts | {"state": state_of(found, facts)}
 
 

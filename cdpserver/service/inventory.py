@@ -6,6 +6,7 @@ What can be made anew without a loss is made anew; either way an event names the
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from cdpserver import basepoint, durable
@@ -16,6 +17,8 @@ from cdpserver.nodes import MANUAL
 from cdpserver.service import images
 from cdpserver.state import StateDir
 from cdpserver.timeline import FILE, LOCKS
+
+CLOSED = "its disk and the forks of it cannot be opened until it is restored from a backup"
 
 
 def had_events(state: StateDir) -> bool:
@@ -29,14 +32,16 @@ def say_events_lost(log: EventLog) -> None:
     _say(log, "events.jsonl", "the events before this start are lost, and nothing else")
 
 
-def look(state: StateDir, log: EventLog) -> None:
-    """Make locks anew and say what is missing."""
-    for directory in sorted(state.timelines.glob("t*")):
+def look(state: StateDir, log: EventLog, ids: Iterable[str]) -> None:
+    """Make locks anew and say what is missing; `ids` are the timelines that the catalog's disks have."""
+    for directory in sorted({*state.timelines.glob("t*"), *(state.timeline(id) for id in ids)}):
+        if not directory.is_dir():
+            _say(log, f"timelines/{directory.name}", CLOSED)
+            continue
         if not (directory / FILE).exists():
-            meaning = "its disk and the forks of it cannot be opened until it is restored from a backup"
-            _say(log, f"timelines/{directory.name}/{FILE}", meaning)
+            _say(log, f"timelines/{directory.name}/{FILE}", CLOSED)
         for lock in LOCKS:
-            if directory.is_dir() and not (directory / lock).exists():
+            if not (directory / lock).exists():
                 (directory / lock).touch(0o644)
                 _say(log, f"timelines/{directory.name}/{lock}", "nothing is lost: it is made anew")
         with contextlib.suppress(CdpError, FileNotFoundError):

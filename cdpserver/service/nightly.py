@@ -27,12 +27,16 @@ SINCE = "-1d"
 async def keep_drilling(core: Core, drills: Drills, jobs: Jobs) -> None:
     """Look at the clock until cancelled. One drill at a time: each is a VM of its own."""
     before = datetime.now(UTC).astimezone() - CATCH_UP
+    said = ""
     while True:
         now = datetime.now(UTC).astimezone()
         try:
             due = await core.thread(_due, core, before, now)
+            said = ""
         except CdpError as error:
-            core.log.emit("drill.schedule-unreadable", level="warning", reason=error.message)
+            if error.message != said:
+                said = error.message
+                core.log.emit("drill.schedule-unreadable", level="warning", reason=said)
             due = []
         before = now
         for one in due:
@@ -48,7 +52,11 @@ def _due(core: Core, before: datetime, now: datetime) -> list[Planned]:
 
 
 def _is_fork(core: Core, entry: Entry) -> bool:
-    return isinstance(timeline.load(core.state.timeline(entry.id)).base, PointBase)
+    """A disk that is damaged keeps no other from its drill; its own does not begin, and says why."""
+    try:
+        return isinstance(timeline.load(core.state.timeline(entry.id)).base, PointBase)
+    except CdpError:
+        return False
 
 
 async def _drill(core: Core, drills: Drills, jobs: Jobs, one: Planned) -> None:

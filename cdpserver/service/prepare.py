@@ -106,5 +106,6 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
         log.emit("snapshot.finished", said=sentence)
     for sentence in failed:
         log.emit("snapshot.unfinished", level="warning", reason=sentence)
-    inventory.look(state, log)
-    return clock, Catalog.open(state, writable=True)
+    catalog = Catalog.open(state, writable=True)
+    inventory.look(state, log, [entry.id for entry in catalog.names().values() if entry.state == "live"])
+    return clock, catalog

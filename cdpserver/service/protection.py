@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from cdpserver import names
-from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
@@ -68,6 +68,8 @@ class Protection:
             self._held[name] = "a recovery replaces its disks"
         async with trio.open_nursery() as self._nursery:
             self._target = OwnTarget(core, self._disks, self.base_points, self._hung, self._nursery)
+            for wrong in await core.thread(record.unreadable, core.catalog):
+                core.log.emit("vm.unreadable", level="error", reason=str(wrong))
             for vm in wanted:
                 self._start(vm)
             task_status.started()
@@ -103,8 +105,8 @@ class Protection:
             running.ended.set()
 
     async def _stop(self, name: str) -> None:
-        running = self._running.pop(name, None)
-        if running is not None:
+        """It is shown as it stood until another one runs: its mirrors go on in QEMU."""
+        if running := self._running.get(name):
             running.scope.cancel()
             await running.ended.wait()
 
@@ -118,11 +120,17 @@ class Protection:
             finally:
                 with trio.CancelScope(shield=True):
                     wanted = await self._find(name)
+                    self._running.pop(name, None)
                     if wanted is not None:
                         self._start(wanted)
 
     async def _find(self, name: str) -> ProtectedVm | None:
-        return await self._core.thread(record.find, self._core.catalog, name)
+        """What is to be protected; None also for a row that cannot be read, which the next one replaces."""
+        try:
+            return await self._core.thread(record.find, self._core.catalog, name)
+        except CorruptError as error:
+            self._core.log.emit("vm.unreadable", level="error", reason=str(error))
+            return None
 
     # -- for recoveries --------------------------------------------------------------------------------------
 
@@ -283,12 +291,14 @@ class Protection:
         """End the protection of a VM; its disks keep their history. NotFoundError."""
         names.check_name(name)
         async with self._changing(name) as before:
-            if before is None:
+            if self._core.catalog.row("vms", record.row_id(name)) is None:
                 raise NotFoundError(
                     f"{name} is not protected", hint="those that are: cdp status; to begin: cdp protect VM"
                 )
             await self._core.thread(self._core.catalog.delete_row, "vms", record.row_id(name))
-            left = await self._let_go(before)
+            left = (
+                await self._let_go(before) if before is not None else "what it was mirrored by is not known"
+            )
         self._core.log.emit("vm.unprotect", vm=name, left=left)
         return {"vm": name, "removed": True, "left": left}
 

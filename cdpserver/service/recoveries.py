@@ -64,6 +64,8 @@ class Recoveries:
         """Go on with every recovery that is under way, and with those to come, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            for wrong in await self._core.thread(record.unreadable, self._core.catalog):
+                self._core.log.emit("recovery.unreadable", level="error", reason=str(wrong))
             for one in await self._core.thread(record.all_of, self._core.catalog):
                 if one.stage in ACTIVE:
                     self._core.log.emit("recovery.adopted", recovery=one.id, state=one.stage.state)
@@ -74,9 +76,15 @@ class Recoveries:
                 if one.stage == HOME:
                     nursery.start_soon(partial(domains.settle, self._core, one, home=True))
                 if one.stage in OVER:
-                    await self._core.thread(launched.forget, self._core, one)
+                    nursery.start_soon(self._forget, one)
             task_status.started()
             await trio.sleep_forever()
+
+    async def _forget(self, one: Recovery) -> None:
+        try:
+            await self._core.thread(launched.forget, self._core, one)
+        except (CdpError, OSError) as error:
+            self._core.log.emit("recovery.vm-stays", level="warning", recovery=one.id, reason=str(error))
 
     def _run(self, one: Recovery) -> None:
         assert self._nursery is not None

@@ -51,6 +51,8 @@ class Trials:
         """Take away what an earlier service left, then run what is begun, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            for wrong in await self.core.thread(record.unreadable, self.core.catalog):
+                self.core.log.emit("trial.unreadable", level="error", reason=str(wrong))
             for one in await self.core.thread(record.all_of, self.core.catalog):
                 if one.owner is not None:
                     self._begin_task(one, partial(self._until_returned, one))

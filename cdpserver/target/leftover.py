@@ -1,10 +1,11 @@
 """What another host boot may have left of a timeline, found before it is opened."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
-from cdpserver import durable
-from cdpserver.errors import CorruptError
+from cdpserver import durable, timeline
+from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal import firstcopy, recovery
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.segment import OPEN, ROLLED
@@ -13,26 +14,25 @@ from cdpserver.timeline import EmptyBase, Timeline
 
 def needs_recovery(directory: Path, boot_id: str) -> bool:
     """Was this timeline left open by another host boot, or has it lost its end? Then it is opened, and so cut, before
-    anything reads it.
+    anything reads it. So is one that is damaged: what is wrong with it is said by opening it.
     """
-    journal = Journal(directory)
     try:
-        if journal.empty:
-            note = directory / "first-copy.json"
-            return note.exists() and durable.read_json(note)["boot_id"] != boot_id
-        reader = journal.reader(*next(iter(journal.newest_places())))
-        left_open = reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
-        return left_open or bool(recovery.lost_logs(journal))
-    except CorruptError:
+        timeline.load(directory)
+        with durable.unreadable(directory), contextlib.closing(Journal(directory)) as journal:
+            if journal.empty:
+                note = directory / "first-copy.json"
+                return note.exists() and durable.read_json(note)["boot_id"] != boot_id
+            reader = journal.reader(*next(iter(journal.newest_places())))
+            left_open = reader.state in (OPEN, ROLLED) and reader.header.boot_id != boot_id
+            return left_open or bool(recovery.lost_logs(journal))
+    except (CorruptError, NotFoundError):
         return True
-    finally:
-        journal.close()
 
 
-def restart_lost_first_copy(directory: Path, timeline: Timeline, boot_id: str) -> None:
+def restart_lost_first_copy(directory: Path, disk: Timeline, boot_id: str) -> None:
     """Power was lost after the switch but before the base was durable: the first copy starts again."""
     journal = Journal(directory)
-    own_base = isinstance(timeline.base, EmptyBase)
+    own_base = isinstance(disk.base, EmptyBase)
     if journal.empty or not own_base:
         return
     if not firstcopy.base_lost(directory):

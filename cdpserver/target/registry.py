@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cdpserver import limits, messages
+from cdpserver import durable, limits, messages
 from cdpserver import timeline as timeline_file
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock, boot_id
@@ -62,11 +62,13 @@ class Registry:
         for name, entry in self.catalog.names().items():
             if entry.state != "live" or worker_of(entry.id, self._workers) != self._worker:
                 continue
-            if needs_recovery(self.state.timeline(entry.id), self.boot_id):
-                try:
+            try:
+                if needs_recovery(self.state.timeline(entry.id), self.boot_id):
                     self.disk(name)
-                except CdpError as error:
-                    self.log.emit("target.open-failed", level="error", disk=name, reason=str(error))
+            except CdpError as error:
+                self.log.emit("target.open-failed", level="error", disk=name, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - the process's rim: the other disks are served
+                self.log.emit("target.open-failed", level="error", disk=name, reason=repr(error))
         threading.Thread(target=self._commit_loop, name="committer", daemon=True).start()
         listener = self._listen()
         threading.Thread(target=self._serve, args=(listener,), name="control", daemon=True).start()
@@ -87,17 +89,20 @@ class Registry:
                 del self._disks[entry.id]
                 found = None
             if found is None:
-                timeline = timeline_file.load(self.state.timeline(entry.id))
-                found = TargetDisk(
-                    self.state.path,
-                    timeline,
-                    clock_ns=self.clock.now_ns,
-                    boot_id=self.boot_id,
-                    emit=self.log.emit,
-                )
+                found = self._open(self.state.timeline(entry.id))
                 found.full = self._full.get(entry.id, "")
                 self._disks[entry.id] = found
             return found
+
+    def _open(self, directory: Path) -> TargetDisk:
+        with durable.unreadable(directory):
+            return TargetDisk(
+                self.state.path,
+                timeline_file.load(directory),
+                clock_ns=self.clock.now_ns,
+                boot_id=self.boot_id,
+                emit=self.log.emit,
+            )
 
     # -- group commit ----------------------------------------------------------------------------------------
 

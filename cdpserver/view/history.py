@@ -5,6 +5,7 @@ import os
 from itertools import takewhile
 from pathlib import Path
 
+from cdpserver import durable
 from cdpserver import timeline as timeline_file
 from cdpserver.clock import boot_id
 from cdpserver.errors import CorruptError, RefusedError, RemovedError
@@ -21,12 +22,17 @@ class History:
         self.timeline = timeline
         self.boot_id = boot or boot_id()
         self.directory = state_dir / "timelines" / timeline.id
-        self._lease = _take_lease(self.directory)
-        self.journal = Journal(self.directory)
         self.parent: History | None = None
-        if isinstance(timeline.base, PointBase):
-            parent_directory = state_dir / "timelines" / timeline.base.timeline
-            self.parent = History(state_dir, timeline_file.load(parent_directory), self.boot_id)
+        self._lease = _take_lease(self.directory)
+        try:
+            with durable.unreadable(self.directory):
+                self.journal = Journal(self.directory)
+            if isinstance(timeline.base, PointBase):
+                parent_directory = state_dir / "timelines" / timeline.base.timeline
+                self.parent = History(state_dir, timeline_file.load(parent_directory), self.boot_id)
+        except BaseException:
+            os.close(self._lease)  # else what cannot be opened could not be removed either
+            raise
 
     @property
     def size(self) -> int:

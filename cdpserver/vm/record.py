@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from cdpserver.catalog import Catalog, Row
+from cdpserver.catalog.rows import read_each
 from cdpserver.errors import CorruptError
 
 SCHEMA = 1
@@ -131,5 +132,10 @@ def find(catalog: Catalog, vm: str) -> ProtectedVm | None:
 
 
 def all_of(catalog: Catalog) -> list[ProtectedVm]:
-    """Every protected VM, by name; CorruptError."""
-    return sorted(map(read, catalog.rows("vms").values()), key=lambda vm: vm.name)
+    """Every protected VM whose row can be read, by name."""
+    return sorted(read_each(catalog.rows("vms").values(), read)[0], key=lambda vm: vm.name)
+
+
+def unreadable(catalog: Catalog) -> list[CorruptError]:
+    """What is wrong with the other rows."""
+    return read_each(catalog.rows("vms").values(), read)[1]

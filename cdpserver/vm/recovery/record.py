@@ -3,13 +3,14 @@
 The row is written before anything that it speaks of is begun, so that a service that was killed knows what to look for.
 """
 
+import json
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from cdpserver.catalog import Catalog, Row
-from cdpserver.catalog.rows import check_row
+from cdpserver.catalog.rows import check_row, read_each
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.names import format_time, show
 from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
@@ -275,14 +276,26 @@ def _read_disk(fields: dict[str, Any]) -> RecoveredDisk:
 
 
 def all_of(catalog: Catalog) -> list[Recovery]:
-    """Every recovery, oldest first; CorruptError."""
-    return sorted(map(read, catalog.rows("recoveries").values()), key=lambda one: (one.created_ns, one.id))
+    """Every recovery whose row can be read, oldest first."""
+    return _all_of(catalog)[0]
+
+
+def unreadable(catalog: Catalog) -> list[CorruptError]:
+    """What is wrong with the other rows."""
+    return _all_of(catalog)[1]
+
+
+def _all_of(catalog: Catalog) -> tuple[list[Recovery], list[CorruptError]]:
+    found, wrong = read_each(catalog.rows("recoveries").values(), read)
+    return sorted(found, key=lambda one: (one.created_ns, one.id)), wrong
 
 
 def find(catalog: Catalog, which: str) -> Recovery:
-    """The recovery of this id, or else the newest of this name. NotFoundError."""
+    """The recovery of this id, or else the newest of this name. NotFoundError; CorruptError for the id of a damaged row."""
+    if (row := catalog.row("recoveries", which)) is not None:
+        return read(row)
     held = all_of(catalog)
-    found = [one for one in held if one.id == which] or [one for one in held if one.name == which]
+    found = [one for one in held if one.name == which]
     if not found:
         raise NotFoundError(f"there is no recovery {show(which)}", hint="list them: cdp recover list")
     return found[-1]
@@ -297,8 +310,11 @@ def new_id(taken: Iterable[str]) -> str:
 
 
 def holding(catalog: Catalog, fork: str) -> Recovery | None:
-    """The recovery that has its VM, its point, or the way back, on this fork."""
-    for one in all_of(catalog):
+    """The recovery that has its VM, its point, or the way back, on this fork. CorruptError if a damaged row names it."""
+    for row in catalog.rows("recoveries").values():
+        if f'"{fork}"' not in json.dumps(dict(row.fields)):
+            continue
+        one = read(row)
         for disk in one.disks:
             # What was streamed so far stands on the point, also when nobody goes on with it.
             needed = one.stage not in OVER or (one.mode == "stream" and disk.made and disk.at == "fork")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from cdpserver.catalog import Catalog, Row
+from cdpserver.catalog.rows import read_each
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.names import format_time, show
 
@@ -163,8 +164,14 @@ def _one_of(word: Any, words: Any) -> Any:
 
 
 def all_of(catalog: Catalog) -> list[Trial]:
-    """Every trial, oldest first; CorruptError."""
-    return sorted(map(read, catalog.rows("trials").values()), key=lambda one: (one.created_ns, one.id))
+    """Every trial whose row can be read, oldest first."""
+    found, _ = read_each(catalog.rows("trials").values(), read)
+    return sorted(found, key=lambda one: (one.created_ns, one.id))
+
+
+def unreadable(catalog: Catalog) -> list[CorruptError]:
+    """What is wrong with the other rows."""
+    return read_each(catalog.rows("trials").values(), read)[1]
 
 
 def find(catalog: Catalog, id: str) -> Trial:
