@@ -13,7 +13,7 @@ import nbdkit
 from cdpserver import events
 from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.repository.content import Content
-from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
 from nbdplugin import thread_state
 
@@ -37,7 +37,7 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`repo=PATH`, `key_file=FILE` for an encrypted one."""
+    """`repo=LOCATION`, `key_file=FILE` for an encrypted one."""
     if key not in ("repo", "key_file"):
         raise RuntimeError(f"unknown parameter {key}; there are repo=PATH and key_file=FILE")
     _parameters[key] = value
@@ -60,7 +60,7 @@ def after_fork() -> None:
     events.configure("backup")
     key = _parameters.get("key_file")
     secret = Path(key).read_bytes() if key is not None else None
-    _repository = Repository(DirectoryPlace(Path(_parameters["repo"])), secret=secret)
+    _repository = Repository(open_place(_parameters["repo"]), secret=secret)
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:

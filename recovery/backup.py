@@ -3,7 +3,6 @@
 import contextlib
 import json
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +113,7 @@ def remove(options: Namespace) -> None:
     with opened_repository(options) as repository:
         backup = find_backup(repository, options.id)
         immutable = repository.config.immutable_ns
-        if held := prune.hold(backup, time.time_ns(), locked=locks(repository), immutable_ns=immutable):
+        if held := prune.hold(backup, repository.now_ns(), locked=locks(repository), immutable_ns=immutable):
             raise RefusedError(f"backup {backup.id} is {held}", hint="cdp backup unlock ends a lock")
         if not options.yes:
             raise UsageError(f"this removes backup {backup.id} of {backup.name}", hint="add --yes")

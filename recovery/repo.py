@@ -4,7 +4,6 @@ import json
 import time
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from cdpserver.errors import CdpError
@@ -12,33 +11,33 @@ from cdpserver.names import format_bytes
 from cdpserver.repository import gc as collecting
 from cdpserver.repository import prune as pruning
 from cdpserver.repository.check import check as verify
-from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import DEFAULT_CHUNK, Repository, create, load_config
 from cdpserver.retention.slots import parse_slots
 from recovery.bar import moving
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
-from recovery.repositories import known, note, opened_repository, path_of, read_key
+from recovery.repositories import known, location_of, note, opened_repository, read_key
 
 DAMAGED = 4
 
 
 def init(options: Namespace) -> None:
     """Make one."""
-    path = path_of(options)
+    place = open_place(location_of(options))
     config = create(
-        DirectoryPlace(path),
+        place,
         chunk_size=options.chunk_size or DEFAULT_CHUNK,
         secret=read_key(options),
         immutable_ns=options.immutable or 0,
     )
-    note(path, config.id.hex())
-    shown = {"path": str(path.absolute()), **config.show()}
+    note(place.where, config.id.hex())
+    shown = {"path": place.where, **config.show()}
     del shown["salt"], shown["proof"]
     if options.json:
         answer_json(shown)
         return
     answer(
-        f"{path}: repository {config.id.hex()}, chunks of {format_bytes(config.chunk_size)}, cipher {config.cipher}"
+        f"{place.where}: repository {config.id.hex()}, chunks of {format_bytes(config.chunk_size)}, cipher {config.cipher}"
     )
     if config.cipher != "none":
         say("keep a copy of the key elsewhere: without it nothing can be restored")
@@ -50,7 +49,7 @@ def list_(options: Namespace) -> None:
     for path, id_ in sorted(known().items()):
         row: dict[str, Any] = {"path": path, "id": id_, "state": "there"}
         try:
-            config = load_config(DirectoryPlace(Path(path)))
+            config = load_config(open_place(path))
             row |= {"chunk_size": config.chunk_size, "cipher": config.cipher}
             if config.id.hex() != id_:
                 row["state"] = "another repository"
@@ -118,6 +117,7 @@ def prune(options: Namespace) -> None:
             time.time_ns(),
             locked=locks(repository),
             immutable_ns=repository.config.immutable_ns,
+            lived_ns=repository.now_ns(),
             keep_last=options.keep_last,
         )
         rows = [

@@ -21,10 +21,14 @@ def _add_repo(commands: Commands) -> None:
     init = repo.leaf(
         "init",
         lazy("repo", "init"),
-        "Make a repository in an empty directory.",
+        "Make a repository in an empty directory or a bucket.",
         "cdp repo init /mnt/nas/backups --chunk-size 1M --key-file backup.key",
     )
-    init.add_argument("path", metavar="PATH")
+    init.add_argument(
+        "path",
+        metavar="PATH",
+        help="a directory, or s3://BUCKET/PREFIX?endpoint=URL&region=REGION&profile=PROFILE",
+    )
     init.add_argument(
         "--chunk-size",
         type=names.parse_size,
@@ -35,7 +39,7 @@ def _add_repo(commands: Commands) -> None:
         "--immutable",
         type=names.parse_duration,
         metavar="SPAN",
-        help="no command removes a backup that is younger, such as 30d",
+        help="nobody removes a backup that is younger, such as 30d (docs/backup.md says how far that holds)",
     )
     take_key(init)
     repo.leaf(
@@ -63,7 +67,10 @@ def _add_repo(commands: Commands) -> None:
         "cdp repo prune /mnt/nas/backups --keep '7d 4w 12m' --dry-run",
     )
     prune.add_argument(
-        "--keep", required=True, metavar="RULE", help="one of each hour, day, week, month: '7d 4w 12m'"
+        "--keep",
+        required=True,
+        metavar="RULE",
+        help="one of each hour, day, week, month, year: '7d 4w 12m 5y'",
     )
     prune.add_argument("--keep-last", type=count, default=1, metavar="N", help="and the newest N; default: 1")
     prune.add_argument("--dry-run", action="store_true", help="only say what would happen, and why")

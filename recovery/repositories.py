@@ -1,4 +1,4 @@
-"""Repositories as commands open them: by path, with a key; and those that were used on this machine."""
+"""Repositories as commands open them: by location, with a key; and those that were used on this machine."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 from cdpserver import durable
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import show
-from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.places import open_place
 from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository, default_cache
 from recovery.repo_tree import REPO_VARIABLE
@@ -46,20 +46,19 @@ def read_key(options: Namespace) -> bytes | None:
     return done.stdout
 
 
-def path_of(options: Namespace) -> Path:
+def location_of(options: Namespace) -> str:
     """The repository that the command is about."""
     path = getattr(options, "path", None) or getattr(options, "repo", None) or os.environ.get(REPO_VARIABLE)
     if not path:
         raise UsageError("which repository?", hint=f"give --repo PATH, or set {REPO_VARIABLE}")
-    return Path(path)
+    return str(path)
 
 
 @contextlib.contextmanager
 def opened_repository(options: Namespace) -> Iterator[Repository]:
     """NotFoundError, RefusedError for a wrong key, CorruptError."""
-    path = path_of(options)
-    with Repository(DirectoryPlace(path), secret=read_key(options)) as repository:
-        note(path, repository.config.id.hex())
+    with Repository(open_place(location_of(options)), secret=read_key(options)) as repository:
+        note(repository.place.where, repository.config.id.hex())
         yield repository
 
 
@@ -86,17 +85,16 @@ def _list_path() -> Path:
 
 
 def known() -> dict[str, Any]:
-    """Path -> id of the repositories that were used on this machine."""
+    """Location -> id of the repositories that were used on this machine."""
     try:
         return durable.read_json(_list_path())
     except (FileNotFoundError, CorruptError):
         return {}
 
 
-def note(path: Path, id_: str) -> None:
+def note(where: str, id_: str) -> None:
     """This one was used."""
     there = known()
-    where = str(path.absolute())
     if there.get(where) != id_:
         _list_path().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         durable.write_json(_list_path(), {**there, where: id_})

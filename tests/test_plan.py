@@ -15,7 +15,7 @@ MINUTE_NS = 60 * 1_000_000_000
 BEGAN_NS = 20_000 * DAY_NS
 
 RULES = st.lists(
-    st.builds(Rule, st.integers(1, 9), st.sampled_from("hdwm")), max_size=3, unique_by=lambda r: r.unit
+    st.builds(Rule, st.integers(1, 9), st.sampled_from("hdwmy")), max_size=3, unique_by=lambda r: r.unit
 )
 POLICIES = st.builds(
     Policy,

@@ -36,8 +36,8 @@ from recovery.retention_tree import POLICY_OPTIONS
 from tests.test_service import ApiError, Server, pattern, until, write
 
 TIMES = st.integers(0, 4_000_000_000).map(lambda seconds: seconds * SECOND_NS)
-RULES = st.dictionaries(st.sampled_from("hdwm"), st.integers(1, 9999)).map(
-    lambda found: tuple(Rule(found[unit], unit) for unit in "hdwm" if unit in found)
+RULES = st.dictionaries(st.sampled_from("hdwmy"), st.integers(1, 9999)).map(
+    lambda found: tuple(Rule(found[unit], unit) for unit in "hdwmy" if unit in found)
 )
 
 
@@ -50,7 +50,7 @@ def test_slots_are_read_as_they_are_written(rules: tuple[Rule, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "0h", "48", "48h 7", "3h 4h", "none 3h", "-1d", "1y", "10000h", "3H"]
+    "text", ["", "x", "0h", "48", "48h 7", "3h 4h", "none 3h", "-1d", "1q", "10000h", "3H"]
 )
 def test_what_are_no_slots(text: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -75,23 +75,29 @@ def test_slots_are_those_of_the_calendar(time_ns: int) -> None:
         "d": lambda d: d.date(),
         "w": lambda d: d.isocalendar()[:2],
         "m": lambda d: (d.year, d.month),
+        "y": lambda d: d.year,
     }
     for unit, key in same.items():
-        for step in (timedelta(hours=1), timedelta(days=1), timedelta(days=7), timedelta(days=31)):
+        for step in (
+            timedelta(hours=1),
+            timedelta(days=1),
+            timedelta(days=7),
+            timedelta(days=31),
+            timedelta(days=366),
+        ):
             other = day + step
             other_ns = time_ns + int(step.total_seconds()) * SECOND_NS
             assert (slot_of(unit, time_ns) == slot_of(unit, other_ns)) == (key(day) == key(other))
 
 
-@given(st.integers(1, 100), st.sampled_from("hdwm"), TIMES)
+@given(st.integers(1, 100), st.sampled_from("hdwmy"), TIMES)
 def test_a_rule_covers_what_it_promises_and_ends(count: int, unit: str, now_ns: int) -> None:
     rule = Rule(count, unit)
-    now_ns += 400 * 31 * DAY_NS
+    now_ns += 110 * 366 * DAY_NS
     assert rule.covers(now_ns - rule.span_ns, now_ns)
     assert rule.covers(now_ns + 1000 * DAY_NS, now_ns)
-    assert not rule.covers(
-        now_ns - (count + 2) * {"h": HOUR_NS, "d": DAY_NS, "w": 7 * DAY_NS, "m": 31 * DAY_NS}[unit], now_ns
-    )
+    longest = {"h": HOUR_NS, "d": DAY_NS, "w": 7 * DAY_NS, "m": 31 * DAY_NS, "y": 366 * DAY_NS}[unit]
+    assert not rule.covers(now_ns - (count + 2) * longest, now_ns)
 
 
 # --- values

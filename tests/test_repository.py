@@ -6,8 +6,9 @@ The oracle is the model of tests/core.py: every backup is compared with the disk
 import contextlib
 import os
 import random
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,80 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
-from cdpserver.repository import format, gc, prune, seal, sessions
+from cdpserver.repository import clock, format, gc, prune, seal, sessions
 from cdpserver.repository.check import check
-from cdpserver.repository.content import Content
 from cdpserver.repository.format import ZERO_ID, Entry, Kind
 from cdpserver.repository.index import Index
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.place import DirectoryPlace
-from cdpserver.repository.record import FULL, INCREMENTAL, Backup
+from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository, create, load_config
 from cdpserver.repository.source import PointSource
-from cdpserver.repository.take import MAX_INCREMENTS, back_up, chunks_of
-from cdpserver.retention.slots import HOUR_NS, parse_slots
-from tests.core import Line, World, scratch
+from cdpserver.repository.take import back_up, chunks_of
+from cdpserver.retention.slots import DAY_NS, HOUR_NS, Rule, slot_of
+from tests.backed_up import CHUNK, SIZE, Case, with_history
+from tests.core import scratch
 from tests.model import BLOCK
+from tests.places import check_place
 
-CHUNK = 64 << 10
-SIZE = 40 * CHUNK + 5 * 512
 KEY = b"a key that is long enough"
-
-
-@dataclass
-class Case:
-    """A disk, its model, and a repository."""
-
-    world: World
-    line: Line
-    path: Path
-    secret: bytes | None = None
-    taken: dict[str, int] = field(default_factory=dict)
-    """Backup -> seq."""
-
-    @contextlib.contextmanager
-    def repository(self, cache: str = "cache") -> Iterator[Repository]:
-        """Opened anew, as another command does."""
-        with Repository(
-            DirectoryPlace(self.path / "repo"), secret=self.secret, cache=self.path / cache
-        ) as opened:
-            yield opened
-
-    def back_up(self, *, full: bool = False, seq: int | None = None, most: int = MAX_INCREMENTS) -> Backup:
-        """The disk as it is now, or at `seq`."""
-        self.line.writer.commit()
-        at = self.line.last_seq if seq is None else seq
-        with self.repository() as repository, self.line.view(at) as view:
-            source = PointSource(view, name="d1", time_ns=self.world.now_ns)
-            made = back_up(repository, [source], f"d1@seq:{at}", full=full, max_increments=most)
-        self.taken[made.id] = at
-        return made
-
-    def verify(self, cache: str = "cache") -> None:
-        """Every backup that is there is what the disk was."""
-        with self.repository(cache) as repository:
-            for id_ in repository.backup_ids():
-                self.compare(repository, repository.backup(id_))
-
-    def compare(self, repository: Repository, backup: Backup) -> None:
-        """One backup: content by pieces of odd sizes, and block status."""
-        seq = self.taken[backup.id]
-        content = Content(repository, backup.disks[0])
-        size = self.line.model.size_at(seq)
-        assert content.size == size
-        step = 3 * CHUNK + 777
-        for at in range(0, size, step):
-            length = min(step, size - at)
-            assert content.read(at, length) == self.line.model.read(seq, at, length)
-        for start, end, zero in content.status(0, size, one=False):
-            assert not zero or self.line.model.is_zero(seq, start, end)
-
-    def write(self, seed: int, count: int = 10) -> None:
-        """Some blocks, as a guest does."""
-        dice = random.Random(seed)
-        for _ in range(count):
-            self.world.now_ns += 100_000_000
-            self.line.write(dice.randrange(SIZE // BLOCK) * BLOCK, dice.randbytes(BLOCK))
 
 
 @pytest.fixture(params=["plain", "encrypted"])
@@ -96,10 +40,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A disk of 40 chunks with some history, and an empty repository."""
     monkeypatch.setattr(seal, "SCRYPT_N", 1 << 8)  # a repository is opened hundreds of times here
     with scratch() as path:
-        world = World(path)
-        line = world.add(SIZE)
-        line.write(0, b"base" * 4096)
-        line.synced()
+        world, line = with_history(path)
         secret = KEY if request.param == "encrypted" else None
         made = Case(world, line, path, secret)
         create(DirectoryPlace(path / "repo"), chunk_size=CHUNK, secret=secret)
@@ -255,12 +196,8 @@ def test_a_damaged_configuration_is_said(data: bytes, at: int) -> None:
             return
 
 
-@pytest.mark.parametrize(
-    "name", ["", "/etc/passwd", "../x", "a/../b", "packs/.hidden", "a/b/c/d", "packs/\n"]
-)
-def test_names_lead_nowhere_else(tmp_path: Path, name: str) -> None:
-    with pytest.raises(NotFoundError):
-        DirectoryPlace(tmp_path).get(name)
+def test_a_directory_is_a_place(tmp_path: Path) -> None:
+    check_place(DirectoryPlace(tmp_path / "repo"))
 
 
 # --- damage
@@ -519,28 +456,129 @@ def test_chunks_of_ranges(ranges: list[tuple[int, int]]) -> None:
 
 
 def backup_at(hours: float, name: str = "web/vda") -> Backup:
-    return Backup(f"{hours:09.2f}", FULL, "", int(hours * HOUR_NS), name, ())
+    return Backup(f"{hours:09.2f}-{name[:2]}", FULL, "", int(hours * HOUR_NS), name, ())
 
 
-@settings(max_examples=50)
-@given(
-    hours=st.lists(st.integers(0, 4000), unique=True, max_size=40),
-    rules=st.sampled_from(["none", "24h", "7d 4w", "12m"]),
+RULES = st.dictionaries(st.sampled_from("hdwmy"), st.integers(1, 9), max_size=4).map(
+    lambda found: tuple(Rule(found[unit], unit) for unit in "hdwmy" if unit in found)
 )
-def test_the_newest_of_each_slot_stays(hours: list[int], rules: str) -> None:
-    now = 4000 * HOUR_NS
-    backups = [backup_at(hour) for hour in hours]
-    verdicts = prune.plan(backups, parse_slots(rules), now, locked={}, immutable_ns=10 * HOUR_NS)
-    assert [v.backup.created_ns for v in verdicts] == sorted(b.created_ns for b in backups)
-    if backups:
-        assert verdicts[-1].keep
-    for verdict in verdicts:
-        young = verdict.backup.created_ns + 10 * HOUR_NS > now
-        assert verdict.keep or not young
-        assert verdict.keep == (verdict.reason != "no rule keeps it")
-    kept = [v.backup for v in verdicts if v.keep]
-    again = prune.plan(kept, parse_slots(rules), now, locked={}, immutable_ns=10 * HOUR_NS)
-    assert all(v.keep for v in again), "a second pass finds nothing more"
+
+
+@settings(max_examples=80)
+@given(
+    hours=st.lists(st.integers(0, 60_000), unique=True, max_size=30),
+    names=st.lists(st.sampled_from(["web/vda", "db"]), min_size=30, max_size=30),
+    rules=RULES,
+    immutable=st.integers(0, 2000),
+    lived=st.integers(0, 70_000),
+    last=st.integers(1, 3),
+    locked=st.sets(st.integers(0, 29)),
+)
+def test_what_is_kept(
+    hours: list[int],
+    names: list[str],
+    rules: tuple[Rule, ...],
+    immutable: int,
+    lived: int,
+    last: int,
+    locked: set[int],
+) -> None:
+    """The newest of each slot that a rule covers, the last few, and what is held; nothing else, for each disk by itself."""
+    now = 60_000 * HOUR_NS
+    backups = [backup_at(hour, name) for hour, name in zip(hours, names, strict=False)]
+    held = {backup.id: "" for number, backup in enumerate(backups) if number in locked}
+
+    def verdicts(of: list[Backup]) -> dict[str, prune.Verdict]:
+        planned = prune.plan(
+            of,
+            rules,
+            now,
+            locked=held,
+            immutable_ns=immutable * HOUR_NS,
+            lived_ns=lived * HOUR_NS,
+            keep_last=last,
+        )
+        assert [v.backup.created_ns for v in planned] == sorted(b.created_ns for b in of)
+        return {v.backup.id: v for v in planned}
+
+    found = verdicts(backups)
+    for name in ("web/vda", "db"):
+        mine = sorted((b for b in backups if b.name == name), key=lambda b: b.created_ns, reverse=True)
+        wanted = {b.id for b in mine[:last]}
+        for rule in rules:
+            slots: dict[int, str] = {}
+            for b in mine:  # the newest of a slot comes first
+                if rule.covers(b.created_ns, now):
+                    slots.setdefault(slot_of(rule.unit, b.created_ns), b.id)
+            wanted |= set(slots.values())
+            assert len(slots) <= rule.count + 1
+        wanted |= {
+            b.id
+            for b in mine
+            if b.id in held or (b.created_ns + immutable * HOUR_NS > lived * HOUR_NS and immutable)
+        }
+        assert wanted == {b.id for b in mine if found[b.id].keep}
+    assert all(v.keep == (v.reason != "no rule keeps it") for v in found.values())
+    kept = [v.backup for v in found.values() if v.keep]
+    assert all(v.keep for v in verdicts(kept).values()), "a second pass finds nothing more"
+
+
+# --- how late it is
+
+
+@given(
+    visits=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(-(10**10), 10**10), st.integers(0, 10**9), st.booleans()),
+        max_size=30,
+    )
+)
+def test_no_clock_ends_a_period_early(visits: list[tuple[int, int, int, bool]]) -> None:
+    """Clocks jump as they like: a visit of the same boot counts what was lived through, one of another boot a week at most."""
+    second = 10**9
+    now = clock.first(0, wall_ns=10**12 * second, boot="0", up_ns=0)
+    lived = 0
+    for boot, jump, up, rebooted in visits:
+        before = now
+        same = not rebooted and before.boot == str(boot)
+        up_ns = before.up_ns + up * second if same else up
+        now = clock.after(
+            before, wall_ns=before.wall_ns + jump * second, boot=str(boot) + "x" * rebooted, up_ns=up_ns
+        )
+        lived = now.time_ns - before.time_ns
+        assert lived >= 0
+        if now.boot == before.boot and up_ns >= before.up_ns:
+            assert lived == up_ns - before.up_ns
+        else:
+            assert lived == min(max(jump, 0) * second, clock.MOST_UNSEEN_NS)
+
+
+def test_a_clock_that_is_years_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a visit, and at each boot: an immutable backup stays. The note lost: the newest backup says how late it was."""
+    place = DirectoryPlace(tmp_path / "repo")
+    create(place, immutable_ns=30 * DAY_NS)
+    with Repository(place, cache=tmp_path) as repository:
+        made = replace(backup_at(1), disks=(disk_of(repository),), since_ns=repository.now_ns())
+        repository.write_backup(made)
+
+        def held() -> str:
+            return prune.hold(made, repository.now_ns(), locked={}, immutable_ns=30 * DAY_NS)
+
+        wall = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: wall + 20 * 365 * DAY_NS)
+        assert held()
+        monkeypatch.setattr(clock, "boot_id", lambda: "another boot")
+        assert held()
+        place.put(clock.NAME, b"junk")
+        assert held()
+        for day in range(40):  # a visit each day, whatever year it is
+            assert bool(held()) == (day < 30)
+            wall += DAY_NS
+            monkeypatch.setattr(clock, "boot_id", lambda boot=day: f"boot {boot}")
+
+
+def disk_of(repository: Repository) -> BackedUpDisk:
+    """Of one chunk that is zeros."""
+    return BackedUpDisk("d", "t1", 1, 1, repository.chunk_size, "", (ZERO_ID,), 0)
 
 
 def test_locked_ones_stay_and_names_don_t_share_slots() -> None:

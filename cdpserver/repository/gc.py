@@ -9,6 +9,7 @@ from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL_SIZE, ZERO_ID, Entry
 from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.place import HeldCheck
 from cdpserver.repository.repository import Repository
 
 WASTE = 0.25
@@ -63,9 +64,20 @@ def unused(repository: Repository) -> list[Unused]:
         entries = repository.entries(pack, length)
         kept = sum(e.stored for e in _read_here(repository, pack, entries, live))
         overhead = HEAD.size + TAIL_SIZE + len(entries) * ROW.size
-        if not kept or length - overhead - kept > WASTE * length:
+        wasted = not kept or length - overhead - kept > WASTE * length
+        if wasted and not _is_retained(repository, pack):
             found.append(Unused(pack, length, kept))
     return found
+
+
+def _is_retained(repository: Repository, pack: str) -> bool:
+    """Would the place refuse to delete it? Then nothing is written anew for its sake."""
+    if not repository.place.locks:
+        return False
+    try:
+        return repository.place.retained_until_ns(pack) > repository.now_ns()
+    except FileNotFoundError:
+        return False
 
 
 def _read_here(repository: Repository, pack: str, entries: list[Entry], live: set[bytes]) -> Iterator[Entry]:
@@ -79,7 +91,7 @@ def _read_here(repository: Repository, pack: str, entries: list[Entry], live: se
 def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
     """Doom, move what is still used, delete. Killed anywhere, the next run goes on. RefusedError while another one runs."""
     place = repository.place
-    with sessions.session(place, sessions.GC):
+    with sessions.session(place, sessions.GC) as check_held:
         found = unused(repository)
         known = [pack for pack in sessions.doomed(place) if sessions.waits_for(place, pack) is None]
         sessions.doom(place, sorted({item.pack for item in found} | set(known)))
@@ -95,11 +107,17 @@ def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
                 waiting += 1
             else:
                 going.append(pack)
-        freed = _delete(repository, going, packs, progress) if going else 0
+        freed = _delete(repository, going, packs, check_held, progress) if going else 0
     return Swept(tuple(found), len(going), waiting, freed)
 
 
-def _delete(repository: Repository, going: list[str], lengths: dict[str, int], progress: Progress) -> int:
+def _delete(
+    repository: Repository,
+    going: list[str],
+    lengths: dict[str, int],
+    check_held: HeldCheck,
+    progress: Progress,
+) -> int:
     """The bytes that came back."""
     live = live_ids(repository)  # once more: who began before the packs were doomed may name what is in them
     leaving = set(going)
@@ -117,6 +135,7 @@ def _delete(repository: Repository, going: list[str], lengths: dict[str, int], p
                     )
         writer.flush()
     for pack in going:
+        check_held()  # another run could have begun to move things otherwise
         repository.place.delete(pack)
         repository.index.forget({pack})
         sessions.spare(repository.place, pack)

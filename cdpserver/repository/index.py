@@ -21,6 +21,7 @@ PLACE = struct.Struct("<IQIIBB")
 """Pack number, place, stored bytes, raw bytes, kind, codec."""
 
 NUMBER = struct.Struct(">I")
+TIME = struct.Struct("<Q")
 
 
 class Index:
@@ -38,7 +39,7 @@ class Index:
 
     def _open(self, path: Path) -> None:
         self._env = lmdb.open(
-            str(path), subdir=False, map_size=MAP_BYTES, max_dbs=3, sync=False, mode=0o600, max_readers=512
+            str(path), subdir=False, map_size=MAP_BYTES, max_dbs=4, sync=False, mode=0o600, max_readers=512
         )
         self._chunks = self._env.open_db(b"chunks", dupsort=True, dupfixed=True)
         """Two backups at once may store the same chunk, and `gc` moves some: a chunk can be in several packs."""
@@ -46,6 +47,8 @@ class Index:
         """Pack name -> its number."""
         self._names = self._env.open_db(b"names")
         """Pack number -> its name."""
+        self._retained = self._env.open_db(b"retained")
+        """Object -> until when the place keeps it from being deleted, at least."""
 
     def packs(self) -> set[str]:
         """The packs that it knows."""
@@ -76,6 +79,7 @@ class Index:
                 if value is not None:
                     numbers.add(NUMBER.unpack(value)[0])
                     txn.delete(value, db=self._names)
+                txn.delete(pack.encode(), db=self._retained)
             cursor = txn.cursor(db=self._chunks)
             lost = [(key, value) for key, value in cursor if PLACE.unpack(value)[0] in numbers]
             for key, value in lost:
@@ -94,6 +98,17 @@ class Index:
                 if name is not None:
                     found.append((bytes(name).decode(), Entry(id_, place, stored, raw, Kind(kind), codec)))
         return found
+
+    def note_retained(self, name: str, until_ns: int) -> None:
+        """The place keeps an object from being deleted until then."""
+        with self._env.begin(write=True) as txn:
+            txn.put(name.encode(), TIME.pack(until_ns), db=self._retained)
+
+    def retained_until_ns(self, name: str) -> int:
+        """As far as is known here; 0 if nothing is."""
+        with self._env.begin(db=self._retained) as txn:
+            value = txn.get(name.encode())
+        return int(TIME.unpack(value)[0]) if value is not None else 0
 
     def close(self) -> None:
         """Nothing may be under way."""

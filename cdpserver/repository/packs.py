@@ -56,8 +56,11 @@ class PackWriter:
         self._number += 1
         pack = pack_name(self._session, self._number)
         data = b"".join([*self._parts, pack_end(self._entries, self._length)])
-        self._repository.place.put(pack, data)
+        until_ns = self._repository.retain_until_ns()
+        self._repository.place.put(pack, data, until_ns)
         self._repository.index.add(pack, self._entries)
+        if until_ns:
+            self._repository.index.note_retained(pack, until_ns)
         self._claimed.difference_update(entry.id for entry in self._entries)
         self.stored_bytes += len(data)
         self._begin()

@@ -4,11 +4,13 @@
     packs/ab/<id>        chunks, some dozens of MiB of them in one object
     backups/<id>         one backup each; its name appearing is what makes it one
     locks/<id>           an operator's hold on a backup
+    clock/now            how late it is at least (clock.py)
     sessions/<id>        a backup that is under way, held by who runs it
     doomed/<id>          a pack that is about to be deleted
 
 A Place promises no more than object stores have: put whole, get, get a range, list, delete. What a name holds never changes but
-by `put` of the whole.
+by `put` of the whole. Packs, backups and repo.json are put once, and some places can promise that nobody deletes them before
+a time.
 """
 
 import contextlib
@@ -16,9 +18,9 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
@@ -30,14 +32,21 @@ PATIENCE_S = 0.5
 """Who only looks whether a name is held holds it for a moment."""
 
 
+HeldCheck: TypeAlias = Callable[[], None]
+"""BrokenError if a name is not held any more."""
+
+
 class Place(Protocol):
     """All methods: BrokenError where the place fails, NoSpaceError where it is full. Threads: any."""
 
     where: str
     """For people."""
 
-    def put(self, name: str, data: bytes) -> None:
-        """Durable on return; who reads sees the old content, or none, or all of the new."""
+    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+        """Durable on return; who reads sees the old content, or none, or all of the new.
+
+        Where the place `locks`, nobody can delete it before `until_ns`.
+        """
 
     def get(self, name: str) -> bytes:
         """All of it. FileNotFoundError."""
@@ -49,18 +58,36 @@ class Place(Protocol):
         """(name, bytes) of the objects below the folder `prefix`, in any order."""
 
     def delete(self, name: str) -> None:
-        """Gone on return; one that is not there is no error."""
+        """Gone on return; one that is not there is no error. RefusedError where the place does not let it go."""
 
-    def hold(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def hold(self, name: str) -> contextlib.AbstractContextManager[HeldCheck]:
         """Put `name` and hold it while the context lasts, at most until this process ends; then delete it. RefusedError."""
 
-    def held(self, name: str) -> bool:
-        """Does somebody hold it now? One whose holder is dead is deleted."""
+    def holds(self, prefix: str) -> set[str]:
+        """The names below a folder that somebody holds now; what the dead left is deleted."""
+
+    @property
+    def locks(self) -> bool:
+        """Can the place itself see to it that nobody deletes something before a time?"""
+
+    def retain(self, name: str, until_ns: int) -> None:
+        """Nobody can delete it before `until_ns`, if the place `locks`; never sooner than before. FileNotFoundError."""
+
+    def retained_until_ns(self, name: str) -> int:
+        """0 where nothing is retained. FileNotFoundError."""
+
+    def now_ns(self) -> int | None:
+        """By the place's own clock, if it has one."""
+
+
+def is_name(name: str) -> bool:
+    """A temporary that a crash left, or a foreign file, has none that we use."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
 
 
 def check_name(name: str) -> str:
     """Names come from listings and from operators: nothing that leads elsewhere."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise NotFoundError(
             f"not a name in a repository: {show(name)}", hint="cdp backup list shows the names"
         )
@@ -77,7 +104,7 @@ class DirectoryPlace:
     def _at(self, name: str) -> Path:
         return self.path / check_name(name)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
         path = self._at(name)
         if not path.parent.is_dir():
             self._make_parents(path.parent)
@@ -118,8 +145,8 @@ class DirectoryPlace:
             return
         for entry in entries:
             name = f"{prefix}/{entry.name}"
-            if not _NAME.fullmatch(name):
-                continue  # a temporary that a crash left, or a foreign file
+            if not is_name(name):
+                continue
             if entry.is_dir():
                 yield from self._names(name)
             else:
@@ -135,13 +162,26 @@ class DirectoryPlace:
                 return
         durable.fsync_dir(path.parent)
 
+    @property
+    def locks(self) -> bool:
+        return False
+
+    def retain(self, name: str, until_ns: int) -> None:
+        """Whoever may write a directory may delete in it."""
+
+    def retained_until_ns(self, name: str) -> int:
+        return 0
+
+    def now_ns(self) -> int | None:
+        return None
+
     @contextlib.contextmanager
-    def hold(self, name: str) -> Iterator[None]:
+    def hold(self, name: str) -> Iterator[HeldCheck]:
         path = self._at(name)
         self._make_parents(path.parent)
         fd = self._locked(path)
         try:
-            yield
+            yield lambda: None  # a lock of the kernel's
         finally:
             self.delete(name)
             os.close(fd)
@@ -160,7 +200,10 @@ class DirectoryPlace:
             os.close(fd)
             time.sleep(0.01)
 
-    def held(self, name: str) -> bool:
+    def holds(self, prefix: str) -> set[str]:
+        return {name for name, _ in list(self.names(prefix)) if self._is_held(name)}
+
+    def _is_held(self, name: str) -> bool:
         path = self._at(name)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

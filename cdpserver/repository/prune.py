@@ -1,4 +1,4 @@
-"""Which backups a rule keeps: one of each hour, day, week and month, as for base points; and the reason for each. Pure.
+"""Which backups a rule keeps: one of each hour, day, week, month and year, as for base points; and the reason for each. Pure.
 
 The newest of a slot is kept. A backup that is locked, or younger than the repository's immutable time, is kept whatever the
 rule says.
@@ -7,9 +7,9 @@ rule says.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cdpserver.names import format_time
+from cdpserver.names import format_duration
 from cdpserver.repository.record import Backup
-from cdpserver.retention.slots import Rule, slot_of
+from cdpserver.retention.slots import SECOND_NS, Rule, slot_of
 
 NAMES = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
 
@@ -30,9 +30,13 @@ def plan(
     *,
     locked: Mapping[str, str],
     immutable_ns: int = 0,
+    lived_ns: int = 0,
     keep_last: int = 1,
 ) -> list[Verdict]:
-    """A verdict for each backup, oldest first. Backups of different names (disks, VMs) don't take each other's slots."""
+    """A verdict for each backup, oldest first. Backups of different names (disks, VMs) don't take each other's slots.
+
+    Rules go by the calendar, up to `now_ns`; what is immutable by the repository's own time, which is `lived_ns`.
+    """
     verdicts = []
     names = sorted({_of(backup) for backup in backups})
     for name in names:
@@ -49,19 +53,19 @@ def plan(
                 if rule.covers(backup.created_ns, now_ns) and slot not in taken:
                     taken.add(slot)
                     reasons.append(f"the newest of its {NAMES[rule.unit]}")
-            held = hold(backup, now_ns, locked=locked, immutable_ns=immutable_ns)
+            held = hold(backup, lived_ns, locked=locked, immutable_ns=immutable_ns)
             reasons += [held] if held else []
             verdicts.append(Verdict(backup, bool(reasons), ", ".join(reasons) or "no rule keeps it"))
     return sorted(verdicts, key=lambda v: (v.backup.created_ns, v.backup.id))
 
 
-def hold(backup: Backup, now_ns: int, *, locked: Mapping[str, str], immutable_ns: int) -> str:
-    """Why a backup cannot be removed at all; empty if it can."""
+def hold(backup: Backup, lived_ns: int, *, locked: Mapping[str, str], immutable_ns: int) -> str:
+    """Why a backup cannot be removed at all; empty if it can. `lived_ns` is the repository's time."""
     if backup.id in locked:
         return f"locked: {locked[backup.id]}" if locked[backup.id] else "locked"
-    until = backup.created_ns + immutable_ns
-    if immutable_ns and now_ns < until:
-        return f"immutable until {format_time(until)}"
+    left_ns = (backup.since_ns or backup.created_ns) + immutable_ns - lived_ns
+    if immutable_ns and left_ns > 0:
+        return f"immutable for {format_duration(max(left_ns, SECOND_NS))} more"
     return ""
 
 

@@ -46,6 +46,8 @@ class Backup:
     stored_bytes: int = 0
     seconds: float = 0.0
     tags: dict[str, str] = field(default_factory=dict)
+    since_ns: int = 0
+    """When it was made by the repository's time (clock.py): from then on it is immutable."""
 
     def pack(self) -> bytes:
         """As msgpack; who reads an unknown key passes over it."""

@@ -19,7 +19,7 @@ from blake3 import blake3
 from cdpserver.durable import take_int, take_str
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import format_size, show
-from cdpserver.repository import format, sessions
+from cdpserver.repository import clock, format, sessions
 from cdpserver.repository.format import Entry, Kind
 from cdpserver.repository.index import Index
 from cdpserver.repository.place import Place
@@ -77,7 +77,7 @@ def check_chunk_size(size: int) -> int:
 def create(
     place: Place, *, chunk_size: int = DEFAULT_CHUNK, secret: bytes | None = None, immutable_ns: int = 0
 ) -> Config:
-    """Make a repository in an empty place. RefusedError where there is something already."""
+    """Make a repository in an empty place. RefusedError where there is something already, or where nothing can be immutable."""
     check_chunk_size(chunk_size)
     if _is_there(place, CONFIG):
         raise RefusedError(f"{place.where} is a repository already", hint=f"cdp repo show {place.where}")
@@ -86,12 +86,26 @@ def create(
             f"{place.where} has packs or backups, but no {CONFIG}",
             hint=f"put {CONFIG} back, or choose an empty place",
         )
+    now_ns = place.now_ns()
+    if now_ns is not None and immutable_ns and not place.locks:
+        raise RefusedError(
+            f"{place.where} is in a bucket without object lock, so nothing in it can be immutable",
+            hint="make a bucket with object lock (it cannot be added to every one later), or leave --immutable out",
+        )
     salt = secrets.token_bytes(16)
     proof = derive_keys(secret, salt).proof if secret is not None else b""
     cipher = PLAIN if secret is None else AES
     config = Config(secrets.token_bytes(16), chunk_size, cipher, salt, proof, time.time_ns(), immutable_ns)
-    place.put(CONFIG, _config_bytes(config))
+    until_ns = _retain_until_ns(now_ns or 0, immutable_ns) if place.locks else 0
+    place.put(CONFIG, _config_bytes(config), until_ns)
+    if now_ns is None:
+        clock.visit(place, lambda: 0)
     return config
+
+
+def _retain_until_ns(now_ns: int, immutable_ns: int) -> int:
+    """How long what backups share is retained: longer than any one that is made now, for those to come."""
+    return now_ns + immutable_ns + immutable_ns // 4 if immutable_ns else 0
 
 
 def _is_there(place: Place, name: str) -> bool:
@@ -114,7 +128,7 @@ def load_config(place: Place) -> Config:
         raise NotFoundError(
             f"there is no repository in {place.where}", hint=f"cdp repo init {place.where} makes one"
         ) from None
-    path = Path(place.where) / CONFIG
+    path = Path(CONFIG)
     try:
         value = json.loads(data)
         version = take_int(value, "version", path, least=1)
@@ -135,8 +149,11 @@ def load_config(place: Place) -> Config:
         check_chunk_size(config.chunk_size)
         if len(config.id) != 16 or config.cipher not in (PLAIN, AES):
             raise ValueError("an id or a cipher that cannot be")
-    except (ValueError, AttributeError, UsageError) as error:
-        raise CorruptError(f"{path} is damaged: {error}", hint="put it back from a copy") from None
+    except (ValueError, AttributeError, UsageError, CorruptError) as error:
+        reason = error.message if isinstance(error, CorruptError | UsageError) else str(error)
+        raise CorruptError(
+            f"{CONFIG} of {place.where} is damaged: {reason}", hint="put it back from a copy"
+        ) from None
     return config
 
 
@@ -177,6 +194,19 @@ class Repository:
     def chunk_size(self) -> int:
         """Bytes of a chunk; the last one of a disk may be shorter."""
         return self.config.chunk_size
+
+    def now_ns(self) -> int:
+        """How late it is: by the place's own clock, else by what was lived through (clock.py)."""
+        there = self.place.now_ns()
+        if there is not None:
+            return there
+        return clock.visit(self.place, lambda: max((b.since_ns for b in self.backups()), default=0))
+
+    def retain_until_ns(self) -> int:
+        """For what is put now; 0 where nothing is immutable, or the place has no means to see to it."""
+        if not self.config.immutable_ns or not self.place.locks:
+            return 0
+        return _retain_until_ns(self.now_ns(), self.config.immutable_ns)
 
     # -- packs
 
@@ -288,7 +318,9 @@ class Repository:
         """Now it is one. All of its chunks are durable."""
         codec, body = self._sealer.seal_named(BACKUP_ID, backup.id, backup.pack())
         head = bytes([codec])
-        self.place.put(f"backups/{backup.id}", BACKUP_MAGIC + head + blake3(head + body).digest() + body)
+        until_ns = self.retain_until_ns() and backup.since_ns + self.config.immutable_ns
+        data = BACKUP_MAGIC + head + blake3(head + body).digest() + body
+        self.place.put(f"backups/{backup.id}", data, until_ns)
 
     def close(self) -> None:
         """Nothing may be under way."""

@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import Iterator
 
-from cdpserver.repository.place import Place
+from cdpserver.repository.place import HeldCheck, Place
 
 GC = "gc"
 """The session of `gc`: one at a time."""
@@ -34,16 +34,15 @@ def new_id(time_ns: int) -> str:
 
 
 @contextlib.contextmanager
-def session(place: Place, id_: str) -> Iterator[None]:
+def session(place: Place, id_: str) -> Iterator[HeldCheck]:
     """Held while a backup is written. RefusedError if that session runs."""
-    with place.hold(f"sessions/{id_}"):
-        yield
+    with place.hold(f"sessions/{id_}") as check:
+        yield check
 
 
 def running(place: Place) -> set[str]:
     """Ids of the sessions whose process lives. What the dead left is deleted."""
-    names = [name for name, _ in place.names("sessions")]
-    return {name.removeprefix("sessions/") for name in names if place.held(name)}
+    return {name.removeprefix("sessions/") for name in place.holds("sessions")}
 
 
 def pack_name(session: str, number: int) -> str:

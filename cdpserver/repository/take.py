@@ -6,6 +6,7 @@
 Durability: packs as they fill; the backup itself last. Killed, it leaves chunks that `gc` takes away, and no backup.
 """
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -13,14 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cdpserver.errors import CorruptError
+from cdpserver.errors import BrokenError, CorruptError, RefusedError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, Kind, chunk_count
 from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.place import HeldCheck
 from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
+from cdpserver.repository.retain import retain
 from cdpserver.repository.source import Source, UnknownChangeError
 
 MAX_INCREMENTS = 63
@@ -123,7 +126,7 @@ def back_up(
     started = time.monotonic()
     created_ns = time.time_ns()
     id_ = sessions.new_id(created_ns)
-    with sessions.session(repository.place, id_):
+    with sessions.session(repository.place, id_) as check_held:
         repository.refresh()
         choice = choose(repository, sources, name, full=full, max_increments=max_increments)
         with PackWriter(repository, id_) as writer, ThreadPoolExecutor(WORKERS) as pool:
@@ -147,9 +150,25 @@ def back_up(
             stored_bytes=writer.stored_bytes,
             seconds=round(time.monotonic() - started, 3),
             tags=tags or {},
+            since_ns=repository.now_ns(),
         )
-        repository.write_backup(backup)
+        retain(repository, backup)
+        _publish(repository, backup, check_held)
     return backup
+
+
+def _publish(repository: Repository, backup: Backup, check_held: HeldCheck) -> None:
+    """Now it is a backup, unless `gc` may have taken this session for dead, and chunks from under it. BrokenError."""
+    check_held()
+    repository.write_backup(backup)
+    try:
+        check_held()
+    except BrokenError:
+        with contextlib.suppress(
+            RefusedError
+        ):  # immutable already: `cdp repo check` says whether it is whole
+            repository.place.delete(f"backups/{backup.id}")
+        raise
 
 
 class _Run:

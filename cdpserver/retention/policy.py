@@ -124,7 +124,7 @@ FIELDS = (
         "keep_bp",
         "keep_bp",
         SlotsValue(),
-        "How many base points are kept after that: one of each hour, day, week and month.",
+        "How many base points are kept after that: one of each hour, day, week, month and year.",
     ),
     Field(
         "max_chain",

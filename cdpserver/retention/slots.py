@@ -1,5 +1,5 @@
 """How densely old base points are kept: `48h 7d 4w 12m` is one an hour for 48 hours, one a day for 7 days, one a week
-for 4 weeks, one a month for 12 months. Pure.
+for 4 weeks, one a month for 12 months; y are years. Pure.
 
 Slots are those of the calendar in UTC, a week beginning on Monday. A rule of N units covers the slot of now and the N before it,
 so that what is N units old is still covered.
@@ -14,11 +14,13 @@ from typing import ClassVar
 from cdpserver.errors import UsageError
 from cdpserver.names import show
 
-UNITS = "hdwm"
+UNITS = "hdwmy"
 MAX_COUNT = 9999
 NONE = "none"
 
-SLOT_FORMS = "write how many of each: hours h, days d, weeks w, months m, such as '48h 7d 4w 12m'; or none"
+SLOT_FORMS = (
+    "write how many of each: hours h, days d, weeks w, months m, years y, such as '48h 7d 4w 12m'; or none"
+)
 
 SECOND_NS = 1_000_000_000
 HOUR_NS = 3600 * SECOND_NS
@@ -26,9 +28,11 @@ DAY_NS = 24 * HOUR_NS
 MONTH_NS = 28 * DAY_NS
 """The shortest: a span made of months is never longer than it says."""
 
-SPANS_NS = {"h": HOUR_NS, "d": DAY_NS, "w": 7 * DAY_NS, "m": MONTH_NS}
+YEAR_NS = 365 * DAY_NS
 
-_RULE = re.compile(r"([0-9]{1,4})([hdwm])")
+SPANS_NS = {"h": HOUR_NS, "d": DAY_NS, "w": 7 * DAY_NS, "m": MONTH_NS, "y": YEAR_NS}
+
+_RULE = re.compile(r"([0-9]{1,4})([hdwmy])")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -53,7 +57,7 @@ class Rule:
 
 
 def slot_of(unit: str, time_ns: int) -> int:
-    """The number of the hour, day, week or month that holds an instant."""
+    """The number of the hour, day, week, month or year that holds an instant."""
     match unit:
         case "h":
             return time_ns // HOUR_NS
@@ -64,6 +68,8 @@ def slot_of(unit: str, time_ns: int) -> int:
         case "m":
             day = _EPOCH + timedelta(days=time_ns // DAY_NS)
             return day.year * 12 + day.month
+        case "y":
+            return (_EPOCH + timedelta(days=time_ns // DAY_NS)).year
     raise AssertionError(unit)
 
 
@@ -99,7 +105,7 @@ def span_ns(rules: Sequence[Rule]) -> int:
 class SlotsValue:
     """A configuration value: how densely base points are kept."""
 
-    takes: ClassVar[str] = "numbers of hours, days, weeks and months, or none"
+    takes: ClassVar[str] = "numbers of hours, days, weeks, months and years, or none"
     example: ClassVar[str] = '"48h 7d 4w"'
 
     def read(self, key: str, value: object) -> tuple[Rule, ...]:

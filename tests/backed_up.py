@@ -1,0 +1,85 @@
+"""A disk whose writes a model knows, backed up into a repository: every backup is compared with the model."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cdpserver.repository.content import Content
+from cdpserver.repository.place import DirectoryPlace, Place
+from cdpserver.repository.record import Backup
+from cdpserver.repository.repository import Repository
+from cdpserver.repository.source import PointSource
+from cdpserver.repository.take import MAX_INCREMENTS, back_up
+from tests.core import Line, World
+from tests.model import BLOCK
+
+CHUNK = 64 << 10
+SIZE = 40 * CHUNK + 5 * 512
+
+
+@dataclass
+class Case:
+    """A disk, its model, and a repository."""
+
+    world: World
+    line: Line
+    path: Path
+    secret: bytes | None = None
+    place: Place | None = None
+    """Where it is, if not in a directory of its own."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Backup -> seq."""
+
+    @contextlib.contextmanager
+    def repository(self, cache: str = "cache") -> Iterator[Repository]:
+        """Opened anew, as another command does."""
+        place = self.place if self.place is not None else DirectoryPlace(self.path / "repo")
+        with Repository(place, secret=self.secret, cache=self.path / cache) as opened:
+            yield opened
+
+    def back_up(self, *, full: bool = False, seq: int | None = None, most: int = MAX_INCREMENTS) -> Backup:
+        """The disk as it is now, or at `seq`."""
+        self.line.writer.commit()
+        at = self.line.last_seq if seq is None else seq
+        with self.repository() as repository, self.line.view(at) as view:
+            source = PointSource(view, name="d1", time_ns=self.world.now_ns)
+            made = back_up(repository, [source], f"d1@seq:{at}", full=full, max_increments=most)
+        self.taken[made.id] = at
+        return made
+
+    def verify(self, cache: str = "cache") -> None:
+        """Every backup that is there is what the disk was."""
+        with self.repository(cache) as repository:
+            for id_ in repository.backup_ids():
+                self.compare(repository, repository.backup(id_))
+
+    def compare(self, repository: Repository, backup: Backup) -> None:
+        """One backup: content by pieces of odd sizes, and block status."""
+        seq = self.taken[backup.id]
+        content = Content(repository, backup.disks[0])
+        size = self.line.model.size_at(seq)
+        assert content.size == size
+        step = 3 * CHUNK + 777
+        for at in range(0, size, step):
+            length = min(step, size - at)
+            assert content.read(at, length) == self.line.model.read(seq, at, length)
+        for start, end, zero in content.status(0, size, one=False):
+            assert not zero or self.line.model.is_zero(seq, start, end)
+
+    def write(self, seed: int, count: int = 10) -> None:
+        """Some blocks, as a guest does."""
+        dice = random.Random(seed)
+        for _ in range(count):
+            self.world.now_ns += 100_000_000
+            self.line.write(dice.randrange(SIZE // BLOCK) * BLOCK, dice.randbytes(BLOCK))
+
+
+def with_history(path: Path) -> tuple[World, Line]:
+    """A disk of 41 chunks, some of them written."""
+    world = World(path)
+    line = world.add(SIZE)
+    line.write(0, b"base" * 4096)
+    line.synced()
+    return world, line
