@@ -1,4 +1,4 @@
-"""`cdp agent`: looks after the mirrors of VMs on this host, for a service on another one; and `cdp protect --by`.
+"""`cdp agent`: looks after the mirrors of VMs on this host, for a service on another one.
 
 The same controllers as the service's own, with its API between. What is desired is there; here is nothing but what runs. An agent
 that dies takes no mirror with it: the next one takes them over. While the service does not answer, mirrors go on as they are.
@@ -7,6 +7,7 @@ that dies takes no mirror with it: the next one takes them over. While the servi
 import time
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -14,10 +15,11 @@ import trio
 from cdpserver.catalog import Row
 from cdpserver.errors import CdpError
 from cdpserver.state import StateDir, default_state_dir
-from cdpserver.vm import disks, record
-from cdpserver.vm.connect import check_connection, connect
+from cdpserver.vm import record
+from cdpserver.vm.arrival import Arrival
+from cdpserver.vm.connect import connect
 from cdpserver.vm.controller import Controller, DiskState
-from cdpserver.vm.record import Connection, LibvirtDomain, ProtectedVm, QmpSocket
+from cdpserver.vm.record import Connection, ProtectedVm
 from cdpserver.vm.release import release
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
@@ -40,6 +42,12 @@ class _Running:
     uuids: dict[str, str]
 
 
+@dataclass
+class _Coming:
+    arrival: Arrival
+    scope: trio.CancelScope
+
+
 def agent(options: Namespace) -> None:
     """Until it is ended."""
     client = AgentClient(StateDir(default_state_dir(options.state_dir)), timeout_s=ANSWER_S)
@@ -54,6 +62,8 @@ class _Agent:
         self._target = target
         self._client = client
         self._running: dict[str, _Running] = {}
+        self._coming: dict[str, _Coming] = {}
+        self._arrived = trio.Event()
         self._told = ""
 
     async def run(self) -> None:
@@ -67,7 +77,9 @@ class _Agent:
                     self._tell("the service answers")
                 except CdpError as error:
                     self._tell(str(error))
-                await trio.sleep(EVERY_S)
+                with trio.move_on_after(EVERY_S):
+                    await self._arrived.wait()
+                self._arrived = trio.Event()
 
     def _tell(self, what: str) -> None:
         if what != self._told:
@@ -77,7 +89,9 @@ class _Agent:
     async def _look(self, nursery: trio.Nursery) -> None:
         """Begin what is wanted, and end what is no more."""
         rows = await self._target.call(self._client.agent_vms, self._name)
-        wanted = {vm.name: vm for vm in (record.read(Row("", record.SCHEMA, row)) for row in rows)}
+        found = [(record.read(Row("", record.SCHEMA, row)), row["coming"]) for row in rows]
+        self._wait_for(nursery, {vm.name: vm for vm, coming in found if coming})
+        wanted = {vm.name: vm for vm, coming in found if not coming}
         for name, running in list(self._running.items()):
             if wanted.get(name) != running.controller.vm:
                 running.scope.cancel()
@@ -88,6 +102,31 @@ class _Agent:
         for name, vm in wanted.items():
             if name not in self._running:
                 await self._begin(nursery, vm)
+
+    def _wait_for(self, nursery: trio.Nursery, wanted: dict[str, ProtectedVm]) -> None:
+        """Wait for the VMs that are to move here, and for no others."""
+        for name, coming in list(self._coming.items()):
+            if wanted.get(name) != coming.arrival.vm:
+                coming.scope.cancel()
+                del self._coming[name]
+        for name, vm in wanted.items():
+            if name not in self._coming:
+                hand_over = partial(self._hand_over, name)
+                self._coming[name] = _Coming(Arrival(vm, connect, hand_over), trio.CancelScope())
+                nursery.start_soon(self._await_vm, self._coming[name])
+
+    async def _await_vm(self, coming: _Coming) -> None:
+        try:
+            with coming.scope:
+                await coming.arrival.run()
+                # Its controller begins now, not in a second.
+                self._arrived.set()
+        except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
+            name = coming.arrival.vm.name
+            self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
+
+    async def _hand_over(self, vm: str) -> None:
+        await self._target.call(self._client.agent_vm_arrived, self._name, vm)
 
     async def _begin(self, nursery: trio.Nursery, vm: ProtectedVm) -> None:
         try:
@@ -129,7 +168,9 @@ class _Agent:
             {"vm": name, "disks": [_seen(state) for state in running.controller.states.values()]}
             for name, running in self._running.items()
         ]
-        await self._target.call(self._client.report, self._name, {"vms": vms, "events": events})
+        coming = [{"vm": name, "reason": one.arrival.reason} for name, one in self._coming.items()]
+        body = {"vms": vms, "events": events, "coming": coming}
+        await self._target.call(self._client.report, self._name, body)
         for _ in events:
             self._target.events.popleft()
 
@@ -145,29 +186,3 @@ def _seen(state: DiskState) -> dict[str, Any]:
         "behind_ns": None if since_ns is None else max(0, time.monotonic_ns() - since_ns),
         "resync": state.resync,
     }
-
-
-def protect_here(options: Namespace, monitor: dict[str, str]) -> dict[str, Any]:
-    """Find the disks of a VM of this host, and let the agent `options.by` protect it."""
-    connection: Connection = (
-        QmpSocket(monitor["qmp"])
-        if "qmp" in monitor
-        else LibvirtDomain(monitor["libvirt"], monitor.get("domain", options.vm))
-    )
-    check_connection(connection)
-    found = trio.run(_find, connection, options.disk)
-    body = {
-        **monitor,
-        "disks": [{"name": disk.name, "device": disk.device, "size": disk.size} for disk in found],
-        "wait": options.wait,
-        "drive_mirror": options.drive_mirror,
-    }
-    client = AgentClient(StateDir(default_state_dir(options.state_dir)))
-    return client.protect_agent_vm(options.by, options.vm, body)
-
-
-async def _find(connection: Connection, wanted: list[str]) -> list[disks.FoundDisk]:
-    async with connect(connection) as monitor:
-        return disks.choose(
-            await monitor.execute("query-block"), await monitor.execute("query-named-block-nodes"), wanted
-        )

@@ -21,6 +21,10 @@ class AgentClient(Client):
         """Let an agent protect a VM."""
         return self._object("PUT", f"agents/{quote(agent)}/vms/{quote(vm)}", body=body)
 
+    def agent_vm_arrived(self, agent: str, vm: str) -> Object:
+        """A VM that an agent waited for runs on its host."""
+        return self._object("POST", f"agents/{quote(agent)}/vms/{quote(vm)}:arrived", body={})
+
     def report(self, agent: str, body: Object) -> Object:
         """What an agent sees."""
         return self._object("POST", f"agents/{quote(agent)}:report", body=body)

@@ -36,7 +36,7 @@ def protect(options: Namespace) -> None:
                 "--agent does not go with --by: the service cannot reach a guest agent on another host",
                 hint="leave --agent away; points of this VM are crash points",
             )
-        from recovery.agent import protect_here
+        from recovery.agent_protect import protect_here
 
         shown = protect_here(options, _monitor(options))
     else:
@@ -49,6 +49,10 @@ def protect(options: Namespace) -> None:
         if options.agent is not None:
             body["agent"] = os.path.abspath(options.agent)
         shown = service.protect_vm(options.vm, body)
+    if shown["moves_to"] is not None:
+        say(
+            f"{options.vm} is mirrored from where it runs until it has moved there: {shown['moves_to']['reason']}"
+        )
     if options.wait_synced:
         shown = _wait_synced(service, options.vm, shown)
     if options.json:

@@ -24,6 +24,10 @@ def disk(server: Server) -> dict[str, Any]:
     return dict(server.get("/v1/vms/web")["disks"][0])
 
 
+def moves_to(server: Server) -> dict[str, Any]:
+    return dict(server.get("/v1/vms/web")["moves_to"] or {})
+
+
 def in_sync(server: Server) -> None:
     until(lambda: disk(server)["state"] == "synced", "mirror in sync")
 
@@ -70,12 +74,14 @@ def same(server: Server, root: Path) -> bool:
 def test_the_new_monitor_is_told_before_the_vm_moves(short_path: Path) -> None:
     with two_hosts(short_path) as (server, here, there, root), Lateness() as late:
         protect(server, there)
-        until(lambda: "on its way" in disk(server)["reason"], "wait for the VM")
+        until(lambda: "on its way" in moves_to(server).get("reason", ""), "wait for the VM")
         before = server.get("/v1/disks/web/root-device")["last_seq"]
         here.wait_acks(5)
         shown = server.get("/v1/disks/web/root-device")
         assert shown["last_seq"] > before and shown["grade"] == "crash", "the mirror of the old QEMU goes on"
+        assert disk(server)["state"] == "synced", "and is looked after"
         move(here, there)
+        until(lambda: not moves_to(server), "hand-over")
         in_sync(server)
         assert longest_wait_s(there) <= BOUND_S + late.worst_s
         here.close()  # the end of its connection is no news: its place was taken

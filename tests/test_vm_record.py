@@ -1,5 +1,7 @@
 """What is desired of VMs survives in the catalog as it was written."""
 
+from dataclasses import replace
+
 import pytest
 
 from cdpserver.catalog import Catalog, Row
@@ -31,6 +33,15 @@ def test_written_and_read(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert record.all_of(catalog) == VMS
         assert record.find(catalog, "web") == VMS[1]
         assert record.find(catalog, "other") is None
+
+
+def test_a_vm_that_is_to_move() -> None:
+    coming = replace(VMS[0], connection=record.QmpSocket("/run/there.qmp"), by="hv1")
+    found = record.read(record.row(replace(VMS[0], next=coming)))
+    assert found == VMS[0] and found.next == coming and coming.place != VMS[0].place
+    row = record.row(VMS[0])
+    older = {key: value for key, value in row.fields.items() if key not in ("next", "by")}
+    assert record.read(Row(row.id, 1, older)).next is None, "written before there were any"
 
 
 @pytest.mark.parametrize("missing", ["connection", "disks", "created_ns", "wait"])

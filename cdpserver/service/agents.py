@@ -40,13 +40,21 @@ class Agents:
         return self._protection.target
 
     def wanted(self, agent: str) -> list[dict[str, Any]]:
-        """The VMs that an agent is to protect now, as rows of the catalog have them."""
+        """The VMs that an agent is to protect now, as rows of the catalog have them; `coming` are those that it is to wait for."""
         check_name(agent)
+        running = [one.controller.vm for one in self._protection.running() if one.controller.vm.by == agent]
+        found = [(vm, False) for vm in running] + [(vm, True) for vm in self._protection.moves.of(agent)]
         return [
-            dict(record.row(one.controller.vm).fields)
-            for one in self._protection.running()
-            if one.controller.vm.by == agent and not self._protection.is_held(one.controller.vm.name)
+            record.fields_of(vm) | {"coming": coming}
+            for vm, coming in found
+            if not self._protection.is_held(vm.name)
         ]
+
+    async def arrived(self, agent: str, name: str) -> dict[str, Any]:
+        """A VM that an agent waited for runs there; it is that agent's on return."""
+        check_name(agent)
+        await self._protection.arrived_there(name, agent)
+        return {"vm": name}
 
     async def protect(
         self, agent: str, name: str, connection: Connection, *, disks: list[dict[str, Any]], **how: bool
@@ -56,9 +64,17 @@ class Agents:
         found = [FoundDisk(check_name(disk["name"]), disk["device"], "", disk["size"]) for disk in disks]
         return await self._protection.protect_there(name, agent, connection, found, **how)
 
-    def report(self, agent: str, vms: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, Any]:
+    def report(
+        self,
+        agent: str,
+        vms: list[dict[str, Any]],
+        events: list[dict[str, Any]],
+        coming: list[dict[str, str]],
+    ) -> dict[str, Any]:
         """Take what an agent sees; the answer says how many VMs of it were its own."""
         check_name(agent)
+        for waited in coming:
+            self._protection.moves.told(agent, waited["vm"], waited["reason"])
         mine = {vm["vm"]: vm["disks"] for vm in vms}
         taken = 0
         for one in self._protection.running():

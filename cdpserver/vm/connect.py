@@ -1,7 +1,9 @@
 """The way to a VM's monitor, whichever it is."""
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from cdpserver.errors import UsageError
@@ -9,6 +11,8 @@ from cdpserver.names import show
 from cdpserver.vm import qmp, virt
 from cdpserver.vm.qmp import Monitor
 from cdpserver.vm.record import Connection, LibvirtDomain, QmpSocket
+
+Connect: TypeAlias = Callable[[Connection], AbstractAsyncContextManager[Monitor]]
 
 HERE = frozenset({"", "localhost", "127.0.0.1", "::1"})
 """Hosts of a libvirt's URI that are this one."""

@@ -10,23 +10,24 @@ the word for a session that is over.
 A QEMU that is gone is waited for; whatever runs already is taken over. Nothing here holds up another disk or another VM.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import trio
 
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.vm import disks, proof
+from cdpserver.vm import arrival, disks, proof
 from cdpserver.vm.bitmaps import Anchoring, Bitmaps
 from cdpserver.vm.changes import CannotError, Changes
+from cdpserver.vm.connect import Connect
 from cdpserver.vm.copies import Copy, How
 from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
-from cdpserver.vm.record import Connection, ProtectedDisk, ProtectedVm
+from cdpserver.vm.record import ProtectedDisk, ProtectedVm
 from cdpserver.vm.target import SeenJob, Target, TargetState
 
 RETRY_S = 1.0
@@ -51,19 +52,11 @@ TRIES = 3
 TRY_AGAIN_S = 2.5
 """So often what changed is sent alone before the whole disk is. QEMU tells of a second write that failed only after a second."""
 
-AWAY = {
-    "inmigrate": "the VM is on its way into this QEMU: its disks are mirrored from where it runs, if they were",
-    "postmigrate": "the VM has moved to another QEMU: say which with cdp protect VM --qmp PATH",
-}
-"""QEMU's run states in which its guest, if it has one, runs in another."""
-
 RUN_EVENTS = frozenset({"STOP", "RESUME"})
 
 ENDINGS = frozenset({"BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"})
 
 State: TypeAlias = Literal["waiting", "starting", "copying", "resyncing", "synced", "degraded"]
-
-Connect: TypeAlias = Callable[[Connection], AbstractAsyncContextManager[Monitor]]
 
 
 @dataclass
@@ -142,7 +135,20 @@ class Controller:
                 nursery.start_soon(until_closed, follower.follow)
                 nursery.start_soon(until_closed, follower.guard)
             nursery.start_soon(until_closed, lambda: self._hear(monitor, followers))
+            nursery.start_soon(until_closed, lambda: self._let_go(monitor, followers))
         raise closed[0]
+
+    async def _let_go(self, monitor: Monitor, followers: list["_Follower"]) -> None:
+        """A guest that was held at its arrival goes on when its mirrors have begun, or after a while without."""
+        if await arrival.is_held(monitor):
+            with trio.move_on_after(arrival.HELD_S):
+                for follower in followers:
+                    await follower.begun.wait()
+            while await arrival.is_held(monitor):
+                with contextlib.suppress(QmpRefusedError):  # a QEMU that cannot let it run now may later
+                    await arrival.let_go(monitor)
+                    return
+                await trio.sleep(RETRY_S)
 
     async def _hear(self, monitor: Monitor, followers: list["_Follower"]) -> None:
         while True:
@@ -167,14 +173,6 @@ class Controller:
         elif state == "synced":
             seen.behind_since_ns = None
         seen.state, seen.reason = state, reason
-
-
-async def run_state(monitor: Monitor) -> str:
-    """QEMU's run state; nothing of a qemu-storage-daemon, which has none."""
-    try:
-        return str((await monitor.execute("query-status"))["status"])
-    except QmpRefusedError:
-        return ""
 
 
 class _Follower:
@@ -204,6 +202,8 @@ class _Follower:
         self._run_news = True
         self._elsewhere = ""
         self._news = trio.Event()
+        self.begun = trio.Event()
+        """There is a mirror: every write of the guest from here on is sent."""
 
     def hear(self, event: Event | None) -> None:
         """Every event of the monitor, in order; None for some that were lost."""
@@ -271,12 +271,14 @@ class _Follower:
         distrust = await self._distrust(said, job)
         if job is None:
             await self._start(said)
+            self.begun.set()
         elif distrust:
             self._lose(distrust)
             await self._mirror.end(force=True)
         elif job.stands:
             await self._resume()
         else:
+            self.begun.set()
             await self._watch(said, job, looked_at)
         seen = self._seen
         if seen.state == "synced":
@@ -294,10 +296,10 @@ class _Follower:
         assert self._mirror is not None
         if self._run_news:
             self._run_news = False
-            state = await run_state(self._monitor)
+            state = await arrival.run_state(self._monitor)
             # No event says that a migration has ended: while the guest does not run, it is looked at again.
             self._run_news = self._run_news or state not in ("running", "")
-            self._elsewhere = AWAY.get(state, "")
+            self._elsewhere = arrival.AWAY.get(state, "")
             if self._elsewhere and await self._mirror.look() is not None:
                 await self._mirror.end()
         if self._elsewhere:

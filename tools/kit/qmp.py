@@ -42,14 +42,14 @@ class Qmp:
                 return message["return"]
             self.events.append(message)
 
-    def wait(self, event: str, matches: Callable[[dict[str, Any]], bool] = bool) -> dict[str, Any]:
+    def wait(self, event: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
         """The data of the next event of this name whose data matches; one that came already counts, once."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             for found in self.events:
-                if found["event"] == event and matches(found["data"]):
+                if found["event"] == event and matches(data := found.get("data", {})):
                     self.events.remove(found)
-                    return dict(found["data"])
+                    return dict(data)
             if time.monotonic() > deadline:
                 raise QmpError(f"no event {event} in {DEADLINE_S:.0f} s")
             self.events.append(self._receive())

@@ -146,21 +146,38 @@ def end_mirror(qmp: Qmp) -> None:
 
 
 class Machine:
-    """A qemu-system-x86_64 with nothing to run, or whose processor never runs; its disk is written by HMP's `qemu-io`."""
+    """A qemu-system-x86_64 with nothing to run, or whose processor never runs; its disk is written by HMP's `qemu-io`.
 
-    def __init__(self, directory: Path, size: int, *, format: str = "raw", runs: bool = False) -> None:
-        self.image = directory / f"machine.{format}"
-        make_image(self.image, size, format)
-        self.monitor = directory / "machine.qmp"
+    `waits_for` is a machine that moves into this one: its disk is shared. `monitor2` is held by nobody.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        size: int,
+        *,
+        format: str = "raw",
+        runs: bool = False,
+        waits_for: "Machine | None" = None,
+    ) -> None:
+        self.incoming = directory / "incoming"
+        if waits_for is None:
+            self.image = directory / f"machine.{format}"
+            make_image(self.image, size, format)
+        else:
+            self.image = waits_for.image
+        self.monitor, self.monitor2 = directory / "machine.qmp", directory / "machine2.qmp"
         monitor, log = self.monitor, directory / "machine.log"
         self.process = start(
             [
                 *("qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "64"),
-                *(() if runs else ("-S",)),
+                *(() if runs or waits_for else ("-S",)),
+                *(("-incoming", f"unix:{self.incoming}") if waits_for else ()),
                 *("-nodefaults", "-no-user-config", "-display", "none"),
                 *("-drive", f"if=none,id=drive0,file={self.image},format={format},discard=unmap"),
                 *("-device", "virtio-blk-pci,drive=drive0"),
                 *("-qmp", f"unix:{monitor},server=on,wait=off"),
+                *("-qmp", f"unix:{self.monitor2},server=on,wait=off"),
             ],
             log,
         )

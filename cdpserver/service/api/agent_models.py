@@ -27,6 +27,7 @@ class ProtectThere(Body):
     disks: list[ThereDisk]
     wait: bool = False
     drive_mirror: bool = False
+    waits: bool = Field(False, description="The VM is still to move into that QEMU.")
 
 
 class SeenCopy(Body):
@@ -61,6 +62,13 @@ class SeenVm(Body):
     disks: list[SeenMirror]
 
 
+class ComingVm(Body):
+    """A VM that an agent waits for."""
+
+    vm: Text
+    reason: str
+
+
 class SeenEvent(Body):
     """An event that an agent puts on record."""
 
@@ -73,6 +81,7 @@ class Report(Body):
 
     vms: list[SeenVm]
     events: list[SeenEvent] = Field(default_factory=list)
+    coming: list[ComingVm] = Field(default_factory=list)
 
 
 class SeenJob(Body):
@@ -119,6 +128,12 @@ class Taken(Answer):
     """What was taken of a report."""
 
     taken: Counted
+
+
+class ArrivedVm(Answer):
+    """A VM that is an agent's now."""
+
+    vm: str
 
 
 class Held(Answer):
@@ -172,3 +187,4 @@ class WantedVm(Answer):
     wait: bool
     guest_agent: str | None
     by: str
+    coming: bool = Field(description="It is to move there: it is waited for.")

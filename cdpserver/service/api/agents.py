@@ -22,7 +22,7 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     async def report(agent: str, body: agent_models.Report) -> Response:
         """What an agent sees of its VMs, and events to put on record."""
         said: dict[str, Any] = body.model_dump()
-        return await answers.one(agents.report(agent, said["vms"], said["events"]))
+        return await answers.one(agents.report(agent, said["vms"], said["events"], said["coming"]))
 
     @routes.get(f"{AGENT}/vms", response_model=list[agent_models.WantedVm])
     async def list_agent_vms(agent: str) -> Response:
@@ -33,9 +33,14 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     async def protect_agent_vm(agent: str, name: str, body: agent_models.ProtectThere) -> Response:
         """Let an agent protect a VM, whose disks were found on its host. They are registered on return."""
         disks = [disk.model_dump() for disk in body.disks]
-        how = {"wait": body.wait, "drive_mirror": body.drive_mirror}
+        how = {"wait": body.wait, "drive_mirror": body.drive_mirror, "waits": body.waits}
         connection = connection_of(name, body.qmp, body.libvirt, body.domain)
         return await answers.one(await agents.protect(agent, name, connection, disks=disks, **how))
+
+    @routes.post(f"{AGENT}/vms/{{name}}:arrived", response_model=agent_models.ArrivedVm)
+    async def say_agent_vm_arrived(agent: str, name: str) -> Response:
+        """A VM that an agent waited for runs on its host. From here on it is the agent's."""
+        return await answers.one(await agents.arrived(agent, name))
 
     @routes.get("/v1/mirror", response_model=agent_models.MirrorSide)
     async def show_mirror(disk: Annotated[str, Query()]) -> Response:

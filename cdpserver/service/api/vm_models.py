@@ -40,6 +40,16 @@ class VmDisk(Answer):
     )
 
 
+class MovesTo(Answer):
+    """The QEMU that a VM is to move into, and who waits for it there."""
+
+    qmp: str | None
+    libvirt: str | None
+    domain: str | None
+    by: str | None
+    reason: str = Field(description="What is waited for.")
+
+
 class Vm(Answer):
     """A protected VM."""
 
@@ -48,6 +58,7 @@ class Vm(Answer):
     libvirt: str | None
     domain: str | None
     by: str | None = Field(description="The `cdp agent` on another host that looks after it.")
+    moves_to: MovesTo | None
     method: str
     wait: bool
     agent: str | None = Field(description="The guest agent's socket.")
