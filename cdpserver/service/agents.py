@@ -40,7 +40,7 @@ class Agents:
         return self._protection.target
 
     def wanted(self, agent: str) -> list[dict[str, Any]]:
-        """The VMs that an agent is to protect now, as rows of the catalog have them; `coming` are those that it is to wait for."""
+        """The VMs that an agent is to protect, as rows of the catalog have them; `coming` are those that it is to wait for."""
         check_name(agent)
         running = [one.controller.vm for one in self._protection.running() if one.controller.vm.by == agent]
         found = [(vm, False) for vm in running] + [(vm, True) for vm in self._protection.moves.of(agent)]
