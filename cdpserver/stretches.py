@@ -6,8 +6,9 @@ stretches:  [unordered)[crash       )   gap   [unordered)[crash)        [crash .
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
 
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade
@@ -17,11 +18,12 @@ from cdpserver.points import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Every instant in [start_ns, end_ns) can be opened, and has this grade."""
+    """Every instant in [start_ns, end_ns) can be opened, and has this grade, which rests on `evidence`."""
 
     start_ns: int
     end_ns: int
     grade: Grade
+    evidence: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def stretches(timeline: Timeline, *, now_ns: int) -> list[Stretch]:
@@ -39,15 +41,22 @@ def stretches(timeline: Timeline, *, now_ns: int) -> list[Stretch]:
     for node in nodes(timeline.history.directory):
         # Its file is there, whether the journal around it is or not.
         if grade_at(found, node.time_ns) is None:
-            found.append(Stretch(node.time_ns, node.time_ns + 1, node.grade))
+            evidence = control.show_evidence(node.session, node.evidence, node.observed)
+            found.append(Stretch(node.time_ns, node.time_ns + 1, node.grade, evidence))
             found.sort(key=lambda stretch: stretch.start_ns)
     return found
 
 
 def grade_at(found: list[Stretch], time_ns: int) -> Grade | None:
     """The grade of an instant; None if it cannot be opened."""
+    held = stretch_at(found, time_ns)
+    return None if held is None else held.grade
+
+
+def stretch_at(found: list[Stretch], time_ns: int) -> Stretch | None:
+    """The stretch that an instant is in; None if it cannot be opened."""
     number = bisect_right(found, time_ns, key=lambda stretch: stretch.start_ns) - 1
-    return found[number].grade if number >= 0 and time_ns < found[number].end_ns else None
+    return found[number] if number >= 0 and time_ns < found[number].end_ns else None
 
 
 def _of_interval(
@@ -78,19 +87,20 @@ def _of_interval(
             opened_ns = time_ns
         elif before.gap_open and not state.gap_open:
             gaps.append((opened_ns, time_ns))
-        if before.grade != state.grade:
-            graded.append(Stretch(at, time_ns, before.grade))
+        if control.shown(before) != control.shown(state) or before.grade != state.grade:
+            graded.append(Stretch(at, time_ns, before.grade, control.shown(before)))
             at = time_ns
     if state.gap_open:
         gaps.append((opened_ns, end_ns))
-    graded = [part for part in [*graded, Stretch(at, end_ns, state.grade)] if part.start_ns < part.end_ns]
+    graded.append(Stretch(at, end_ns, state.grade, control.shown(state)))
+    graded = [part for part in graded if part.start_ns < part.end_ns]
     if first.instants is None:
         yield from graded
         return
     for row in first.instants.rows:
-        grade = grade_at(graded, int(row["time"]))
-        if grade is not None:
-            yield Stretch(int(row["time"]), min(int(row["until"]), end_ns), grade)
+        part = stretch_at(graded, int(row["time"]))
+        if part is not None:
+            yield replace(part, start_ns=int(row["time"]), end_ns=min(int(row["until"]), end_ns))
 
 
 def _without(stretch: Stretch, start_ns: int, end_ns: int) -> Iterator[Stretch]:

@@ -62,7 +62,9 @@ class ApiTarget:
     async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         """See Target."""
         said = {"disk": disk, "session": session, "bitmap": bitmap}
-        observed = {} if seen is None else {"seen": seen.as_dict()}
+        # Whoever tells it by this way is an agent.
+        shown = {} if seen is None else {k: v for k, v in seen.as_dict().items() if k != "by"}
+        observed = {"seen": shown} if shown else {}
         await self.call(self._client.tell_mirror, "synced", said | observed)
 
     async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:

@@ -103,6 +103,9 @@ def test_a_file_that_nobody_synced_is_in_an_app_point(world: World, tmp_path: Pa
     assert int(held.split()[-1]) >= acked, "every number that was said to be durable before"
     (point,) = world.server.get("/v1/vms/web:points?kind=bookmark")
     assert (point["name"], point["grade"]) == ("quiet", "app")
+    (evidence,) = point["evidence"].values()
+    assert evidence["frozen"] and evidence["observed"]["by"] == "qmp"
+    assert made["evidence"] == point["evidence"]
     shown = world.server.get("/v1/points/web@quiet")
     assert shown["grade"] == "app" and shown["disks"][0]["evidence"]["synced"]
     assert shown["disks"][0]["evidence"]["frozen"]

@@ -97,6 +97,7 @@ def test_an_agent_on_another_host(short_path: Path) -> None:
                 server.post("/v1/disks/web:mark", name="quiet", freeze=True)
             first = anchored(server)
             assert first["resync"]["why"] == "the first copy"
+            assert server.get("/v1/points/web/disk0@latest")["evidence"]["observed"]["by"] == "agent"
             with guest(made) as writes:
                 writes.pwrite(b"1" * CLUSTER, 0)
                 assert same(server, made)

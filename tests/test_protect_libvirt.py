@@ -72,6 +72,7 @@ def test_a_domain_is_protected_through_libvirt(short_path: Path, libvirtd: Libvi
         assert (shown["libvirt"], shown["domain"]) == (libvirtd.uri, "web")
         assert [disk["name"] for disk in shown["disks"]] == ["web/vda"]
         assert anchored(server)["node"].startswith("libvirt-")
+        assert server.get("/v1/points/web/vda@latest")["evidence"]["observed"]["by"] == "libvirt"
         arrives(server, libvirtd, 2, 0)
 
         # libvirtd is killed: the mirror goes on, and is taken over.

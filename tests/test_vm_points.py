@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from cdpserver.errors import CdpError
+from cdpserver.journal import control
 from cdpserver.journal.control import Grade
 from cdpserver.journal.observed import NOT_WRITTEN
 from cdpserver.names import At
 from cdpserver.points import Point
-from cdpserver.stretches import Stretch, grade_at, stretches
+from cdpserver.stretches import Stretch, grade_at, stretch_at, stretches
 from cdpserver.vm.together import Member, common_points
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
 from tests.test_service import ApiError, Server, connected, pattern, read
@@ -97,7 +98,9 @@ def check_stretch(disk: Line, found: list[Stretch], time_ns: int, now_ns: int) -
         except CdpError:
             assert grade_at(found, time_ns) is None
             return
-        assert grade_at(found, time_ns) == points.journal.state_at(position.seq).grade
+        state = points.journal.state_at(position.seq)
+        part = stretch_at(found, time_ns)
+        assert part is not None and (part.grade, part.evidence) == (state.grade, control.shown(state))
 
 
 def test_a_vm_is_as_good_as_its_worst_disk() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cdpserver.errors import CorruptError
 
-OBSERVERS = ("operator", "qmp")
+OBSERVERS = ("operator", "qmp", "libvirt", "agent")
 
 MOST_CHARACTERS = 64
 """Of an io-status; a header page has to have room for it."""
@@ -19,7 +19,8 @@ MOST_CHARACTERS = 64
 class Observed:
     """What *synced* rests on.
 
-    by         "operator": somebody said so; "qmp": a controller saw QEMU's job; "" where nobody wrote it down
+    by         "operator": somebody said so; "qmp", "libvirt": a controller of the service saw QEMU's job, by that way;
+               "agent": that of an agent on another host did; "" where nobody wrote it down
     ready      the job was ready; io_status is its own word, such as "ok"
     time_ns    when that was seen, or said
     """
@@ -33,7 +34,7 @@ class Observed:
         """As the CLI and the API show it; an operator's word says nothing of the job."""
         if not self.by:
             return None
-        job = {"ready": self.ready, "io_status": self.io_status} if self.by == "qmp" else {}
+        job = {"ready": self.ready, "io_status": self.io_status} if self.by != "operator" else {}
         return {"by": self.by, "ready": None, "io_status": None, "time_ns": self.time_ns} | job
 
 

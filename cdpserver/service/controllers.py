@@ -239,7 +239,10 @@ class Controllers:
             if before == vm:
                 return
             if before is None or before.next != vm:
-                raise RefusedError(f"{vm.name} is not expected at {vm.connection}")
+                raise RefusedError(
+                    f"{vm.name} is not expected at {vm.connection}",
+                    hint=f"where it is: cdp protect {vm.name} --qmp PATH",
+                )
             await self._hand_over(before, vm)
             self.moves.arrived(vm.name)
 
@@ -250,7 +253,10 @@ class Controllers:
             if vm is not None and vm.by == agent:
                 await self.arrived(vm)
                 return
-        raise RefusedError(f"{name} is not expected by the agent {agent}")
+        raise RefusedError(
+            f"{name} is not expected by the agent {agent}",
+            hint=f"if it runs there: cdp protect {name} --qmp PATH --by {agent}",
+        )
 
     async def _hand_over(self, before: ProtectedVm, vm: ProtectedVm) -> None:
         async with self._standing(vm.name):

@@ -217,5 +217,9 @@ class Marks:
 
 
 def _shown(found: Instant, bookmark: str, grades: dict[str, Grade], taken: _Taken) -> dict[str, Any]:
-    point = CommonPoint(found.time_ns, 0, 0, grades, bookmark).as_dict()
+    evidence = {
+        disk.entry.name: disk.evidence | {"frozen": grades[disk.entry.name] == Grade.APP}
+        for disk in found.disks
+    }
+    point = CommonPoint(found.time_ns, 0, 0, grades, evidence, bookmark).as_dict()
     return point | {"of": found.name, "reason": "; ".join(taken.reasons.values())}

@@ -59,7 +59,7 @@ class OwnTarget:
     async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
         """Points are `crash` from here on. The first base point follows, which takes as long as the disk is large."""
         entry = self._core.entry(disk)
-        observed = None if seen is None else {"by": "qmp", **seen.as_dict()}
+        observed = None if seen is None else seen.as_dict()
         said = {"session": session, "write_blocking": True, "bitmap": bitmap, "observed": observed}
         await self._core.targets.call(entry.id, "synced", disk=disk, **said)
         if not bitmap:

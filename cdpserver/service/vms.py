@@ -133,7 +133,8 @@ class Vms:
                 with contextlib.suppress(CdpError):
                     at = resolver.resolve(names.Mark(mark))
                     grades = {disk.entry.name: disk.grade for disk in at.disks}
-                    found.append(CommonPoint(at.time_ns, 0, 0, grades, mark))
+                    evidence = {disk.entry.name: disk.evidence for disk in at.disks}
+                    found.append(CommonPoint(at.time_ns, 0, 0, grades, evidence, mark))
         return found
 
     def _time(self, name: str, text: str, now_ns: int) -> int:

@@ -27,7 +27,7 @@ from cdpserver.vm.copies import Copy, How
 from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
-from cdpserver.vm.record import ProtectedDisk, ProtectedVm
+from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.target import SeenJob, Target, TargetState
 
 RETRY_S = 1.0
@@ -411,7 +411,8 @@ class _Follower:
                 return
             try:
                 ago_ns = int((trio.current_time() - looked_at) * 1e9)
-                what = SeenJob(ready=job.ready, io_status=job.io_status, ago_ns=ago_ns)
+                by = "qmp" if isinstance(self._vm.connection, QmpSocket) else "libvirt"
+                what = SeenJob(ready=job.ready, io_status=job.io_status, ago_ns=ago_ns, by=by)
                 await self._target.synced(self._name, said.session, seen=what)
             except RefusedError:
                 return  # the session ended meanwhile: what is said of the next one is another look's business

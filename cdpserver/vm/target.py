@@ -56,11 +56,12 @@ class TargetState:
 
 @dataclass(frozen=True, slots=True)
 class SeenJob:
-    """What QEMU showed of its job, `ago_ns` ago, that "in sync" rests on."""
+    """What QEMU showed of its job, `ago_ns` ago, that "in sync" rests on; `by` as in `journal.observed.Observed`."""
 
     ready: bool
     io_status: str
     ago_ns: int
+    by: str
 
     def as_dict(self) -> dict[str, Any]:
         """For the wire."""

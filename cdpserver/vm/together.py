@@ -11,7 +11,7 @@ from typing import Any
 from cdpserver.journal.control import Grade
 from cdpserver.names import format_time
 from cdpserver.points import Point
-from cdpserver.stretches import Stretch, grade_at
+from cdpserver.stretches import Stretch, stretch_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class CommonPoint:
     records: int
     bytes: int
     grades: dict[str, Grade]
+    evidence: dict[str, dict[str, Any]]
+    """What the grade of each disk rests on."""
     name: str | None = None
     """That of a bookmark."""
 
@@ -45,6 +47,7 @@ class CommonPoint:
             "grade": min(self.grades.values()).label,
             "name": self.name,
             "disks": {disk: grade.label for disk, grade in self.grades.items()},
+            "evidence": self.evidence,
         }
 
 
@@ -59,24 +62,26 @@ def common_points(members: Sequence[Member], *, slot_ns: int, now_ns: int) -> li
         if (slot + 1) * slot_ns > now_ns:
             break
         for time_ns in sorted({point.time_ns for point in points}, reverse=True):
-            grades = _grades(members, time_ns)
-            if grades is not None:
+            good = _good_at(members, time_ns)
+            if good is not None:
                 held = [point for point in points if point.time_ns <= time_ns]
                 records, size = sum(p.records for p in held), sum(p.bytes for p in held)
-                found.append(CommonPoint(time_ns, records, size, grades))
+                grades = {disk: stretch.grade for disk, stretch in good.items()}
+                evidence = {disk: stretch.evidence for disk, stretch in good.items()}
+                found.append(CommonPoint(time_ns, records, size, grades, evidence))
                 break
     return found
 
 
-def _grades(members: Sequence[Member], time_ns: int) -> dict[str, Grade] | None:
-    """What each disk is worth at a time; None unless all are good."""
-    grades: dict[str, Grade] = {}
+def _good_at(members: Sequence[Member], time_ns: int) -> dict[str, Stretch] | None:
+    """The stretch that each disk is in at a time; None unless all are good."""
+    found: dict[str, Stretch] = {}
     for member in members:
-        grade = grade_at(member.stretches, time_ns)
-        if grade is None or grade == Grade.UNORDERED:
+        stretch = stretch_at(member.stretches, time_ns)
+        if stretch is None or stretch.grade == Grade.UNORDERED:
             return None
-        grades[member.disk] = grade
-    return grades
+        found[member.disk] = stretch
+    return found
 
 
 def around(held: Sequence[list[Stretch]], time_ns: int) -> tuple[int | None, int | None]:

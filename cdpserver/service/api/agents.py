@@ -50,7 +50,7 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     @routes.post("/v1/mirror:synced", response_model=agent_models.Done)
     async def say_mirror_synced(body: agent_models.SyncedMirror) -> Response:
         """The mirror of this session is in sync and write-blocking; with `bitmap`: anchored to that."""
-        seen = None if body.seen is None else SeenJob(**body.seen.model_dump())
+        seen = None if body.seen is None else SeenJob(**body.seen.model_dump(), by="agent")
         await agents.target.synced(body.disk, body.session, body.bitmap, seen=seen)
         return await answers.one({"disk": body.disk})
 

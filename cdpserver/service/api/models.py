@@ -270,7 +270,9 @@ class Removed(Answer):
 class Observed(Answer):
     """What *synced* rests on."""
 
-    by: Literal["operator", "qmp"] = Field(description="An operator said so, or a controller saw QEMU's job.")
+    by: Literal["operator", "qmp", "libvirt", "agent"] = Field(
+        description="An operator said so; or who saw QEMU's job: a controller by QMP or through libvirt, or one of an agent."
+    )
     ready: bool | None = Field(description="Of QEMU's job; null for an operator's word.")
     io_status: str | None = Field(description="Of QEMU's job; null for an operator's word.", examples=["ok"])
     time_ns: Count = Field(description="When that was seen, or said.")
@@ -315,6 +317,7 @@ class VmPoint(Answer):
     grade: str = Field(description="That of the worst disk.")
     name: str | None = Field(description="Of a bookmark that all disks have.")
     disks: dict[str, str] = Field(description="The grade of each disk there.")
+    evidence: dict[str, Evidence] = Field(description="What the grade of each disk rests on.")
 
 
 class PointUri(Answer):
