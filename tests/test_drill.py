@@ -20,12 +20,14 @@ from cdpserver.config import Config
 from cdpserver.errors import CorruptError
 from cdpserver.names import format_time
 from cdpserver.retention import policies
+from cdpserver.retention.policy import Policy
+from cdpserver.service.trials import BY_OPERATOR
 from cdpserver.state import StateDir
 from cdpserver.target.disk import TargetDisk
 from cdpserver.timeline import EmptyBase, create_timeline
 from cdpserver.vm.trial import record
-from cdpserver.vm.trial.record import Trial, TrialDisk
-from cdpserver.vm.trial.schedule import came_due, planned
+from cdpserver.vm.trial.record import State, Trial, TrialDisk
+from cdpserver.vm.trial.schedule import Planned, is_due, planned, slot_of
 from tests.test_service import ApiError, Server, connected, is_running, read, until
 from tools.kit.bootsector import boot_sector
 
@@ -92,7 +94,10 @@ def script(path: Path, text: str) -> str:
 def test_a_trial_is_what_was_written_and_fits() -> None:
     name = "n" * 60
     disks = tuple(TrialDisk(f"web/{name}{n}", f"t{n}", 7, f"drill-0/{name}{n}") for n in range(16))
-    one = Trial("drill-0", "drill", "web@latest", "/etc/x", 5, disks, 6, spans={"export": 3, "ready": 9})
+    spans: dict[record.Span, int] = {"export": 3, "ready": 9}
+    one = Trial(
+        "drill-0", "drill", "web@latest", "/etc/x", 5, disks, 6, slot="2026-11-27 03:00:00", spans=spans
+    )
     one = one.after("failed", now_ns=8, reason="x" * 9999)
     assert record.read(one.row()) == one and one.rto_ms == 9
     wrongs: list[dict[str, Any]] = [{"state": "lost"}, {"spans": {"odd": 1}}, {"disks": [{}]}, {"owner": [1]}]
@@ -184,26 +189,26 @@ def test_a_check_meets_the_running_guest(server: Server, short_path: Path) -> No
 
 
 @real
-def test_a_service_killed_during_a_drill_leaves_nothing_at_its_next_start(
+def test_the_drill_of_a_night_that_a_kill_of_the_service_cut_short_is_done_again_and_the_rest_of_it_goes(
     server: Server, short_path: Path
 ) -> None:
+    begun, go = short_path / "begun", short_path / "go"
+    check = script(short_path / "check", f"touch {begun}; until [ -e {go} ]; do sleep 0.1; done")
     with protected(server, boot_sector()):
-        process = subprocess.Popen(
-            [Path(sys.executable).parent / "cdp", "drill", "web/vda@good", "--marker", "never"],
-            env={**os.environ, "CDP_STATE_DIR": str(server.state_dir)},
-            stderr=subprocess.DEVNULL,
-        )
-        run = server.state_dir / "run"
-        serial = until(lambda: next(iter(run.glob("drill-*/serial.log")), None), "a guest's serial port")
-        until(lambda: "RW" in serial.read_text(), "the guest's word")
-        qemu = int((serial.parent / "qemu.pid").read_text().split()[0])
+        soon = datetime.now(UTC).astimezone() + timedelta(seconds=1)
+        server.request("PATCH", "/v1/policies/web", {"drill": f"{soon:%H:%M:%S}", "drill_check": check})
+        until(begun.exists, "the drill's check")
+        pid_file = next((server.state_dir / "run").glob("drill-*/qemu.pid"))
+        qemu = int(pid_file.read_text().split()[0])
         server.kill()
-        process.wait()
         assert is_running(qemu)
+    go.touch()
     with Server(server.state_dir) as again:
-        (found,) = again.get("/v1/drills")
-        assert (found["state"], found["reason"]) == ("failed", "cdpserver was ended during it")
         assert not is_running(qemu)
+        until(lambda: len([one for one in again.get("/v1/drills") if one["ended"]]) == 2, "both drills")
+        first, second = again.get("/v1/drills")
+        assert (first["state"], first["reason"]) == ("failed", "cdpserver was ended during it")
+        assert (second["state"], second["scheduled"]) == ("passed", True)
         nothing_stays(again)
 
 
@@ -211,12 +216,14 @@ def test_a_service_killed_during_a_drill_leaves_nothing_at_its_next_start(
 
 
 def test_what_comes_due_and_of_whom() -> None:
-    now = datetime(2026, 11, 27, 3, 0, 2, tzinfo=UTC)
-    before = now - timedelta(seconds=5)
-    assert came_due("03:00", after=before, now=now) and came_due("02:59:58", after=before, now=now)
-    assert not came_due("03:00:03", after=before, now=now) and not came_due("02:59", after=before, now=now)
-    midnight = datetime(2026, 11, 28, 0, 0, 1, tzinfo=UTC)
-    assert came_due("23:59:59", after=midnight - timedelta(seconds=5), now=midnight)
+    def came_due(at: str, now: datetime) -> bool:
+        one = Planned("web", Policy(drill=at))
+        return is_due(one, [], after=now - timedelta(seconds=5), now=now)
+
+    now = datetime.fromisoformat("2026-11-27T03:00:02")
+    assert came_due("03:00", now) and came_due("02:59:58", now)
+    assert not came_due("03:00:03", now) and not came_due("02:59", now)
+    assert came_due("23:59:59", datetime.fromisoformat("2026-11-28T00:00:01"))
     names = ("web/a", "web/b", "lone", "again/a", "trial/a")
     entries = [Entry(name, f"t{number}", "live", 1) for number, name in enumerate(names)]
     rows: dict[str, Row] = {}
@@ -228,6 +235,46 @@ def test_what_comes_due_and_of_whom() -> None:
     assert found == {"web": "03:00", "again": "04:00"}
     everywhere = planned(rows, Config(policy_drill="05:00"), entries, forks)
     assert {one.subject for one in everywhere} == {"web", "again", "lone"}
+
+
+def test_a_night_is_drilled_once_and_again_when_the_service_cut_it_short() -> None:
+    one = Planned("web", Policy(drill="03:00"))
+    started = datetime.fromisoformat("2026-11-27T03:04:00")
+    back = started - timedelta(minutes=10)
+
+    def due(*trials: Trial, now: datetime = started, after: datetime = back) -> bool:
+        return is_due(one, trials, after=after, now=now)
+
+    def trial(
+        state: State, reason: str = "", what: str = "web@latest", slot: str = slot_of(one, started)
+    ) -> Trial:
+        return Trial(
+            "drill-0", "drill", what, "", 1, (), 1, state, 2, scheduled=True, slot=slot, reason=reason
+        )
+
+    killed, passed = trial("failed", record.KILLED), trial("passed")
+    assert due()
+    for over in (passed, trial("running"), trial("failed", "no marker"), trial("failed", BY_OPERATOR)):
+        assert not due(over)
+        assert not due(killed, over)
+    for other in (
+        trial("passed", what="db@latest"),
+        trial("passed", slot="2026-11-26 03:00"),
+        trial("passed", slot=""),
+    ):
+        assert due(other)
+    later = started + timedelta(hours=5)
+    assert due(killed, now=later, after=later) and due(trial("failed", record.CANCELLED))
+    assert not due(now=later, after=later), "a service that was down all the while"
+    assert not due(killed, killed), "it may be the drill that ends the service"
+    # The clock goes back from 3:00 to 2:00, or on from 2:00 to 3:00.
+    early = Planned("web", Policy(drill="02:30"))
+    night = datetime.fromisoformat("2026-10-25T02:30:03")
+    assert not is_due(
+        early, [trial("passed", slot=slot_of(early, night))], after=night - timedelta(seconds=5), now=night
+    )
+    spring = datetime.fromisoformat("2027-03-28T03:00:01")
+    assert is_due(early, [], after=datetime.fromisoformat("2027-03-28T01:59:58"), now=spring)
 
 
 @real

@@ -42,7 +42,8 @@ class Request:
     within_ns: int = WITHIN_NS
     accel: str | None = None
     force: bool = False
-    scheduled: bool = False
+    slot: str = ""
+    """Of a scheduled one: which night's it is."""
 
     @property
     def awaited(self) -> Awaited:
@@ -86,13 +87,14 @@ class Drills:
             asked.point,
             force=asked.force,
             command=asked.vm_command or "",
-            scheduled=asked.scheduled,
+            scheduled=bool(asked.slot),
+            slot=asked.slot,
             waited_for=str(asked.awaited),
         )
         drill = Drill(self._core, one, asked.awaited, begun)
         drill.note("export")
         state: State = "failed"
-        reason = "it was cancelled"
+        reason = record.CANCELLED
         try:
             disks = await self._core.thread(self.trials.launch_disks, one)
             command = isolated_command(found, one.id, disks, Places(self._core.state.run / one.id), accel)

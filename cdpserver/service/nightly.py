@@ -1,5 +1,6 @@
 """Drills by the clock: at the time of day that a policy names, the newest good point of a VM or disk is booted."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import trio
@@ -11,9 +12,11 @@ from cdpserver.service.core import Core
 from cdpserver.service.drills import Drills, Request
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
+from cdpserver.service.trials import BY_OPERATOR
 from cdpserver.service.vms import Vms
 from cdpserver.timeline import PointBase
-from cdpserver.vm.trial.schedule import Planned, came_due, planned
+from cdpserver.vm.trial import record
+from cdpserver.vm.trial.schedule import Planned, is_due, planned, slot_of
 
 LOOK_S = 5.0
 
@@ -26,10 +29,10 @@ SINCE = "-1d"
 
 async def keep_drilling(core: Core, drills: Drills, jobs: Jobs) -> None:
     """Look at the clock until cancelled. One drill at a time: each is a VM of its own."""
-    before = datetime.now(UTC).astimezone() - CATCH_UP
+    before = _now() - CATCH_UP
     said = ""
     while True:
-        now = datetime.now(UTC).astimezone()
+        now = _now()
         try:
             due = await core.thread(_due, core, before, now)
             said = ""
@@ -40,15 +43,21 @@ async def keep_drilling(core: Core, drills: Drills, jobs: Jobs) -> None:
             due = []
         before = now
         for one in due:
-            await _drill(core, drills, jobs, one)
+            await _drill(core, drills, jobs, one, slot_of(one, now))
         await trio.sleep(LOOK_S)
+
+
+def _now() -> datetime:
+    """What a clock on the host's wall says."""
+    return datetime.now(UTC).astimezone().replace(tzinfo=None)
 
 
 def _due(core: Core, before: datetime, now: datetime) -> list[Planned]:
     entries = [entry for entry in core.catalog.names().values() if entry.state == "live"]
     forks = {entry.name for entry in entries if _is_fork(core, entry)}
     found = planned(core.catalog.rows("policies"), core.config, entries, forks)
-    return [one for one in found if came_due(one.policy.drill or "", after=before, now=now)]
+    trials = record.all_of(core.catalog)
+    return [one for one in found if is_due(one, trials, after=before, now=now)]
 
 
 def _is_fork(core: Core, entry: Entry) -> bool:
@@ -59,7 +68,7 @@ def _is_fork(core: Core, entry: Entry) -> bool:
         return False
 
 
-async def _drill(core: Core, drills: Drills, jobs: Jobs, one: Planned) -> None:
+async def _drill(core: Core, drills: Drills, jobs: Jobs, one: Planned, slot: str) -> None:
     """One drill as a job; what keeps it from beginning is an event."""
     policy = one.policy
     try:
@@ -69,13 +78,21 @@ async def _drill(core: Core, drills: Drills, jobs: Jobs, one: Planned) -> None:
             vm_command=policy.drill_command,
             marker=policy.drill_marker,
             check=policy.drill_check,
-            scheduled=True,
+            slot=slot,
         )
         job = jobs.start("drill", one.subject, lambda: drills.run(asked))
     except CdpError as error:
         core.log.emit("drill.not-begun", level="warning", what=one.subject, reason=str(error))
         return
     await job.ended.wait()
+    if job.state == "cancelled":  # by an operator: else this had been cancelled, too
+        await core.thread(_note_operator, core, one.subject, slot)
+
+
+def _note_operator(core: Core, subject: str, slot: str) -> None:
+    for trial in record.all_of(core.catalog):
+        if (trial.subject, trial.slot) == (subject, slot) and trial.was_cut_short:
+            core.catalog.put_row("trials", replace(trial, reason=BY_OPERATOR).row())
 
 
 async def _newest(core: Core, subject: str) -> str:

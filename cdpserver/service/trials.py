@@ -57,7 +57,7 @@ class Trials:
                 if one.owner is not None:
                     self._begin_task(one, partial(self._until_returned, one))
                 elif one.state == "running":
-                    await self.over(one, "failed", "cdpserver was ended during it")
+                    await self.over(one, "failed", record.KILLED)
                 else:
                     await self._drop_forks(one)
             task_status.started()
@@ -91,7 +91,7 @@ class Trials:
                 await self._disks.fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
         except BaseException as error:
             with trio.CancelScope(shield=True):
-                reason = error.message if isinstance(error, CdpError) else "it was cancelled"
+                reason = error.message if isinstance(error, CdpError) else record.CANCELLED
                 await self.over(one, "failed", reason)
             raise
         return one

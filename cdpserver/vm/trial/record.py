@@ -30,6 +30,9 @@ KEPT = 30
 
 MAX_REASON = 600
 
+KILLED, CANCELLED = "cdpserver was ended during it", "it was cancelled"
+"""Reasons of a trial that came to no end of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrialDisk:
@@ -55,6 +58,8 @@ class Trial:
     state: State = "running"
     ended_ns: int = 0
     scheduled: bool = False
+    slot: str = ""
+    """Of a scheduled one: the day and the time of day that it is for, `2026-11-27 03:00`, by the host's clock."""
     waited_for: str = ""
     reason: str = ""
     spans: Mapping[Span, int] = field(default_factory=dict)
@@ -64,6 +69,11 @@ class Trial:
     def subject(self) -> str:
         """The VM or disk."""
         return self.what.partition("@")[0]
+
+    @property
+    def was_cut_short(self) -> bool:
+        """Did the service end before it did?"""
+        return self.state == "failed" and self.reason in (KILLED, CANCELLED)
 
     @property
     def rto_ms(self) -> int | None:
@@ -85,6 +95,7 @@ class Trial:
             "state": self.state,
             "ended_ns": self.ended_ns,
             "scheduled": self.scheduled,
+            "slot": self.slot,
             "waited_for": self.waited_for,
             "reason": self.reason,
             "spans": dict(self.spans),
@@ -145,6 +156,7 @@ def read(row: Row) -> Trial:
             state=_one_of(fields["state"], State),
             ended_ns=int(fields["ended_ns"]),
             scheduled=bool(fields["scheduled"]),
+            slot=str(fields.get("slot", "")),
             waited_for=str(fields["waited_for"]),
             reason=str(fields["reason"]),
             spans={_one_of(name, Span): int(value) for name, value in fields["spans"].items()},

@@ -9,6 +9,10 @@ from cdpserver.config import Config
 from cdpserver.names import split_name
 from cdpserver.retention import policies
 from cdpserver.retention.policy import Layer, Policy, combine, parse_values
+from cdpserver.vm.trial.record import Trial
+
+MOST_TRIES = 2
+"""Of one night: a drill that takes the service down with it does not do so all day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,25 @@ def planned(
     return [Planned(subject, policy) for subject, policy in found.items() if policy.drill is not None]
 
 
-def came_due(at: str, *, after: datetime, now: datetime) -> bool:
-    """Did this time of day come in (after, now]?"""
+def last_at(at: str, now: datetime) -> datetime:
+    """When this time of day was last, at or before `now`."""
     hour, minute, *second = map(int, at.split(":"))
     today = now.replace(hour=hour, minute=minute, second=second[0] if second else 0, microsecond=0)
-    last = today if today <= now else today - timedelta(days=1)
-    return after < last
+    return today if today <= now else today - timedelta(days=1)
+
+
+def slot_of(one: Planned, now: datetime) -> str:
+    """The newest of its times: the same text for the whole day, also when the clock is set back."""
+    return f"{last_at(one.policy.drill or '', now):%Y-%m-%d} {one.policy.drill}"
+
+
+def is_due(one: Planned, trials: Iterable[Trial], *, after: datetime, now: datetime) -> bool:
+    """Did its time come in (after, now], and is there no drill for that? One that the end of the service cut short is done again.
+
+    Times are of the host's clock, without a zone.
+    """
+    slot = slot_of(one, now)
+    begun = [trial for trial in trials if trial.subject == one.subject and trial.slot == slot]
+    if not begun:
+        return after < last_at(one.policy.drill or "", now)
+    return len(begun) < MOST_TRIES and all(trial.was_cut_short for trial in begun)
