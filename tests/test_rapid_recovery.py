@@ -201,9 +201,9 @@ def copying(
     yield
 
 
-def job_of(id: str) -> str:
-    """The job in QEMU that copies the first disk."""
-    return f"cdp-{id.rpartition('-')[2]}-0"
+def job_of(id: str, number: int = 0) -> str:
+    """The job in QEMU that copies a disk."""
+    return f"cdp-{id.rpartition('-')[2]}-{number}"
 
 
 def at_home(target: str) -> bytes:
@@ -435,13 +435,18 @@ if os.geteuid() != 0:
 
 
 @real
-def test_a_killed_service_goes_on_where_it_was(server: Server, home: Path, short_path: Path) -> None:
+def test_a_service_killed_in_the_pivot_lets_the_guest_go_on_when_it_is_back(
+    server: Server, home: Path, short_path: Path
+) -> None:
     content = protect(server)
     begun = begin(server, home, short_path / "vm.qmp")
-    with Vm(short_path, [begun["uri"]]) as vm:
-        guest = Guest(vm.uri(), content)
-        wait(server, begun["id"], "copying", "pivoting", "done")
-        server.kill()
+    with Vm(short_path, [begun["uri"]], "early") as vm:
+        with Qmp(vm.other) as qmp:
+            vm.qmp.rename(short_path / "vm.qmp")
+            guest = Guest(vm.uri(), content)
+            job = job_of(begun["id"])
+            qmp.wait("JOB_STATUS_CHANGE", lambda job_is: job_is == {"id": job, "status": "pending"})
+            server.kill()
         with Server(server.state_dir) as again:
             wait(again, begun["id"], "done")
             guest.stop()

@@ -22,7 +22,7 @@ from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
 from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
 from cdpserver.vm.recovery.move import Move
-from cdpserver.vm.recovery.record import MAX_DEVICE, RecoveredDisk, Recovery
+from cdpserver.vm.recovery.record import MAX_DEVICE, Place, RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import BACKWARD, BEGIN, COPYING, PIVOTING, PIVOTING_BACK, UNDOING, Step
 from cdpserver.vm.recovery.stream import StreamMove
 
@@ -147,11 +147,11 @@ class Runner:
         return self.recovery.stage in BACKWARD
 
     @property
-    def _goal(self) -> str:
+    def _goal(self) -> Place:
         return "fork" if self._backward else "home"
 
     async def _wait_for_vm(self, monitor: qmp.Monitor) -> None:
-        for _, move in self._moves(monitor):
+        for _, move in self._all_moves(monitor):
             while True:
                 if await move.is_there():
                     break
@@ -214,27 +214,50 @@ class Runner:
         return all(one.ready for one in found)
 
     async def _pivot(self, monitor: qmp.Monitor) -> None:
-        for number, move in self._moves(monitor):
-            await move.pivot()
-            if not (await move.is_on_fork() if self._backward else await move.is_home()):
-                raise MoveFailedError(
-                    f"the VM does not stand on the copy of {move.disk.disk} after the pivot"
-                )
+        """All disks at once: while the guest's requests wait the row says that they are there, and then they are.
+
+        So whenever QEMU or the service is killed, everything that the guest was answered for is where the row says.
+        """
+        moves = self._moves(monitor)
+        for _, move in moves:
+            await move.hold()
+        if self.recovery.mode == "mirror":
+            await self._say_arrived()
+        failed = [await self._let_pivot(number, move) for number, move in self._all_moves(monitor)]
+        if errors := [error for error in failed if error is not None]:
+            raise errors[0]
+        for number, move in self._all_moves(monitor):
             if self._backward:
-                await self._core.targets.call(
-                    self._core.entry(move.disk.fork).id, "direct", disk=move.disk.fork
-                )
-                await self.keep(self.recovery.with_disk(number, at="fork", device=""))
-            else:
-                await move.settle()
-                await self.keep(
-                    self.recovery.with_disk(number, at="home", device=await self._device(monitor, move))
-                )
-        for _, move in self._all_moves(monitor):
-            if self._backward:
+                entry = self._core.entry(move.disk.fork)
+                await self._core.targets.call(entry.id, "direct", disk=move.disk.fork)
                 await move.clear()
             else:
+                await move.settle()
+                device = await self._device(monitor, move)
+                await self.keep(self.recovery.with_disk(number, at="home", device=device))
                 await move.let_go()
+
+    async def _say_arrived(self) -> None:
+        before = self.recovery
+        arrived = tuple(replace(disk, at=self._goal, device="") for disk in before.disks)
+        try:
+            await self.keep(replace(before, disks=arrived))
+        except Exception:
+            self.recovery = before  # who takes back what was begun lets the guest go on where it was
+            raise
+
+    async def _let_pivot(self, number: int, move: Move) -> CdpError | None:
+        """Why QEMU would not, if so: the row says again where the disk is."""
+        try:
+            await move.pivot()
+            if await move.is_on_fork() if self._backward else await move.is_home():
+                return None
+            raise MoveFailedError(f"the VM does not stand on the copy of {move.disk.disk} after the pivot")
+        except (MoveFailedError, qmp.QmpRefusedError) as error:
+            if await move.is_on_fork() != self._backward:
+                at: Place = "home" if self._backward else "fork"
+                await self.keep(self.recovery.with_disk(number, at=at))
+            return error
 
     async def _device(self, monitor: qmp.Monitor, move: Move) -> str:
         """What stays the name of this disk in QEMU, as far as something does."""

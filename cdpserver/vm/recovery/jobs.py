@@ -44,6 +44,15 @@ async def find_block_job(monitor: Monitor, id: str) -> dict[str, Any] | None:
     return next((job for job in jobs if job["device"] == id), None)
 
 
+async def is_pending(monitor: Monitor, id: str) -> bool:
+    """Wait until a job that was told to complete has done all but change the graph; False if it has ended."""
+    while (found := await find(monitor, id)) is not None and found["status"] not in OVER:
+        if found["status"] == "pending":
+            return True
+        await trio.sleep(LOOK_S)
+    return False
+
+
 async def end_of(monitor: Monitor, id: str) -> str:
     """Wait for the end of a job and dismiss it; its error, or an empty text."""
     while True:

@@ -41,8 +41,15 @@ class Move:
         return bool((await self._graph()).used_on_export(self.disk.fork))
 
     async def is_there(self) -> bool:
-        """Does the VM run where it is to be started?"""
-        return await self.is_on_fork()
+        """Does the VM run where its newest content is? MoveFailedError if it runs where that is not any more."""
+        if self.disk.at == "fork":
+            return await self.is_on_fork()
+        if await self.is_on_fork() and not await self.is_under_way():
+            raise MoveFailedError(
+                f"the VM runs on {self.disk.fork}, and its newest content is in {self.disk.target}",
+                hint="end that QEMU, start one on what cdp recover show says, then: cdp recover retry",
+            )
+        return self._at_home(await self._graph()) is not None
 
     async def is_home(self) -> bool:
         """Does the VM's disk stand on what is at home, and no copy is under way?"""
@@ -109,6 +116,7 @@ class Move:
             "copy-mode": "write-blocking",
             "on-source-error": "report",
             "on-target-error": "report",
+            "auto-finalize": False,
             "auto-dismiss": False,
         }
         await self._monitor.execute("blockdev-mirror", arguments)
@@ -131,21 +139,29 @@ class Move:
             raise MoveFailedError("the copy was ended by somebody else")
         shown = await jobs.find_block_job(self._monitor, self._job)
         ready = shown is not None and shown["ready"] and shown["io-status"] == "ok"
+        ready = ready or found["status"] == "pending"
         return Progress(int(found["current-progress"]), int(found["total-progress"]), bool(ready))
 
-    async def pivot(self) -> None:
-        """Let the VM's disk stand on the copy; returns when it does. MoveFailedError: it stands where it stood."""
+    async def hold(self) -> None:
+        """Let the copy be whole and durable; what the guest asks of the disk waits from here on. MoveFailedError.
+
+        QEMU drains the source, flushes the target, and stays so until the job is finalized or cancelled.
+        """
         found = await jobs.find(self._monitor, self._job)
         if found is not None and found["status"] == "ready":
             await self._monitor.execute("job-complete", {"id": self._job})
-        if found is not None:
+        if found is not None and not await jobs.is_pending(self._monitor, self._job):
+            await jobs.ended(self._monitor, self._job, self.disk.disk)
+
+    async def pivot(self) -> None:
+        """Let the VM's disk stand on the copy, and go on. MoveFailedError: it goes on where it stood."""
+        if await jobs.find(self._monitor, self._job) is not None:
+            if await jobs.is_pending(self._monitor, self._job):
+                await self._monitor.execute("job-finalize", {"id": self._job})
             await jobs.ended(self._monitor, self._job, self.disk.disk)
 
     async def settle(self) -> None:
-        """What the VM has at home is durable there. MoveFailedError.
-
-        A guest's FLUSH during a mirror goes to the source alone, so one in the moment of the pivot has not done it.
-        """
+        """What the VM has at home is durable there. MoveFailedError."""
         await jobs.flush(self._monitor, await self.home_node())
 
     async def let_go(self) -> None:

@@ -106,6 +106,9 @@ class StreamMove(Move):
             raise MoveFailedError(f"QEMU could not copy {self.disk.disk}: {self._point} cannot be read")
         await self._monitor.execute("block-job-resume", {"device": id})
 
+    async def hold(self) -> None:
+        """Nothing: the VM is at home."""
+
     async def pivot(self) -> None:
         """Nothing: the file at home is whole."""
 
