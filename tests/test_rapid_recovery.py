@@ -318,7 +318,7 @@ def test_two_disks_of_a_vm_from_one_instant(server: Server, home: Path, short_pa
 @real
 def test_undo_takes_along_what_was_written_at_home(server: Server, home: Path, short_path: Path) -> None:
     content = protect(server)
-    begun = begin(server, home, short_path / "vm.qmp")
+    begun = begin(server, home, short_path / "vm.qmp", format="raw")
     with Vm(short_path, [begun["uri"]]) as vm:
         wait(server, begun["id"], "done")
         guest = Guest(vm.uri(), content)

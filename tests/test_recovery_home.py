@@ -288,6 +288,10 @@ def test_overwrite_of_a_protected_vm_changes_its_record_when_it_is_home_and_undo
     soon(lambda: shared.get(disk)["clients"] == 0, "the end of the mirror")
     body = {"overwrite": True, "protect": True, "force": True}
     begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/disk0@good", **body)
+    assert "replaces its disks" in vm_state(shared, vm)["reason"]
+    shared.post(f"/v1/recoveries/{begun['id']}:abort")
+    assert monitor() == str(old.monitor) and "replaces" not in vm_state(shared, vm)["reason"]
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/disk0@good", **body)
     assert monitor() == str(old.monitor)
     with Vm(short_path, [begun["uri"]]) as running:
         wait(shared, begun["id"], "done")
@@ -496,84 +500,6 @@ def test_an_aborted_chain_leaves_the_vm_on_the_point(
 
 
 # --- what else befalls it
-
-
-def test_the_operators_command_may_be_killed(shared: Server, home: Path, short_path: Path, vm: str) -> None:
-    content = protect(shared, vm=vm)
-    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good")
-    follow = [BIN / "cdp", "--state-dir", shared.state_dir, "recover", "show", begun["id"], "--follow"]
-    log = short_path / "cdp.log"
-    first = start(follow, log)
-    with Vm(short_path, [begun["uri"]]) as running:
-        wait(shared, begun["id"], "copying", "pivoting", "done")
-        first.kill()
-        first.wait()
-        assert start([*follow, "--json"], log).wait(60) == 0
-        shown = json.loads(log.read_text())
-        assert (shown["state"], shown["copied_bytes"]) == ("done", shown["total_bytes"])
-        assert {"state", "phase", "copied_bytes", "total_bytes", "events"} <= shown.keys()
-        assert read(running.uri(), SIZE) == content
-
-
-def until_job(qmp: Qmp, job: str, status: str) -> None:
-    """Returns at the very moment."""
-    qmp.wait("JOB_STATUS_CHANGE", lambda found: found == {"id": job, "status": status})
-
-
-def test_a_qemu_killed_in_the_pivot_of_two_disks_has_lost_nothing(
-    shared: Server, home: Path, short_path: Path, vm: str
-) -> None:
-    """Killed while the guest's requests wait, then when the first disk is home and was written to there."""
-    contents = [protect(shared, name, vm=vm, number=number) for number, name in enumerate(("vda", "vdb"))]
-    for content in contents:
-        content[:MIB] = b"\xee" * MIB
-
-    def put(running: Vm, number: int, place: int) -> None:
-        with connected(running.uri(number)) as client:
-            client.pwrite(pattern(place + number), place)
-            client.flush()
-        contents[number][place : place + 4096] = pattern(place + number)
-
-    def check(running: Vm) -> None:
-        assert [read(running.uri(number), SIZE) for number in (0, 1)] == contents
-
-    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}@latest", force=True)
-    id, steps = begun["id"], f"/v1/recoveries/{begun['id']}"
-    forks = [disk["uri"] for disk in begun["disks"]]
-    with Vm(short_path, forks, "early") as running, Qmp(running.other) as qmp:
-        put(running, 0, 4096)
-        put(running, 1, 8192)
-        running.qmp.rename(short_path / "vm.qmp")
-        until_job(qmp, job_of(id, 1), "ready")
-        os.kill(shared.process.pid, signal.SIGSTOP)
-        for job in (job_of(id), job_of(id, 1)):
-            qmp.call("job-complete", id=job)  # in the place of the service, which looks five times a second
-            until_job(qmp, job, "pending")
-        running.end()
-        os.kill(shared.process.pid, signal.SIGCONT)
-    shown = wait(shared, id, "failed")
-    assert [disk["at"] for disk in shown["disks"]] == ["fork", "fork"]
-    with Vm(short_path, [disk["blockdev"] for disk in shown["disks"]], "early") as running:
-        check(running)
-        with Qmp(running.other) as qmp:
-            running.qmp.rename(short_path / "vm.qmp")
-            shared.post(f"{steps}:retry")
-            until_job(qmp, job_of(id), "concluded")
-            os.kill(shared.process.pid, signal.SIGSTOP)
-            try:
-                put(running, 0, 20 * MIB)
-                running.end()
-            finally:
-                os.kill(shared.process.pid, signal.SIGCONT)
-    shown = wait(shared, id, "failed")
-    assert shown["phase"] == "pivoting" and [disk["at"] for disk in shown["disks"]] == ["home", "home"]
-    with Vm(short_path, forks):
-        shared.post(f"{steps}:retry")
-        assert "its newest content is in" in wait(shared, id, "failed")["reason"]
-    with Vm(short_path, [disk["blockdev"] for disk in shown["disks"]]) as running:
-        shared.post(f"{steps}:retry")
-        wait(shared, id, "done")
-        check(running)
 
 
 def test_a_mirror_waits_for_a_target_that_was_killed(

@@ -60,7 +60,14 @@ def check(target: str, *, size: int, overwrite: bool, force: bool) -> bool:
         )
     if not path.is_file():
         raise RefusedError(f"{target} is no file that could be kept aside", hint="name another place")
+    check_closed(path)
     return True
+
+
+def check_closed(path: Path) -> None:
+    """RefusedError if a VM of this host runs on it."""
+    if qemu.is_open(path):
+        raise RefusedError(f"a QEMU has {path} open: the VM runs", hint="shut it down first")
 
 
 def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> None:
@@ -79,6 +86,7 @@ def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> Non
         there = os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
+    check_closed(path)
     if there < size:
         raise RefusedError(f"{path} has {there} bytes, the disk {size}", hint="name a larger device")
     if not force:
@@ -86,12 +94,32 @@ def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> Non
 
 
 def choose_base(core: Core, disk: str, base: str | None, size: int) -> str:
-    """The base image of a chain: the one that is named, else the one that the disk was made from, if that is still there."""
+    """The base image of a chain: the one that is named, else the one that the disk was made from, if that is still there.
+
+    UsageError, NotFoundError, RefusedError for a named one that nothing can stand on.
+    """
     if base is not None:
-        return str(images.check_path(base)) if images.check_fits(Path(base), size) else ""
+        return _check_base(core, images.check_path(base), size)
     found = timeline.load(core.state.timeline(core.entry(disk).id)).base
     source = images.source_of(core.state, found) if isinstance(found, ImageBase) else None
     return source if source is not None and Path(source).is_file() else ""
+
+
+def _check_base(core: Core, path: Path, size: int) -> str:
+    if path.resolve().is_relative_to(core.state.path.resolve()):
+        raise UsageError(
+            f"{names.show(str(path))} is in the state directory", hint="name an image on primary storage"
+        )
+    if path.is_file() and qemu.is_open(path):
+        raise RefusedError(
+            f"a QEMU writes to the base image {path}, which must not change", hint="name another image"
+        )
+    there = qemu.info(path).virtual_size
+    if there > size:
+        raise UsageError(
+            f"the base image {path} has {there} bytes, more than the disk's {size}", hint="name another image"
+        )
+    return str(path)
 
 
 def is_device(path: Path) -> bool:
@@ -103,9 +131,10 @@ def is_device(path: Path) -> bool:
 
 
 def set_aside(disk: RecoveredDisk, id: str) -> None:
-    """Keep what lies at the target beside it, if that has not been done; durable on return."""
+    """Keep what lies at the target beside it, if that has not been done; durable on return. RefusedError if a QEMU has it."""
     aside = Path(disk.aside(id))
     if disk.replaces and not os.path.lexists(aside):
+        check_closed(Path(disk.target))
         os.rename(disk.target, aside)
         durable.fsync_dir(aside.parent)
 

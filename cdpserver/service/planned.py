@@ -1,5 +1,6 @@
 """What `cdp recover start` asks for, checked, and made into the recovery that it means. Nothing is begun."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,13 +193,29 @@ def _check_disks(core: Core, disks: tuple[RecoveredDisk, ...], asked: Request, h
             f"there is no disk {', '.join(sorted(unknown))} to place", hint="cdp disk list shows the names"
         )
     taken = {disk.target: other.id for other in held for disk in other.disks if other.stage not in OVER}
+    forks = {disk.fork: other.id for other in held for disk in other.disks}
+    bases = {os.path.realpath(disk.base) for disk in disks if disk.base}
     for disk in disks:
         if core.catalog.get(disk.fork) is not None:
-            raise RefusedError(f"there is a disk {disk.fork} already", hint="choose another --name")
+            raise RefusedError(
+                f"there is a disk {disk.fork} already",
+                hint=_rather_look(forks.get(disk.fork, ""), "choose another --name"),
+            )
         if disk.chain and Path(disk.point_image).exists():
             raise RefusedError(f"there is {disk.point_image} already", hint="name another place")
         if disk.target in taken:
+            other = taken[disk.target]
             raise RefusedError(
-                f"{disk.target} is taken by {taken[disk.target]}", hint="name another place: cdp recover list"
+                f"{disk.target} is taken by {other or 'another disk of this recovery'}",
+                hint=_rather_look(other, "name another place"),
             )
-        taken[disk.target] = "another disk of this recovery"
+        if os.path.realpath(disk.target) in bases:
+            raise UsageError(
+                f"{disk.target} cannot be a base image and what is written", hint="name another place"
+            )
+        taken[disk.target] = ""
+
+
+def _rather_look(other: str, hint: str) -> str:
+    """What to do: maybe this was asked before, and is under way."""
+    return f"look at {other}: cdp recover show {other}; else {hint}" if other else hint

@@ -369,12 +369,27 @@ class Recoveries:
                 one = await self._hand_over.take_back(one)
                 await runner.keep(replace(one, mode="mirror"))
             else:
-                await self._hand_over.hold(one)
-                await runner.keep(await self._prepare(one))
-                await launched.launch(self._core, one)
+                await self._begin_again(runner)
             one = await runner.step(step)
             self._run(one)
         return await self.show(one.id)
+
+    async def _begin_again(self, runner: Runner) -> None:
+        one = runner.recovery
+        if one.stage in OVER:  # meanwhile the VM that it was to replace may have been started
+            await self._hand_over.check_idle(one)
+            for disk in one.disks:
+                if disk.replaces and not disk.made:
+                    await self._core.thread(homes.check_closed, Path(disk.target))
+        await self._hand_over.hold(one)
+        try:
+            await runner.keep(await self._prepare(one))
+            await launched.launch(self._core, runner.recovery)
+        except BaseException:
+            if one.stage in OVER:
+                with trio.CancelScope(shield=True):
+                    await self._hand_over.let_go(one)
+            raise
 
 
 def _are_untouched(one: Recovery) -> bool:
@@ -386,7 +401,7 @@ def _are_untouched(one: Recovery) -> bool:
 def _check_not_home(one: Recovery) -> None:
     """RefusedError while a VM runs on what is to be discarded."""
     for disk in one.disks:
-        if disk.made and qemu.is_open(Path(disk.target), disk.format):
+        if disk.made and qemu.is_open(Path(disk.target)):
             raise RefusedError(
                 f"the VM runs on {disk.target}, and would see its disk change",
                 hint="shut it down first, or undo without --discard",
