@@ -524,6 +524,51 @@ def test_bisect_finds_the_last_good_second_and_goes_on_where_it_was(short_path: 
         nothing_stays(server)
         wrong = cdp(server, "bisect", "d", "--good", "latest", "--bad", "seq:10", "--run", judge)
         assert wrong.returncode == 2 and "is not before" in wrong.stderr
+        _ctrl_c_and_points_that_cannot_be_judged(server, short_path)
+
+
+def _ctrl_c_and_points_that_cannot_be_judged(server: Server, short_path: Path) -> None:
+    seen, hang, log = short_path / "seen2", short_path / "hang", short_path / "log"
+    judge = script(
+        short_path / "judge2",
+        f"[ -e {hang} ] && [ -s {seen} ] && rm {hang} && exec sleep 600\n"
+        f"echo ${{CDP_POINT##*:}} >>{seen}\nn=${{CDP_POINT##*:}}\n"
+        "[ $n -ge 98 ] && [ $n -lt 102 ] && exit 125\n[ $n -lt 100 ]",
+    )
+    asked = (
+        "bisect",
+        "d",
+        "--good",
+        "seq:10",
+        "--bad",
+        "seq:190",
+        "--run",
+        judge,
+        "--log",
+        str(log),
+        "--json",
+    )
+    hang.touch()
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "cdp", *asked],
+        env={**os.environ, "CDP_STATE_DIR": str(server.state_dir)},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until(lambda: not hang.exists(), "the second probe")
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+    assert process.wait(60) == 130
+    nothing_stays(server)
+    kept = log.read_bytes()
+    for again in (False, True):
+        log.write_bytes(kept)
+        done = cdp(server, *asked, *(["--again"] if again else []))
+        assert done.returncode == 0, done.stderr
+        assert ("going on after 1 probes" in done.stderr) != again
+        found = json.loads(done.stdout)
+        assert (found["good"], found["bad"], found["skipped"]) == ("d@seq:97", "d@seq:102", 4)
+        assert not log.exists()
+    nothing_stays(server)
 
 
 @real
