@@ -17,52 +17,74 @@ from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
 from tools.measure import (
+    basepoints,
     chains,
     costs,
+    disturbed,
     files,
     idle,
+    lengths,
     machine,
     many,
+    memory,
     migrate,
     mirrors,
     opening,
     reads,
     result,
     rto,
+    scale,
+    space,
+    work,
     workers,
     writes,
 )
-from tools.measure.context import QUICK, Context, Sizes
+from tools.measure.context import QUICK, SMOKE, Context, Sizes
 from tools.measure.result import Measure
 from tools.measure.servers import Ours
 
 BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "write-4k": writes.random_4k,
+    "latency-4k": writes.latency_4k,
     "write-1m": writes.sequential_1m,
+    "first-copy": mirrors.first_copy,
+    "mirror": mirrors.writes,
+    "steady": disturbed.steadiness,
     "read-4k": reads.random_4k,
     "read-chain": chains.reads,
     "open": opening.first_byte,
-    "rto": rto.rto,
+    "base-point": basepoints.base_points,
+    "lengths": lengths.lengths,
+    "space": space.space,
+    "memory": memory.curve,
+    "scale": scale.scale,
+    "work": work.work,
     "zero": costs.zero,
     "remirror": costs.remirror,
+    "rto": rto.rto,
     "disks": many.disks,
     "idle": idle.idle,
-    "mirror": mirrors.writes,
     "forward": workers.forward,
     "takeover": workers.takeover,
     "files": files.files,
     "migrate": migrate.migrate,
 }
 
+QUICK_BENCHES = tuple(BENCHES)[: tuple(BENCHES).index("rto")]
+"""What `--quick` runs: the rest takes its time however small it is."""
+
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=0, help="rounds of each bench (default: 5; 1 with --quick)"
+        "--rounds", type=int, default=0, help="rounds of each bench (default: 5; 1 with --quick and --smoke)"
     )
     parser.add_argument("--only", action="append", choices=list(BENCHES), help="this bench; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work at all?")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes, and only what is quick: a few minutes"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it work at all?")
     parser.add_argument("--json", action="store_true", help="figures, samples and the machine as JSON")
     parser.add_argument(
         "--directory", type=Path, help="where to put the files: the file system to measure on"
@@ -73,7 +95,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="files: measure guestfish, too (libguestfs-tools and a kernel package; in software, half a minute a round)",
     )
     chosen = parser.parse_args(arguments)
-    chosen.rounds = chosen.rounds or (1 if chosen.quick else 5)
+    chosen.rounds = chosen.rounds or (1 if chosen.quick or chosen.smoke else 5)
+    chosen.only = chosen.only or list(QUICK_BENCHES if chosen.quick else BENCHES)
     if chosen.rounds < 0:
         parser.error("--rounds is 1 or more")
     return chosen
@@ -81,6 +104,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def sizes(chosen: argparse.Namespace) -> Sizes:
     """How much work is done."""
+    if chosen.smoke:
+        return SMOKE
     return QUICK if chosen.quick else Sizes()
 
 
@@ -89,7 +114,7 @@ def measure(chosen: argparse.Namespace, directory: Path, say: Callable[[str], No
     found = []
     with Server(directory / "state") as server:
         context = Context(directory, Ours(server), chosen.rounds, sizes(chosen), say, chosen.guestfish)
-        for name in chosen.only or BENCHES:
+        for name in chosen.only:
             found += BENCHES[name](context)
     return found
 
@@ -100,7 +125,7 @@ def as_json(chosen: argparse.Namespace, facts: dict[str, Any], measures: list[Me
         "machine": facts,
         "options": {
             "rounds": chosen.rounds,
-            "only": chosen.only or list(BENCHES),
+            "only": chosen.only,
             "sizes": dataclasses.asdict(sizes(chosen)),
         },
         "measures": {found.name: found.as_dict() for found in measures},

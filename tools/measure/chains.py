@@ -62,8 +62,9 @@ def _compared(context: Context, key: str, subject: str, point: str, other: str, 
     """Random and sequential reads of both, in turn."""
     size, seconds = context.sizes.chain_disk, context.sizes.read_seconds
     chain = f"{length} base points"
-    random_4k = Measure(key, f"4 KiB random read, depth 1, {chain}", "IOPS", "higher")
-    sequential = Measure(f"{key}-1m", f"1 MiB sequential read, depth 1, {chain}", "MB/s", "higher")
+    goal = (Goal(subject, QCOW2, 1.0, "1.0x the chain"),)
+    random_4k = Measure(key, f"4 KiB random read, depth 1, {chain}", "IOPS", "higher", goal)
+    sequential = Measure(f"{key}-1m", f"1 MiB sequential read, depth 1, {chain}", "MB/s", "higher", goal)
     context.settle()
     for _ in range(context.rounds):
         for who, uri in ((subject, point), (QCOW2, other)):

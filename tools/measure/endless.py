@@ -39,10 +39,12 @@ def written(workers: list[Worker]) -> int:
     return sum(disk["counts"]["writes"] for worker in workers for disk in worker.ask("status").values())
 
 
-def job(uris: list[str], *, size: int, depth: int, rate: int = 0) -> str:
-    """fio's job file: a thread and a connection for each disk, until it is killed."""
+def job(
+    uris: list[str], *, size: int, depth: int, rate: int = 0, seconds: float = LONGEST_S, ramp_s: float = 0.0
+) -> str:
+    """fio's job file: a thread and a connection for each disk, until it is killed, or for a time after `ramp_s`."""
     lines = ["[global]", "ioengine=nbd", "thread", "rw=randwrite", "norandommap", "bs=4096", f"size={size}"]
-    lines += ["time_based", f"runtime={LONGEST_S:.0f}"]
+    lines += ["time_based", f"runtime={seconds:g}", f"ramp_time={ramp_s:g}"]
     lines += [f"rate_iops={rate}"] if rate else [f"iodepth={depth}"]
     for number, uri in enumerate(uris):
         lines += [f"[disk{number}]", f"uri={uri}"]

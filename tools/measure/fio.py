@@ -68,6 +68,8 @@ class Figures:
     mb_s: float
     latency_us: float
     """Median completion latency."""
+    p99_us: float
+    """Its 99th percentile."""
 
 
 def read(uri: str, job: Job, directory: Path) -> Figures:
@@ -104,7 +106,7 @@ def write(
         # Its own start took a moment before its ramp time began.
         time.sleep(max(0.0, started + RAMP_S + 0.5 - time.monotonic()))
         process.send_signal(signal.SIGCONT)
-        return _figures(process.wait(LONGEST_S), output, "write")
+        return _figures(process.wait(LONGEST_S), output, "trim" if job.kind == "randtrim" else "write")
     finally:
         process.kill()
         process.wait()
@@ -120,4 +122,5 @@ def _figures(status: int, output: Path, direction: str) -> Figures:
     if found["error"] or not side["total_ios"]:
         raise FailedError(f"fio measured nothing (error {found['error']})")
     percentiles = side["clat_ns"].get("percentile", {})
-    return Figures(side["iops"], side["bw_bytes"] / 1e6, percentiles.get("50.000000", 0) / 1000)
+    p50_us, p99_us = (percentiles.get(key, 0) / 1000 for key in ("50.000000", "99.000000"))
+    return Figures(side["iops"], side["bw_bytes"] / 1e6, p50_us, p99_us)

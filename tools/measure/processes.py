@@ -44,11 +44,14 @@ class Processes:
         return found
 
 
+def memory(pid: int) -> int:
+    """Bytes of a process, with its share of what it has in common with others (PSS)."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) << 10
+
+
 def _taken(pid: int) -> Taken:
-    process = Path(f"/proc/{pid}")
-    rollup = (process / "smaps_rollup").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
-    return Taken(time.clock_gettime(_cpu_clock(pid)), kib << 10, len(os.listdir(process / "fd")))
+    return Taken(time.clock_gettime(_cpu_clock(pid)), memory(pid), len(os.listdir(f"/proc/{pid}/fd")))
 
 
 def _cpu_clock(pid: int) -> int:

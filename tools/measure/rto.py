@@ -36,12 +36,12 @@ PARTS = {
 
 def rto(context: Context) -> list[Measure]:
     """Drills of one point in journals of different lengths, beside converting the point and starting the same VM on the file."""
-    lengths = (context.sizes.records[0], context.sizes.records[-1])
+    lengths = context.sizes.rto_records
     measures = {
         key: Measure(f"rto-{key[:-3]}", f"VM back: {title}", "s", "lower") for key, title in PARTS.items()
     }
     read = measures["read_ms"]
-    short, long = (f"{records:,} records" for records in lengths)
+    short, long = (f"{records:,} records" for records in (lengths[0], lengths[-1]))
     read.goals = (
         *(Goal(subject, "", 1.0, "under 1 s") for subject in (short, long)),
         Goal(long, short, 1.5, "flat: at most 1.5x the shortest"),

@@ -21,7 +21,7 @@ MAKERS = 8
 """Disks made at once: making one waits for the store's disk most of the time."""
 
 
-def seed(directory: Path, count: int, *, records: int = 20) -> None:
+def seed(directory: Path, count: int, *, records: int = 20, size: int = SIZE) -> None:
     """A state directory with `count` disks, closed cleanly, each with a first copy and `records` writes since *synced*."""
     state = StateDir.create_or_open(directory)
     clock, _ = fix_clock(state.clock, lambda: 0)
@@ -33,7 +33,7 @@ def seed(directory: Path, count: int, *, records: int = 20) -> None:
             name = f"idle{number}"
             made.append(
                 timeline.create_timeline(
-                    state, id=id, name=name, vm=None, size=SIZE, base=EmptyBase(), now_ns=now_ns
+                    state, id=id, name=name, vm=None, size=size, base=EmptyBase(), now_ns=now_ns
                 )
             )
             catalog.add(name, id, created_ns=now_ns)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from cdpserver.clock import boot_id
 from cdpserver.index.store import CLOSED_NAME, find_index, open_index, release
 from cdpserver.journal.log import interval_path
-from tools.kit.processes import FailedError, listens, run, start, stop, until
+from tools.kit.processes import FailedError, Process, listens, run, start, stop, until
 from tools.kit.server import Server
 
 INDEX_S = 300.0
@@ -146,10 +146,33 @@ def qemu_nbd(image: Path, socket: Path, *options: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def overlay(backing: Path, directory: Path) -> Iterator[Fresh]:
-    """An empty QCOW2 overlay over a full backing file, behind qemu-nbd: what a snapshot of a disk is."""
+def qemu_nbds(images: Sequence[Path]) -> Iterator[list[tuple[str, int]]]:
+    """A qemu-nbd for each QCOW2 image; the URI and the pid of each. They start together."""
+    sockets = [image.with_suffix(".sock") for image in images]
+    processes: list[Process] = []
+    try:
+        for image, socket in zip(images, sockets, strict=True):
+            command: list[str | Path] = ["qemu-nbd", "-f", "qcow2", "-t", "-e", "4", "-k", socket, image]
+            processes.append(start(command, image.with_suffix(".log")))
+        for process, socket in zip(processes, sockets, strict=True):
+            listens(process, socket, socket.with_suffix(".log"))
+        uris = [f"nbd+unix:///?socket={socket}" for socket in sockets]
+        yield [(uri, process.pid) for uri, process in zip(uris, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            stop(process)
+        for socket in sockets:
+            socket.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def overlay(backing: Path, directory: Path, *options: str) -> Iterator[Fresh]:
+    """An empty QCOW2 overlay over a full backing file, behind qemu-nbd: what a snapshot is. `options` as of `create -o`."""
     image = directory / "overlay.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing, image)
+    chosen = [word for option in options for word in ("-o", option)]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *chosen, "-F", "raw", "-b", backing, image)
     try:
         with qemu_nbd(image, directory / "qemu-nbd.sock") as uri:
             yield Fresh(uri, _changed(image), _nothing, _nothing)
