@@ -5,7 +5,7 @@
 
 A session of ours begins with its connection's first write and is protected once *synced* is said for it; everything is
 measured in that state. fio starts its figures anew when its ramp time is over, which it is when the pause ends. The
-other servers get the same pause, so that all measure the same part of the same work.
+other servers know no sessions and get no pause: all of the same work is measured.
 """
 
 import json
@@ -19,6 +19,9 @@ from typing import Any
 from tools.kit.processes import FailedError, start, until
 
 RAMP_S = 1.0
+
+START_S = 0.3
+"""What does not count of a job that goes by time."""
 
 LONGEST_S = 600.0
 """Longest run of fio: a bench is bounded by size, so a slow server takes its time, but not for ever."""
@@ -37,8 +40,8 @@ class Job:
     again: bool = False
     """May a block be written more than once?"""
 
-    def arguments(self, uri: str, output: Path) -> list[str]:
-        """fio's command line. It prints other things on stdout, so its figures go to a file."""
+    def arguments(self, uri: str, output: Path, *, ramp_s: float = 0.0) -> list[str]:
+        """fio's command line; nothing counts before `ramp_s`. It prints other things on stdout, so its figures go to a file."""
         found = [
             *(
                 "fio",
@@ -52,11 +55,13 @@ class Job:
             *("--output-format=json", f"--output={output}"),
         ]
         if self.io_bytes:
-            found += [f"--io_size={self.io_bytes}", f"--ramp_time={RAMP_S}"]
+            found.append(f"--io_size={self.io_bytes}")
         if self.seconds:
-            found += ["--time_based", f"--runtime={self.seconds}", "--ramp_time=0.3", "--norandommap"]
+            found += ["--time_based", f"--runtime={self.seconds}", "--norandommap"]
         if self.again:
             found.append("--norandommap")
+        if ramp_s:
+            found.append(f"--ramp_time={ramp_s}")
         return found
 
 
@@ -74,17 +79,17 @@ class Figures:
 
 def read(uri: str, job: Job, directory: Path) -> Figures:
     """A read job, for its time."""
-    return _for_its_time(uri, job, directory, "read")
+    return _plainly(uri, job, directory, "read", ramp_s=START_S)
 
 
 def write_for(uri: str, job: Job, directory: Path) -> Figures:
     """A write job, for its time, on a disk of which nothing is to be declared meanwhile."""
-    return _for_its_time(uri, job, directory, "write")
+    return _plainly(uri, job, directory, "write", ramp_s=START_S)
 
 
-def _for_its_time(uri: str, job: Job, directory: Path, direction: str) -> Figures:
+def _plainly(uri: str, job: Job, directory: Path, direction: str, *, ramp_s: float) -> Figures:
     output = directory / "fio.json"
-    process = start(job.arguments(uri, output), directory / "fio.log")
+    process = start(job.arguments(uri, output, ramp_s=ramp_s), directory / "fio.log")
     try:
         return _figures(process.wait(LONGEST_S), output, direction)
     finally:
@@ -93,11 +98,16 @@ def _for_its_time(uri: str, job: Job, directory: Path, direction: str) -> Figure
 
 
 def write(
-    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], object]
+    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], object] | None
 ) -> Figures:
-    """A write job with its pause: once `wrote` says that the first write has arrived, `declare` is called in it."""
+    """A write job with its pause: once `wrote` says that the first write has arrived, `declare` is called in it.
+
+    Without `declare`, there is no pause.
+    """
+    if declare is None:
+        return _plainly(uri, job, directory, "write", ramp_s=0.0)
     output = directory / "fio.json"
-    process = start(job.arguments(uri, output), directory / "fio.log")
+    process = start(job.arguments(uri, output, ramp_s=RAMP_S), directory / "fio.log")
     started = time.monotonic()
     try:
         until(lambda: wrote() or process.poll() is not None, "first write of fio", every_s=0.001)

@@ -26,7 +26,8 @@ class Fresh:
 
     uri: str
     wrote: Callable[[], bool]
-    declare: Callable[[], object]
+    declare: Callable[[], object] | None
+    """None of servers that know no sessions."""
     verify: Callable[[int], None]
     """Is what was measured what was meant, after this many bytes? FailedError."""
 
@@ -122,13 +123,8 @@ def _indexed(timeline: Path) -> int:
     return indexed
 
 
-def _changed(path: Path) -> Callable[[], bool]:
-    before = os.stat(path).st_mtime_ns
-    return lambda: os.stat(path).st_mtime_ns != before
-
-
-def _nothing(*_: object) -> None:
-    """The other servers know no sessions."""
+def _peer(uri: str) -> Fresh:
+    return Fresh(uri, lambda: True, None, lambda _: None)
 
 
 @contextlib.contextmanager
@@ -175,7 +171,7 @@ def overlay(backing: Path, directory: Path, *options: str) -> Iterator[Fresh]:
     run("qemu-img", "create", "-q", "-f", "qcow2", *chosen, "-F", "raw", "-b", backing, image)
     try:
         with qemu_nbd(image, directory / "qemu-nbd.sock") as uri:
-            yield Fresh(uri, _changed(image), _nothing, _nothing)
+            yield _peer(uri)
     finally:
         image.unlink()
 
@@ -190,7 +186,7 @@ def nbdkit_file(size: int, directory: Path) -> Iterator[Fresh]:
     process = start(["nbdkit", "-f", "-t", "1", "-U", socket, "file", image], log)
     try:
         listens(process, socket, log)
-        yield Fresh(f"nbd+unix:///?socket={socket}", _changed(image), _nothing, _nothing)
+        yield _peer(f"nbd+unix:///?socket={socket}")
     finally:
         stop(process)
         socket.unlink(missing_ok=True)
