@@ -18,7 +18,7 @@ from typing import Any
 
 from tools.kit.processes import FailedError, start, until
 
-RAMP_S = 1.0
+RAMP_S = 0.8
 
 START_S = 0.3
 """What does not count of a job that goes by time."""
@@ -61,7 +61,7 @@ class Job:
         if self.again:
             found.append("--norandommap")
         if ramp_s:
-            found.append(f"--ramp_time={ramp_s}")
+            found.append(f"--ramp_time={ramp_s * 1000:.0f}ms")
         return found
 
 
@@ -108,13 +108,13 @@ def write(
         return _plainly(uri, job, directory, "write", ramp_s=0.0)
     output = directory / "fio.json"
     process = start(job.arguments(uri, output, ramp_s=RAMP_S), directory / "fio.log")
-    started = time.monotonic()
     try:
         until(lambda: wrote() or process.poll() is not None, "first write of fio", every_s=0.001)
         process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
         declare()
-        # Its own start took a moment before its ramp time began.
-        time.sleep(max(0.0, started + RAMP_S + 0.5 - time.monotonic()))
+        # Its ramp time began before the first write.
+        time.sleep(max(0.0, stopped + RAMP_S + 0.1 - time.monotonic()))
         process.send_signal(signal.SIGCONT)
         return _figures(process.wait(LONGEST_S), output, "trim" if job.kind == "randtrim" else "write")
     finally:
@@ -129,8 +129,8 @@ def _figures(status: int, output: Path, direction: str) -> Figures:
         raise FailedError(f"fio ended with status {status}: {said}")
     found: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
     side = found[direction]
-    if found["error"] or not side["total_ios"]:
+    percentiles = side["clat_ns"].get("percentile")
+    if found["error"] or not side["total_ios"] or not percentiles:
         raise FailedError(f"fio measured nothing (error {found['error']})")
-    percentiles = side["clat_ns"].get("percentile", {})
-    p50_us, p99_us = (percentiles.get(key, 0) / 1000 for key in ("50.000000", "99.000000"))
+    p50_us, p99_us = (percentiles[key] / 1000 for key in ("50.000000", "99.000000"))
     return Figures(side["iops"], side["bw_bytes"] / 1e6, p50_us, p99_us)

@@ -11,8 +11,10 @@ from typing import Any
 from cdpserver.clock import boot_id
 from cdpserver.index.store import CLOSED_NAME, find_index, open_index, release
 from cdpserver.journal.log import interval_path
+from cdpserver.state import StateDir
 from tools.kit.processes import FailedError, Process, listens, run, start, stop, until
 from tools.kit.server import Server
+from tools.measure.endless import Worker
 
 INDEX_S = 300.0
 """How long the indexer may take for what a bench has written."""
@@ -38,6 +40,7 @@ class Ours:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.client = server.client
+        self._worker = Worker(StateDir.open(server.path), 0)
 
     @contextlib.contextmanager
     def disk(self, size: int, *, declared: bool = True) -> Iterator[str]:
@@ -57,8 +60,9 @@ class Ours:
         return str(self.client.disk(name)["uri"])
 
     def session(self, name: str) -> int:
-        """The number of the disk's session; 0 before the first write."""
-        return int(self.client.disk(name)["session"])
+        """The number of the disk's session; 0 before the first write. Asked of the worker, since fio does not wait."""
+        status = self._worker.ask("status", disks=[name])
+        return int(status[name]["session"]) if name in status else 0
 
     def declare(self, name: str) -> dict[str, Any]:
         """The current session is in sync and write-blocking: from here on nothing is compared. The disk then."""

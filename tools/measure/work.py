@@ -23,7 +23,6 @@ def work(context: Context) -> list[Measure]:
     for _ in range(context.rounds):
         for blocks in context.sizes.cut_blocks:
             with ours.disk(DISK) as name:
-                ours.cut(name)
                 write(context, name, BLOCK, blocks * BLOCK)
                 started = time.monotonic()
                 ours.client.cut(name)
