@@ -98,7 +98,7 @@ def test_killed_anywhere_in_its_merges_the_next_pass_ends_it(kept: Kept, tmp_pat
     whole.close()
     number, half = -1, 0
     while True:
-        number += 3  # every step of a single merge, test_chain takes
+        number += 7  # every step of a single merge, test_chain takes
         copy = clone(kept, tmp_path / f"k{number}")
         died = dies_at(number, lambda: copy.prune(MERGES) and None, every_step)  # noqa: B023
         for directory in copy.world.state.timelines.iterdir():

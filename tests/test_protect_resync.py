@@ -176,7 +176,7 @@ def test_what_dies_while_changes_are_sent(short_path: Path, dies: str) -> None:
             else:
                 for _ in range(3 if dies == "target again and again" else 1):
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(server.pids()["target-0"], signal.SIGKILL)
+                        os.kill(until(lambda: server.pids()["target-0"], "a target"), signal.SIGKILL)
                     writes.pwrite(b"t" * CLUSTER, 3 * CLUSTER)
             with Server(state) if dies == "service" else contextlib.nullcontext(server) as now:
                 writes.pwrite(b"u" * CLUSTER, 5 * CLUSTER)
