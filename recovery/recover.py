@@ -2,11 +2,13 @@
 
 import os
 import shlex
+import sys
 import time
 from argparse import Namespace
 from typing import Any
 
 from cdpserver.errors import BrokenError, UsageError
+from cdpserver.names import format_bytes
 from cdpserver.names import show as shown
 from recovery.bar import moving
 from recovery.client import Client
@@ -28,6 +30,9 @@ UNDER_WAY = ("running", "copying", "pivoting")
 
 LOOK_S = 0.5
 """Between two looks at a recovery that is followed."""
+
+LINE_S = 10.0
+"""Between two lines about one in the same phase."""
 
 
 def start(options: Namespace) -> None:
@@ -100,13 +105,33 @@ def show(options: Namespace) -> None:
         )
 
 
+class _Lines:
+    """What a log has in the place of a bar: a line at each change of phase, and now and then."""
+
+    def __init__(self) -> None:
+        self._said: tuple[str, str] | None = None
+        self._at = 0.0
+
+    def hear(self, found: dict[str, Any]) -> None:
+        """What the service says now."""
+        phase = (found["state"], found["phase"])
+        if sys.stderr.isatty() or (phase == self._said and time.monotonic() - self._at < LINE_S):
+            return
+        self._said, self._at = phase, time.monotonic()
+        copied, total = format_bytes(found["copied_bytes"]), format_bytes(found["total_bytes"])
+        say(f"{found['id']}: {found['state']} ({found['phase']}), {copied} of {total}")
+
+
 def _follow(service: Client, found: dict[str, Any]) -> dict[str, Any]:
     try:
-        with moving(f"{found['what']} moves home") as bar:
+        where = "back" if found["phase"] == "undoing" else "home"
+        with moving(f"{found['what']} moves {where}") as bar:
+            lines = _Lines()
             while found["state"] in UNDER_WAY:
+                bar(found["copied_bytes"], found["total_bytes"])
+                lines.hear(found)
                 time.sleep(LOOK_S)
                 found = service.recovery(found["id"])
-                bar(found["copied_bytes"], found["total_bytes"])
     except KeyboardInterrupt:
         say(f"{found['id']} goes on; to end it: cdp recover abort {found['id']}")
         raise

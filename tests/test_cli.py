@@ -70,6 +70,8 @@ class Service:
     state_dir: Path
     status: int = 200
     answer: Any = field(default_factory=dict)
+    first: list[Any] = field(default_factory=list)
+    """Answers that come before `answer`, each once."""
     raw: bytes | None = None
     hang_ups: int = 0
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -105,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(service.raw)
             self.close_connection = True
             return
-        said = json.dumps(service.answer).encode()
+        said = json.dumps(service.first.pop(0) if service.first else service.answer).encode()
         self.send_response(service.status)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
@@ -343,6 +345,38 @@ def test_a_table_at_a_terminal_has_colours_and_is_never_cut(service: Service) ->
     assert long_uri in shown and "[red]x" in shown
     service.answer = [POINT]
     assert "\x1b[32mcrash" in at_a_terminal(service.state_dir, "point", "list", "vda")[1]
+
+
+def test_a_recovery_that_is_followed_has_a_bar_at_a_terminal_and_lines_elsewhere(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at(state: str, phase: str, mib: int) -> dict[str, Any]:
+        sizes = {"copied_bytes": mib << 20, "total_bytes": 32 << 20}
+        texts = {
+            "id": "recovery-1",
+            "what": "web@good",
+            "state": state,
+            "phase": phase,
+            "uri": "",
+            "reason": "",
+        }
+        return texts | sizes | {"events": [], "disks": []}
+
+    under_way = [at("running", "waiting", 0), at("copying", "copying", 8), at("copying", "copying", 16)]
+    service.first, service.answer = list(under_way), at("done", "home", 32)
+    code, seen = at_a_terminal(service.state_dir, "recover", "show", "recovery-1", "--follow")
+    assert code == 0 and "web@good moves home" in seen
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert re.search(r"16\.0/32\.0 MiB +[0-9.]+ MB/s +0:00:[0-9]{2}", plain), (
+        "how far, how fast, and how long yet"
+    )
+    assert "recovery-1: copying" not in seen
+    service.first = list(under_way)
+    code, _, said = call(service, capsys, "recover", "show", "recovery-1", "--follow")
+    assert code == 0 and said.splitlines() == [
+        "recovery-1: running (waiting), 0B of 32.0M",
+        "recovery-1: copying (copying), 8.0M of 32.0M",
+    ]
 
 
 def test_removing_asks_at_a_terminal(service: Service) -> None:
