@@ -18,6 +18,8 @@ from cdpserver.errors import CdpError, CorruptError, NoSpaceError, RefusedError
 from recovery import cli, export, unfinished
 from tests.dying import Step, dies_at
 from tests.test_service import SIZE, Server, connected, pattern, read, until
+from tools.kit.processes import until as soon
+from tools.kit.server import BIN
 
 pytestmark = pytest.mark.real
 
@@ -112,6 +114,7 @@ def test_a_qcow2_file_is_the_point(server: Server, short_path: Path) -> None:
     run(server, output, "--format", "qcow2", "--verify")
     subprocess.run(["qemu-img", "convert", "-O", "raw", output, short_path / "o.raw"], check=True)
     assert (short_path / "o.raw").read_bytes() == content(server)
+    assert output.stat().st_blocks * 512 < 6 * MIB, "what is a hole in the point takes no room"
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
@@ -134,6 +137,20 @@ def test_an_export_that_dies_at_any_step_goes_on(
         output.unlink()
         number += 1
     assert number > 4
+
+
+def test_a_command_that_is_killed_while_it_writes_goes_on(server: Server, short_path: Path) -> None:
+    output, partial = short_path / "o", short_path / "o.partial"
+    asked = ["--state-dir", str(server.state_dir), "export", "d@latest", "--output", str(output)]
+    process = subprocess.Popen([BIN / "cdp", *asked], stderr=subprocess.DEVNULL)
+    soon(lambda: output.exists() or (partial.exists() and partial.stat().st_blocks), "data", every_s=0.0005)
+    process.kill()
+    process.wait()
+    if not output.exists():  # it may have been quicker
+        assert unfinished.load(unfinished.Output.parse(str(output)).side) is not None
+    run(server, output, "--verify")
+    assert output.read_bytes() == content(server)
+    assert not partial.exists()
 
 
 def test_latest_goes_on_with_the_instant_that_it_began_with(
