@@ -305,19 +305,21 @@ def test_overwrite_of_a_protected_vm_changes_its_record_when_it_is_home_and_undo
     shared.delete(f"/v1/vms/{vm}")
 
 
+@pytest.mark.parametrize("mode", ["mirror", "stream"])
 def test_overwrite_keeps_the_old_disk_until_the_commit_and_goes_on_with_its_history(
-    shared: Server, home: Path, short_path: Path, vm: str
+    shared: Server, home: Path, short_path: Path, vm: str, mode: str
 ) -> None:
     content = protect(shared, vm=vm)
     before = shared.get(f"/v1/disks/{vm}/vda")
     old = home / "vda.qcow2"
     old.write_bytes(b"the old disk")
-    body = {"overwrite": True, "protect": True}
+    body: dict[str, Any] = {"overwrite": True, "protect": True, "mode": mode}
     with pytest.raises(ApiError, match="--overwrite"):
         begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good")
     begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good", **body)
     aside = home / f"vda.qcow2.before-{begun['id']}"
-    with Vm(short_path, [begun["uri"]]) as running:
+    assert aside.exists() == (mode == "stream"), "a stream's VM starts in its place"
+    with Vm(short_path, [begun["disks"][0]["blockdev"]]) as running:
         shown = wait(shared, begun["id"], "done")
         assert (shown["vm"], shown["overwrites"]) == (vm, True)
         assert aside.read_bytes() == b"the old disk"
