@@ -183,19 +183,16 @@ def is_untouched(path: Path) -> bool:
 
 
 def is_open(path: Path) -> bool:
-    """Has a QEMU of this host the image, of whatever format, open for writing? False if it is not there. OSError.
+    """Has a QEMU of this host the image, of whatever format, open for writing? False if it is not there. BrokenError.
 
     Asked of the lock itself: `qemu-img info` of a raw image meets none.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    if not path.exists():
         return False
-    try:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, WRITE_LOCK, 1, 0)
-        return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
-    finally:
-        os.close(fd)
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, WRITE_LOCK, 1, 0)
+    with durable.io_errors("look at", path), path.open("rb", buffering=0) as file:
+        held: int = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
+    return held != fcntl.F_UNLCK
 
 
 def create_image(path: Path, *, size: int) -> None:

@@ -23,7 +23,7 @@ from cdpserver.service.isolated import Isolated
 from cdpserver.service.launching import Vm
 from cdpserver.service.planned import Request, check_isolated, plan
 from cdpserver.service.protection import Protection
-from cdpserver.service.recovering import TAKE_BACK_S, Runner, fork_uri
+from cdpserver.service.recovering import Runner, fork_uri
 from cdpserver.vm.launch import parts
 from cdpserver.vm.launch.parts import Disk
 from cdpserver.vm.recovery import record
@@ -101,7 +101,6 @@ class Recoveries:
             # The process's rim: one recovery's trouble is said in its record, and the service goes on.
             reason = f"internal error: {error!r}"
             if "fail" in NEXT[runner.recovery.stage]:
-                await runner.take_back(within_s=TAKE_BACK_S)
                 await runner.step("fail", reason=reason)
             else:
                 self._core.log.emit("recovery.unsettled", level="error", recovery=id, reason=reason[:2000])
@@ -388,6 +387,8 @@ class Recoveries:
         except BaseException:
             if one.stage in OVER:
                 with trio.CancelScope(shield=True):
+                    if one.stage == STOPPED:
+                        await self._take_away(runner.recovery)
                     await self._hand_over.let_go(one)
             raise
 

@@ -18,6 +18,7 @@ from cdpserver.service.core import Core
 from cdpserver.service.launching import LaunchError, Vm
 from cdpserver.vm import qmp
 from cdpserver.vm.connect import connect
+from cdpserver.vm.recovery import jobs
 from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
 from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
@@ -218,11 +219,8 @@ class Runner:
 
         So whenever QEMU or the service is killed, everything that the guest was answered for is where the row says.
         """
-        moves = self._moves(monitor)
-        for _, move in moves:
-            await move.hold()
         if self.recovery.mode == "mirror":
-            await self._say_arrived()
+            await self._hold(self._moves(monitor))
         failed = [await self._let_pivot(number, move) for number, move in self._all_moves(monitor)]
         if errors := [error for error in failed if error is not None]:
             raise errors[0]
@@ -237,20 +235,30 @@ class Runner:
                 await self.keep(self.recovery.with_disk(number, at="home", device=device))
                 await move.let_go()
 
-    async def _say_arrived(self) -> None:
+    async def _hold(self, moves: list[tuple[int, Move]]) -> None:
+        """Every copy is whole, the guest waits, and the row says where its disks are to be. MoveFailedError."""
+        for _, move in moves:
+            await move.hold()
+            if not await move.is_under_way() and not await self._has_arrived(move):
+                raise MoveFailedError(jobs.UNKNOWN)
         before = self.recovery
         arrived = tuple(replace(disk, at=self._goal, device="") for disk in before.disks)
         try:
             await self.keep(replace(before, disks=arrived))
         except Exception:
-            self.recovery = before  # who takes back what was begun lets the guest go on where it was
+            self.recovery = before
+            for _, move in moves:
+                await self._clear(move)
             raise
+
+    async def _has_arrived(self, move: Move) -> bool:
+        return await (move.is_on_fork() if self._backward else move.is_home())
 
     async def _let_pivot(self, number: int, move: Move) -> CdpError | None:
         """Why QEMU would not, if so: the row says again where the disk is."""
         try:
             await move.pivot()
-            if await move.is_on_fork() if self._backward else await move.is_home():
+            if await self._has_arrived(move):
                 return None
             raise MoveFailedError(f"the VM does not stand on the copy of {move.disk.disk} after the pivot")
         except (MoveFailedError, qmp.QmpRefusedError) as error:

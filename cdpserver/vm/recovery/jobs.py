@@ -13,6 +13,8 @@ LOOK_S = 0.02
 
 OVER = ("concluded", "aborting", "null")
 
+UNKNOWN = "QEMU knows nothing of the copy any more: it was started anew, or somebody ended it"
+
 NOWHERE = "cdp-nowhere"
 """A node that no QEMU has."""
 

@@ -131,9 +131,7 @@ class Move:
         """How far it is. MoveFailedError if it has ended."""
         found = await jobs.find(self._monitor, self._job)
         if found is None:
-            raise MoveFailedError(
-                "QEMU knows nothing of the copy any more: it was started anew, or somebody ended it"
-            )
+            raise MoveFailedError(jobs.UNKNOWN)
         if found["status"] in jobs.OVER:
             await jobs.ended(self._monitor, self._job, self.disk.disk)
             raise MoveFailedError("the copy was ended by somebody else")

@@ -67,9 +67,7 @@ class StreamMove(Move):
         if await jobs.find(self._monitor, self._job):
             return await self._look(self._job)
         if not await self.is_home():
-            raise MoveFailedError(
-                "QEMU knows nothing of the copy any more: it was started anew, or somebody ended it"
-            )
+            raise MoveFailedError(jobs.UNKNOWN)
         return Progress(self.disk.size, self.disk.size, ready=True)
 
     async def _look(self, id: str) -> Progress:
