@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -113,6 +114,54 @@ async def test_a_flood_of_events_is_bounded_and_said(short_path: Path) -> None:
                     await monitor.next_event()
                 with pytest.raises(qmp.QmpClosedError):
                     await monitor.next_event()
+
+
+@pytest.mark.parametrize("capabilities", [["oob"], []])
+async def test_what_frees_a_hung_qemu_is_not_kept_by_what_waits_for_it(
+    short_path: Path, capabilities: list[str]
+) -> None:
+    """A QEMU whose main loop hangs: commands come, none is answered but what is done out of band."""
+    heard: list[dict[str, Any]] = []
+    full = trio.Event()
+
+    async def serve(connection: trio.SocketStream) -> None:
+        greeting = {
+            "version": {"qemu": {"major": 7, "minor": 2, "micro": 0}},
+            "capabilities": capabilities,
+        }
+        await connection.send_all(json.dumps({"QMP": greeting}).encode() + b"\n")
+        received = b""
+        async for part in connection:
+            *lines, received = (received + part).split(b"\n")
+            for message in map(json.loads, lines):
+                heard.append(message)
+                if len(heard) > qmp.AT_ONCE:
+                    full.set()
+                if message.get("execute") == "qmp_capabilities" or "exec-oob" in message:
+                    await connection.send_all(
+                        json.dumps({"return": {}, "id": message["id"]}).encode() + b"\n"
+                    )
+
+    with peer(short_path / "p") as listener, trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))]
+            nursery.start_soon(trio.serve_listeners, serve, listeners)
+            async with qmp.connect(short_path / "p") as monitor, trio.open_nursery() as waiting:
+                for _ in range(qmp.AT_ONCE + 3):
+                    waiting.start_soon(monitor.execute, "query-jobs")
+                await full.wait()
+                if capabilities:
+                    await monitor.execute("yank")
+                    assert heard[-1]["exec-oob"] == "yank"
+                    assert heard[0]["arguments"] == {"enable": ["oob"]}
+                else:
+                    with trio.move_on_after(0.1):
+                        await monitor.execute("yank")
+                    assert not [message for message in heard if "exec-oob" in message]
+                asked = [message for message in heard if message.get("execute") == "query-jobs"]
+                assert len(asked) == qmp.AT_ONCE, "QEMU reads no more than eight that wait"
+                waiting.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,9 @@
 One connection serves one client at a time (a second gets no greeting), commands are answered by id, events come in between
 and are kept in a bounded queue: with `on-target-error=ignore` QEMU sends ten thousand a second, so what overflows is
 dropped and said, and the reader asks for the state anew. Protocol: docs/interop/qmp-spec.rst of QEMU.
+
+QEMU's main loop does what commands ask, and all of it waits where a reset of the guest, or a job that ends, waits for a request
+that hangs. What frees such a request is therefore sent out of band: it is done by the monitor's own thread.
 """
 
 import contextlib
@@ -21,6 +24,11 @@ COMMAND_S = 10.0
 """A monitor that answers later than this is taken for hung; commands of ours only start things."""
 
 GREETING_S = 5.0
+
+AT_ONCE = 6
+"""Commands that QEMU has not answered; the ninth would keep it from reading one that is out of band."""
+
+OUT_OF_BAND = frozenset({"yank"})
 
 KEPT_EVENTS = 1000
 
@@ -85,6 +93,8 @@ class Qmp:
         self._ids = itertools.count(1)
         self._waiting: dict[int, _Answer] = {}
         self._sending = trio.Lock()
+        self._at_once = trio.Semaphore(AT_ONCE)
+        self._out_of_band = False
         self._events, self._read_events = trio.open_memory_channel[Event](KEPT_EVENTS)
         self._lost = False
         self._closed: str | None = None
@@ -93,18 +103,25 @@ class Qmp:
         """See Monitor."""
         if self._closed is not None:
             raise QmpClosedError(self._closed)
-        number = next(self._ids)
-        answer = self._waiting[number] = _Answer()
-        message = {"execute": command, "id": number, **({"arguments": dict(arguments)} if arguments else {})}
         try:
             with trio.fail_after(COMMAND_S):
-                async with self._sending:
-                    await self._stream.send_all(json.dumps(message).encode() + b"\n")
-                await answer.came.wait()
+                if self._out_of_band and command in OUT_OF_BAND:
+                    return await self._ask("exec-oob", command, arguments)
+                async with self._at_once:
+                    return await self._ask("execute", command, arguments)
         except trio.TooSlowError:
             raise QmpClosedError(f"{self.name} did not answer {command} in {COMMAND_S:.0f} s") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise QmpClosedError(self._closed or f"{self.name} closed the connection") from None
+
+    async def _ask(self, way: str, command: str, arguments: Mapping[str, Any] | None) -> Any:
+        number = next(self._ids)
+        answer = self._waiting[number] = _Answer()
+        message = {way: command, "id": number, **({"arguments": dict(arguments)} if arguments else {})}
+        try:
+            async with self._sending:
+                await self._stream.send_all(json.dumps(message).encode() + b"\n")
+            await answer.came.wait()
         finally:
             del self._waiting[number]
         if answer.value is None:
@@ -124,11 +141,12 @@ class Qmp:
         except trio.EndOfChannel:
             raise QmpClosedError(self._closed or f"{self.name} closed the connection") from None
 
-    async def _negotiate(self) -> None:
+    async def _greeted(self) -> None:
         with trio.move_on_after(GREETING_S):
             greeting = await self._receive()
             try:
                 version = greeting["QMP"]["version"]["qemu"]
+                self._out_of_band = "oob" in greeting["QMP"].get("capabilities", ())
                 self.version = (int(version["major"]), int(version["minor"]), int(version["micro"]))
             except (KeyError, TypeError, ValueError):
                 raise CorruptError(
@@ -140,6 +158,12 @@ class Qmp:
             f"{self.name} sends no greeting",
             hint="another program holds this monitor: give QEMU one more -qmp",
         )
+
+    async def _negotiate(self) -> None:
+        """What QEMU takes first. It does nothing out of band before it is told that we will ask for that."""
+        offered, self._out_of_band = self._out_of_band, False
+        await self.execute("qmp_capabilities", {"enable": ["oob"]} if offered else None)
+        self._out_of_band = offered
 
     async def _read(self) -> None:
         """Hand out what comes until the connection ends."""
@@ -208,12 +232,12 @@ async def connect(path: Path) -> AsyncIterator[Qmp]:
         raise QmpGoneError(f"no QEMU listens at {path}: {error.strerror or error}") from None
     async with stream:
         qmp = Qmp(stream, str(path))
-        await qmp._negotiate()
+        await qmp._greeted()
         failed: Exception | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(qmp._read)
             try:
-                await qmp.execute("qmp_capabilities")
+                await qmp._negotiate()
                 yield qmp
             except Exception as error:  # noqa: BLE001 - raised below, where no group wraps it
                 failed = error
