@@ -11,7 +11,7 @@ import trio
 from cdpserver.errors import CdpError, UsageError
 from cdpserver.vm.mirror import disk_uri
 from cdpserver.vm.probe import Probe
-from cdpserver.vm.target import SeenJob, TargetState
+from cdpserver.vm.target import Ago, SeenJob, TargetState
 from recovery.agent_client import AgentClient
 
 MOST_EVENTS = 1000
@@ -67,10 +67,11 @@ class ApiTarget:
         observed = {"seen": shown} if shown else {}
         await self.call(self._client.tell_mirror, "synced", said | observed)
 
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+    async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
         """See Target."""
-        ago_ns = None if ago_s is None else int(ago_s * 1e9)
-        said = {"disk": disk, "session": session, "reason": reason, "ago_ns": ago_ns}
+        said = {"disk": disk, "session": session, "reason": reason, "ago_ns": ago.whole_ns}
+        if ago.freed_ns is not None:
+            said["freed_ago_ns"] = ago.freed_ns
         await self.call(self._client.tell_mirror, "lost", said)
 
     def hung_s(self, disk: str) -> float:

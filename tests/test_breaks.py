@@ -32,7 +32,7 @@ def line() -> Iterator[Line]:
 
 def lose(line: Line, *, ago_ns: int | None = None) -> None:
     """QEMU was seen in sync, and now its job stands."""
-    line.disk.lost(1, "test", ago_ns=ago_ns)
+    line.disk.lost(1, "test", ago_ns=ago_ns, freed_ago_ns=None)
 
 
 def offered(line: Line, *times_ns: int) -> list[Grade | None]:
@@ -127,8 +127,25 @@ def test_what_was_seen_in_sync_bounds_the_gap(line: Line) -> None:
     assert not line.writer.state.gap_open and line.writer.state.session == 3
 
 
+def test_what_was_on_its_way_when_the_target_hung_is_no_point_of_when_it_came(line: Line) -> None:
+    """The guest was let go on at `freed_ns`; a second later the target goes on too, with the write that had hung."""
+    world = line.world
+    freed_ns = world.now_ns
+    world.now_ns += SECOND_NS
+    line.write(0, b"l" * BLOCK)
+    late_ns = world.now_ns
+    world.now_ns += MS
+    line.disconnect()
+    world.now_ns += MS
+    line.disk.lost(
+        1, "test", ago_ns=world.now_ns - freed_ns + SECOND_NS // 2, freed_ago_ns=world.now_ns - freed_ns
+    )
+    assert gap(line)["from_ns"] == freed_ns
+    assert offered(line, freed_ns, freed_ns + 1, late_ns, world.now_ns) == [Grade.CRASH, None, None, None]
+
+
 def test_no_gap_without_being_in_sync(line: Line) -> None:
-    line.disk.lost(7, "of another session", ago_ns=None)
+    line.disk.lost(7, "of another session", ago_ns=None, freed_ago_ns=None)
     line.disconnect()
     line.write(0, b"c" * BLOCK)
     lose(line, ago_ns=0)  # seen in sync up to the first write of the next

@@ -16,7 +16,7 @@ from cdpserver.vm import qmp
 from cdpserver.vm.controller import Controller
 from cdpserver.vm.mirror import Mirror
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
-from cdpserver.vm.target import SeenJob, TargetState
+from cdpserver.vm.target import Ago, SeenJob, TargetState
 
 UUID = "00112233445566778899aabbccddeeff"
 NAME = f"cdp-{UUID[:16]}"
@@ -106,7 +106,7 @@ class KeptTarget:
         self.said = TargetState(session=session, synced=True, last_seq=1, place="1:1")
         self.synced_said.set()
 
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+    async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
         assert not self.said.synced, (
             "what was in sync before this controller came may be said to be lost, and nothing else"
         )

@@ -6,7 +6,8 @@ mirror is back already: then the gap has an end as well.
     in sync ──► last change ──► connection lost, or killed ──► first write of the next session ──► ... ──► in sync
                 broke_ns                                       began_ns
 
-Where the connection ended says nothing: QEMU may have ended its job long before.
+Where the connection ended says nothing: QEMU may have ended its job long before. Nor does the last change where a target hung
+until the guest was let go on without it: what was on its way is received when it goes on, later than what it is of.
 """
 
 from contextlib import closing
@@ -62,10 +63,19 @@ def _changed_ns(journal: Journal, upto: int) -> int:
     return found
 
 
-def put_gap(writer: JournalWriter, session: int, reason: str, *, since_ns: int) -> tuple[int, int] | None:
-    """Put on record that writes of the guest after `since_ns` were not received, says who saw session `session` in sync.
+def put_gap(
+    writer: JournalWriter,
+    session: int,
+    reason: str,
+    *,
+    now_ns: int,
+    ago_ns: int | None,
+    freed_ago_ns: int | None,
+) -> tuple[int, int] | None:
+    """Put on record that writes of the guest were not received, says who saw session `session` in sync `ago_ns` ago, if ever.
 
-    The gap, (from, until), durable on return; `until` is 0 while it is open. None if there is none, or it is known.
+    If it was let go on, `freed_ago_ns` ago, a record that came after that is of before. Returns the gap, (from, until), durable
+    on return; `until` is 0 while it is open. None if there is none, or it is known.
     """
     with writer._lock, closing(Journal(writer.directory)) as journal:
         state = writer.state
@@ -74,7 +84,11 @@ def put_gap(writer: JournalWriter, session: int, reason: str, *, since_ns: int) 
         broke = find_break(journal, state)
         if broke is None:
             return None
-        from_ns, until_ns = max(broke.broke_ns, since_ns), broke.began_ns
+        from_ns, until_ns = broke.broke_ns, broke.began_ns
+        if ago_ns is not None:
+            from_ns = max(from_ns, now_ns - ago_ns)
+        if freed_ago_ns is not None:
+            from_ns = min(from_ns, now_ns - freed_ago_ns)
         if until_ns and until_ns <= from_ns + 1:
             return None
         if state.synced:

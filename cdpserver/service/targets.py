@@ -12,7 +12,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.vm.disks import check_size
 from cdpserver.vm.mirror import mirror_uri
-from cdpserver.vm.target import SeenJob, TargetState
+from cdpserver.vm.target import Ago, SeenJob, TargetState
 
 ASK_S = 5.0
 """A worker that restarts is back in a fraction of this."""
@@ -72,10 +72,10 @@ class OwnTarget:
             # It is cut again after the next `bp_every`.
             self._core.log.emit("basepoint.first-failed", level="warning", disk=disk, reason=str(error))
 
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
+    async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
         """A gap begins, and points are `unordered` after it."""
         entry = self._core.entry(disk)
-        said = {"session": session, "reason": reason, "ago_ns": None if ago_s is None else int(ago_s * 1e9)}
+        said = {"session": session, "reason": reason, "ago_ns": ago.whole_ns, "freed_ago_ns": ago.freed_ns}
         await self._core.targets.call(entry.id, "lost", disk=disk, **said)
 
     def hung_s(self, disk: str) -> float:

@@ -314,7 +314,7 @@ class TargetDisk:
             )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
-    def lost(self, session: int, reason: str, *, ago_ns: int | None) -> None:
+    def lost(self, session: int, reason: str, *, ago_ns: int | None, freed_ago_ns: int | None) -> None:
         """Writes of the guest did not arrive, says who watches its mirror and saw session `session` in sync `ago_ns` ago.
 
         A session that counts as in sync ends with this, and the gap is on record; it ends with the next first write.
@@ -323,8 +323,8 @@ class TargetDisk:
         if journal is None or self._is_direct:
             return
         with self._session_lock:
-            since_ns = self._clock_ns() - ago_ns if ago_ns is not None else 0
-            found = put_gap(journal, session, reason, since_ns=since_ns)
+            ago = {"ago_ns": ago_ns, "freed_ago_ns": freed_ago_ns}
+            found = put_gap(journal, session, reason, now_ns=self._clock_ns(), **ago)
         if found is None:
             return
         from_ns, until_ns = found

@@ -206,7 +206,9 @@ class Registry:
                 bitmap=r.get("bitmap", ""),
                 observed=r.get("observed"),
             ),
-            "lost": lambda r: self.disk(r["disk"]).lost(r["session"], r["reason"], ago_ns=r["ago_ns"]),
+            "lost": lambda r: self.disk(r["disk"]).lost(
+                r["session"], r["reason"], ago_ns=r["ago_ns"], freed_ago_ns=r.get("freed_ago_ns")
+            ),
             "mirrored": lambda r: self.disk(r["disk"]).mirrored(),
             "direct": lambda r: self.disk(r["disk"]).direct(),
             "mark": lambda r: (

@@ -28,7 +28,7 @@ from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
-from cdpserver.vm.target import SeenJob, Target, TargetState
+from cdpserver.vm.target import Ago, SeenJob, Target, TargetState
 
 RETRY_S = 1.0
 """Between two attempts to reach a QEMU that is gone, or to start a job that was refused."""
@@ -80,6 +80,8 @@ class DiskState:
     """It may have been in sync since that was said last."""
     whole_at: float | None = None
     """When nothing was missing last, by trio.current_time."""
+    freed_at: float | None = None
+    """When the guest was let go on without a target that hung, the first time since then."""
     behind_since_ns: int | None = None
     """When it was in sync last, in time.monotonic_ns; None while it is, or if it never was."""
 
@@ -243,7 +245,10 @@ class _Follower:
                 self._freed = False
             elif not self._freed and self._mirror is not None:
                 self._freed = True
+                now = trio.current_time()
                 if await self._mirror.free_guest():
+                    self._seen.freed_at = self._seen.freed_at or now
+                    self._lose("the guest went on without a target that did not answer")
                     self._target.emit("disk.guest-freed", level="warning", disk=self._name)
 
     async def _step(self) -> None:
@@ -269,6 +274,8 @@ class _Follower:
         said = await self._target.state(self._name)
         job = await self._mirror.look()
         distrust = await self._distrust(said, job)
+        if job is None and self._seen.missed:
+            await self._say_lost(said)  # a start may take long, and what is offered meanwhile is wrong
         if job is None:
             await self._start(said)
             self.begun.set()
@@ -282,11 +289,9 @@ class _Follower:
             await self._watch(said, job, looked_at)
         seen = self._seen
         if seen.state == "synced":
-            seen.whole_at, seen.unsaid = looked_at, True
+            seen.whole_at, seen.freed_at, seen.unsaid = looked_at, None, True
         elif seen.missed:
-            ago_s = trio.current_time() - seen.whole_at if seen.whole_at is not None else None
-            await self._target.lost(self._name, said.session, seen.missed, ago_s=ago_s)
-            seen.missed, seen.unsaid = "", False
+            await self._say_lost(said)
         if said.place:
             await self._mark.keep(said.place)
         self._said = said
@@ -327,6 +332,12 @@ class _Follower:
         self._note(self._seen, "degraded", reason)
         if self._seen.unsaid:
             self._seen.missed = reason
+
+    async def _say_lost(self, said: TargetState) -> None:
+        seen = self._seen
+        ago = Ago.of(trio.current_time(), whole_at=seen.whole_at, freed_at=seen.freed_at)
+        await self._target.lost(self._name, said.session, seen.missed, ago=ago)
+        seen.missed, seen.unsaid = "", False
 
     async def _start(self, said: TargetState) -> None:
         assert self._mirror is not None

@@ -68,6 +68,19 @@ class SeenJob:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Ago:
+    """How long ago the mirror was seen whole last, and the guest let go on without a target that hung; None for never."""
+
+    whole_ns: int | None
+    freed_ns: int | None = None
+
+    @classmethod
+    def of(cls, now: float, *, whole_at: float | None, freed_at: float | None) -> "Ago":
+        """From times of one clock, in seconds."""
+        return cls(*(None if at is None else int((now - at) * 1e9) for at in (whole_at, freed_at)))
+
+
 class Target(Protocol):
     """Our side of a mirror. Every method but `hung_s` may raise CdpError."""
 
@@ -94,8 +107,8 @@ class Target(Protocol):
         """
         ...
 
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
-        """Writes of the guest did not arrive: a gap, from at most `ago_s` ago, and points are unordered after it.
+    async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
+        """Writes of the guest did not arrive: a gap, from at most `ago.whole_ns` ago, and points are unordered after it.
 
         Nothing if that is on record, or if the disk was not in sync before.
         """

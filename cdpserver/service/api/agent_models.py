@@ -108,6 +108,7 @@ class LostMirror(Body):
     session: int = Field(ge=0, lt=MAX)
     reason: str
     ago_ns: int | None = Field(None, ge=0, lt=MAX)
+    freed_ago_ns: int | None = Field(None, ge=0, lt=MAX)
 
 
 class HeldPlace(Body):

@@ -9,7 +9,7 @@ from cdpserver.service.agents import Agents
 from cdpserver.service.api import agent_models, vm_models
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.protection import connection_of
-from cdpserver.vm.target import SeenJob
+from cdpserver.vm.target import Ago, SeenJob
 
 AGENT = "/v1/agents/{agent}"
 
@@ -62,8 +62,8 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     @routes.post("/v1/mirror:lost", response_model=agent_models.Done)
     async def say_mirror_lost(body: agent_models.LostMirror) -> Response:
         """Writes of the guest did not arrive."""
-        ago_s = None if body.ago_ns is None else body.ago_ns / 1e9
-        await agents.target.lost(body.disk, body.session, body.reason, ago_s=ago_s)
+        ago = Ago(body.ago_ns, body.freed_ago_ns)
+        await agents.target.lost(body.disk, body.session, body.reason, ago=ago)
         return await answers.one({"disk": body.disk})
 
     @routes.post("/v1/mirror:size", response_model=agent_models.Done)
