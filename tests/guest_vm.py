@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 
 from tests.guest_image import GuestImage, guest_image
+from tools.kit.qmp import Qmp, QmpError
 
-READY_SECONDS = 120
-"""A boot takes 4 s on a quiet machine."""
+SILENT_SECONDS = 120
+"""A guest that boots says something this often, however busy the machine is; all of it takes 4 s on a quiet one."""
 
 
 def virtio_disk(name: str, *, port: str = "") -> list[str]:
@@ -47,10 +49,13 @@ class Guest:
     console: list[str] = field(default_factory=list)
     heard_ns: list[int] = field(default_factory=list)
     """CLOCK_BOOTTIME at which each line of the console came."""
+    kernel: list[str] = field(default_factory=list)
+    """What its kernel said before it had a root disk; what it says later (an error) is on the console."""
     process: subprocess.Popen[bytes] | None = None
     _changed: Condition = field(default_factory=Condition)
     _shell: socket.socket | None = None
     _ended: bool = False
+    _booting: bool = False
 
     @property
     def qmp(self) -> Path:
@@ -72,7 +77,7 @@ class Guest:
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max",
             "-m", str(self.memory_mib), "-nodefaults", "-no-user-config", "-display", "none",
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd),
-            "-append", "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no_timer_check tsc=reliable"
+            "-append", "console=ttyS0 loglevel=6 panic=-1 nokaslr mitigations=off no_timer_check tsc=reliable"
             f" random.trust_cpu=on root=/dev/vda {self.append}",
             "-serial", "stdio",
             "-chardev", f"{chardev}/shell.sock,id=shell", "-serial", "chardev:shell",
@@ -84,9 +89,32 @@ class Guest:
 
     def boot(self) -> None:
         """Returns when the guest is ready and its shell answers."""
+        said = len(self.console)
         self.launch()
-        self.wait_for(r"GUEST ready", READY_SECONDS)
+        self.wait_ready(since=said)
         self.open_shell()
+
+    def wait_ready(self, *, since: int) -> None:
+        """Until it says on the console, from line `since` on, that it is ready; as long as it says anything it is waited for."""
+
+        def ready() -> bool:
+            return any("GUEST ready" in line for line in self.console[since:])
+
+        try:
+            self.wait_until(ready, SILENT_SECONDS, "GUEST ready", renewed=True)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}; the kernel: {self.kernel[-12:]}; QEMU: {self._condition()}"
+            ) from None
+
+    def _condition(self) -> dict[str, Any]:
+        """What QEMU says of itself."""
+        asked = ("query-status", "query-block-jobs", "query-blockstats")
+        try:
+            with Qmp(self.qmp2) as qmp:
+                return {command: qmp.call(command) for command in asked}
+        except (OSError, QmpError) as error:
+            return {"monitor": repr(error)}
 
     def launch(self) -> None:
         """Start QEMU and read its console; the guest boots by itself."""
@@ -95,15 +123,20 @@ class Guest:
             [*self.arguments(), *self.disks, *self.more],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        self._ended = False
+        self._ended = self._booting = False
         Thread(target=self._read_console, args=(self.process,), daemon=True).start()
 
     def _read_console(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             with self._changed:
-                self.heard_ns.append(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-                self.console.append(line.decode(errors="replace").strip())
+                text = line.decode(errors="replace").strip()
+                self._booting = "Linux version" in text or (self._booting and "GUEST root" not in text)
+                if self._booting:
+                    self.kernel.append(text)
+                else:
+                    self.heard_ns.append(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+                    self.console.append(text)
                 self._changed.notify_all()
         with self._changed:
             self._ended = self._ended or process is self.process
@@ -120,11 +153,15 @@ class Guest:
         self.wait_until(look, seconds, f"{pattern!r} on the console")
         return found[0]
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Looks again at each line of the console."""
-        deadline = time.monotonic() + seconds
+    def wait_until(
+        self, condition: Callable[[], bool], seconds: float, what: str, *, renewed: bool = False
+    ) -> None:
+        """Looks again at each line of the console; `renewed`: each gives it the whole time again."""
+        deadline, lines = time.monotonic() + seconds, 0
         with self._changed:
             while not condition():
+                if renewed and lines < (lines := len(self.console) + len(self.kernel)):
+                    deadline = time.monotonic() + seconds
                 left = deadline - time.monotonic()
                 assert left > 0, f"not in {seconds} s: {what}; the console ends: {self.console[-12:]}"
                 assert not self._ended, f"QEMU ended before {what}; the console ends: {self.console[-12:]}"

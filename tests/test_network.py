@@ -1,42 +1,35 @@
 """A server on another host, behind a network of the test's own: cut, or with all of it stopped. Only `yank` frees the guest.
 
-namespace of the guest: QEMU, controller ──veth── namespace of the server: cdpserver and its workers
+namespace of the guest: QEMU, cdp agent ──veth── namespace of the server: cdpserver and its workers
+
+The agent reaches the API as by `ssh -L`: over the same network.
 """
 
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import nbd
 import pytest
 import trio
 
-from cdpserver import messages, timeline
-from cdpserver.errors import UnreachableError
-from cdpserver.service.control import exactly
-from cdpserver.state import StateDir
-from cdpserver.vm import qmp
-from cdpserver.vm.controller import Controller
-from cdpserver.vm.mirror import mirror_uri
-from cdpserver.vm.probe import Probe
-from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
-from cdpserver.vm.target import SeenJob, TargetState
 from tests.guest_image import guest_image
-from tests.guest_vm import Guest, file_disk
-from tests.storm import BOUND_S, Lateness, longest_wait_s, measure_waits
+from tests.guest_vm import Guest
+from tests.judged import DISKS, Judged, make_disks
 from tests.test_service import Server, until
-from tools.kit.processes import run
+from tools.kit.processes import run, stop
+from tools.kit.qmp import Qmp
 
 pytestmark = pytest.mark.real
 
 SERVER, CLIENT = "10.99.0.1", "10.99.0.2"
+NBD_PORT, API_PORT = 10809, 10810
 CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,7 +61,7 @@ class FarServer(Server):
         service = [sys.executable, "-m", "cdpserver.service.main", "--state-dir", str(state_dir)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", namespace, *service, "--listen", f"{SERVER}:10809"],
+                ["ip", "netns", "exec", namespace, *service, "--listen", f"{SERVER}:{NBD_PORT}"],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
@@ -101,69 +94,18 @@ class FarGuest(Guest):
         return ["ip", "netns", "exec", self.namespace, *super().arguments()]
 
 
-class FarTarget:
-    """The target of a controller beside QEMU (`vm.target.Target`); whether it hangs is known by the network."""
+class Forwarder:
+    """Brings connections from a listener in one namespace on to somewhere, in a thread that is in that namespace."""
 
-    def __init__(self, server: FarServer) -> None:
-        self._control = StateDir.open(server.state_dir).worker_control(0)
-        shown = server.get("/v1/disks/web/root")
-        self._uuid = uuid_of(server)
-        self._uri = mirror_uri(shown["uri"], self._uuid)
-        self.probe = Probe(shown["uri"])
-        self.events: list[str] = []
-
-    async def _ask(self, op: str, **said: Any) -> Any:
-        with trio.move_on_after(2):
-            async with await trio.open_unix_socket(str(self._control)) as stream:
-                await stream.send_all(messages.pack({"op": op, "disk": "web/root", **said}))
-                length = messages.check_length(await exactly(stream, messages.LENGTH.size))
-                answer = messages.unpack(await exactly(stream, length), "a worker's answer")
-            if "error" in answer:
-                messages.raise_error(answer)
-            return answer["ok"]
-        raise UnreachableError("the worker does not answer", hint="wait for it")
-
-    async def identity(self, disk: str) -> tuple[str, str]:
-        return self._uuid, self._uri
-
-    async def check_size(self, disk: str, size: int) -> None:
-        """The disk does not grow."""
-
-    async def state(self, disk: str) -> TargetState:
-        return TargetState.read(await self._ask("look"))
-
-    async def holds(self, disk: str, place: str) -> bool:
-        return bool(await self._ask("holds", place=place))
-
-    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: SeenJob | None = None) -> None:
-        await self._ask("synced", session=session, write_blocking=True, bitmap=bitmap)
-
-    async def lost(self, disk: str, session: int, reason: str, *, ago_s: float | None) -> None:
-        ago_ns = None if ago_s is None else int(ago_s * 1e9)
-        await self._ask("lost", session=session, reason=reason, ago_ns=ago_ns)
-
-    def hung_s(self, disk: str) -> float:
-        return self.probe.hung_s()
-
-    def emit(self, event: str, **fields: Any) -> None:
-        self.events.append(event)
-
-
-def uuid_of(server: FarServer) -> str:
-    (directory,) = (server.state_dir / "timelines").iterdir()
-    return timeline.load(directory).uuid.hex()
-
-
-class Beside:
-    """A controller in a thread that is in the guest's network namespace."""
-
-    def __init__(self, guest: FarGuest, target: FarTarget) -> None:
-        vm = ProtectedVm("web", QmpSocket(str(guest.qmp)), (ProtectedDisk("web/root", "root-device"),), 0)
-        self.controller = Controller(vm, lambda _: qmp.connect(guest.qmp), target)
-        self.state = self.controller.states["web/root"]
-        self._target, self._namespace = target, guest.namespace
+    def __init__(
+        self,
+        namespace: str,
+        listen: Callable[[], Awaitable[list[trio.SocketListener]]],
+        connect: Callable[[], Awaitable[trio.SocketStream]],
+    ) -> None:
+        self._namespace, self._listen, self._connect = namespace, listen, connect
         self._scope = trio.CancelScope()
-        self._token: trio.lowlevel.TrioToken | None = None
+        self._listens = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
@@ -174,70 +116,127 @@ class Beside:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._target.probe.run)
-                nursery.start_soon(self.controller.run)
+            listeners = await self._listen()
+            self._listens.set()
+            await trio.serve_listeners(self._forward, listeners)
 
-    def in_sync(self) -> None:
-        until(lambda: self.state.state == "synced", f"in sync: {self.state}")
+    async def _forward(self, near: trio.SocketStream) -> None:
+        with contextlib.suppress(OSError, trio.BrokenResourceError):
+            far = await self._connect()
+            async with far, trio.open_nursery() as nursery:
+                nursery.start_soon(pump, near, far)
+                await pump(far, near)
+                nursery.cancel_scope.cancel()
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "Forwarder":
         self._thread.start()
+        assert self._listens.wait(30)
         return self
 
     def __exit__(self, *_: object) -> None:
-        until(lambda: self._token, "start of the controller").run_sync_soon(self._scope.cancel)
+        self._token.run_sync_soon(self._scope.cancel)
         self._thread.join()
+
+
+async def pump(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    """Until one of them ends."""
+    with contextlib.suppress(trio.BrokenResourceError):
+        async for part in source:
+            await sink.send_all(part)
+
+
+@contextlib.contextmanager
+def agent_beside(guest: FarGuest, server: FarServer) -> Iterator[Path]:
+    """`cdp agent` in the guest's namespace; the state directory that leads to the API from there."""
+    api, there = server.state_dir / "api.sock", guest.directory.with_name("there")
+    there.mkdir()
+
+    async def listen_there() -> list[trio.SocketListener]:
+        return await trio.open_tcp_listeners(API_PORT, host=SERVER)
+
+    async def to_api() -> trio.SocketStream:
+        return await trio.open_unix_socket(str(api))
+
+    async def listen_here() -> list[trio.SocketListener]:
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(there / "api.sock"))
+        listener.listen()
+        return [trio.SocketListener(listener)]
+
+    async def to_server() -> trio.SocketStream:
+        return await trio.open_tcp_stream(SERVER, API_PORT)
+
+    with (
+        Forwarder(server.namespace, listen_there, to_api),
+        Forwarder(guest.namespace, listen_here, to_server),
+        open(there / "agent.log", "wb") as log,
+    ):
+        command = [sys.executable, "-m", "recovery.cli", "agent", "hv1", "--state-dir", str(there)]
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", guest.namespace, *command], stdin=subprocess.DEVNULL, stderr=log
+        )
+        try:
+            yield there
+        finally:
+            stop(process)
+
+
+class Far(Judged):
+    """A guest and a server with a network between."""
+
+    server: FarServer
+
+    def protect_by_agent(self, there: Path) -> None:
+        command = (sys.executable, "-m", "recovery.cli", "protect", "web", "--by", "hv1")
+        run(*command, "--qmp", self.guest.qmp, "--state-dir", there)
+
+    def freed(self) -> bool:
+        """No write of the guest goes to the server any more."""
+        with Qmp(self.guest.qmp2) as qmp:
+            return not qmp.call("query-block-jobs")
+
+    def struck(self, what: str, hit: Callable[[], None], mend: Callable[[], None]) -> None:
+        self.goes_on()
+        gaps = len(self.events("disk.gap"))
+        with self.waits_no_longer_than_the_bound(what):
+            hit()
+            until(self.freed, "yank of all mirrors")
+            self.goes_on(20)
+            mend()
+            until(lambda: len(self.events("disk.gap")) == gaps + len(DISKS), "gaps on record")
+            self.points_go_on()
+            self.in_sync()
+
+    def freeze_and_reset(self) -> None:
+        """A guest that is reset while a write of it hangs: QEMU's main loop waits for that write, and answers nobody."""
+        said = len(self.guest.console)
+        self.server.freeze()
+        with Qmp(self.guest.qmp2) as qmp:
+            qmp.call("system_reset")
+        self.guest.wait_ready(since=said)
+        self.load()
 
 
 @pytest.mark.timeout(300)
 def test_only_yank_frees_a_guest_from_a_server_far_away(short_path: Path) -> None:
-    root = guest_image().copy_root(short_path / "root.raw")
+    image = guest_image()
     with network() as (far, near), FarServer(short_path / "s", far) as server:
-        guest = FarGuest(short_path / "vm", file_disk("root", root))
+        guest = FarGuest(short_path / "vm", make_disks(short_path, image), image=image)
         guest.namespace = near
-        server.post("/v1/disks", name="root", vm="web", size=root.stat().st_size)
+        waters = Far(short_path, server, guest)
         try:
             guest.boot()
-            target = FarTarget(server)
-            with Beside(guest, target) as beside:
-                beside.in_sync()
-                guest.start("counter")
-                strike(guest, beside, server, server.cut, server.heal)
-                strike(guest, beside, server, server.freeze, server.thaw)
-                guest.stop()
-                assert target.events.count("disk.guest-freed") == 2
-                beside.in_sync()
-                until(lambda: same(server, root), "same content here and there")
+            with agent_beside(guest, server) as there:
+                waters.protect_by_agent(there)
+                waters.in_sync()
+                waters.note_clock()
+                waters.load()
+                waters.struck("cut", server.cut, server.heal)
+                waters.struck("freeze", server.freeze, server.thaw)
+                waters.struck("freeze and reset", waters.freeze_and_reset, server.thaw)
+                until(
+                    lambda: len(waters.events("disk.guest-freed")) == 3 * len(DISKS), "word of what was freed"
+                )
+                waters.check_points(random.Random(os.environ.get("CDP_SEED")))
         finally:
             guest.close()
-
-
-def strike(
-    guest: FarGuest, beside: Beside, server: FarServer, hit: Callable[[], None], mend: Callable[[], None]
-) -> None:
-    measure_waits(guest)
-    guest.wait_acks(5)
-    gaps = len(server.events("disk.gap"))
-    with Lateness() as late:
-        hit()
-        until(lambda: beside.state.state == "degraded", "notice of it")
-        guest.wait_acks(20)
-        mend()
-        beside.in_sync()
-    waited_s = longest_wait_s(guest)
-    print(f"{hit.__name__}: a write waited up to {waited_s} s, the machine {late.worst_s:.2f} s")
-    assert waited_s <= BOUND_S + late.worst_s
-    guest.wait_acks(5)
-    assert len(server.events("disk.gap")) == gaps + 1
-    assert not [line for line in guest.console if "failed" in line]
-
-
-def same(server: FarServer, root: Path) -> bool:
-    handle = nbd.NBD()
-    handle.connect_uri(server.uri("web/root@latest"))
-    try:
-        half, whole = root.stat().st_size // 2, root.read_bytes()
-        return all(bytes(handle.pread(half, at)) == whole[at : at + half] for at in (0, half))
-    finally:
-        handle.shutdown()
