@@ -17,6 +17,7 @@ from cdpserver import durable, messages
 from cdpserver.errors import BrokenError, CorruptError, RefusedError
 from cdpserver.service.core import Core
 from cdpserver.vm import freeze
+from cdpserver.vm.guest_agent import address
 from cdpserver.vm.record import ProtectedVm, row_id
 
 LIMIT_S = freeze.SYNC_S * 2 + freeze.FREEZE_S + freeze.HOLD_S + freeze.THAW_S + 10.0
@@ -77,7 +78,8 @@ class Freezer:
     async def freeze(self, vm: ProtectedVm) -> Frozen:
         """The guest is frozen on return, for some seconds at most. Whatever this raises, it is thawed, or will be."""
         assert self._nursery is not None
-        if vm.guest_agent is None:
+        agent = address(vm)
+        if agent is None:
             raise RefusedError(
                 f"no guest agent of {vm.name} is known",
                 hint=f"it runs beside the agent {vm.by}, where the service does not reach it: leave --freeze away"
@@ -89,9 +91,9 @@ class Freezer:
         self._busy.add(vm.name)
         try:
             note = self._note(vm.name)
-            note_fields = {"vm": vm.name, "agent": vm.guest_agent, "since_ns": self._core.clock.now_ns()}
+            note_fields = {"vm": vm.name, "agent": agent, "since_ns": self._core.clock.now_ns()}
             await self._core.thread(durable.write_json, note, note_fields)
-            process = await self._start(vm.guest_agent, stdin=subprocess.PIPE)
+            process = await self._start(agent, stdin=subprocess.PIPE)
         except BaseException:
             self._busy.discard(vm.name)
             raise

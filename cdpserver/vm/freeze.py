@@ -3,8 +3,9 @@
     service ── starts ──► this process ── freeze ──► guest agent        says {"frozen": N} on its standard output
        └── closes its standard input, by will or because it was killed ──► thaw ──► {"thawed": N, ...}
 
-Nobody but this process holds the agent's socket meanwhile, and it ends for nobody: signals that can be ignored are. It thaws when
-its input ends, or after HOLD_S at the latest. If it is killed itself, the service thaws, and if both are, the next service does.
+Nobody but this process holds the agent's socket meanwhile (where libvirt holds it, others may ask that), and it ends for nobody:
+signals that can be ignored are. It thaws when its input ends, or after HOLD_S at the latest. If it is killed itself, the service
+thaws, and if both are, the next service does.
 A freeze that the agent does not answer in time may still come to pass, when a hook in the guest lets go: the thaw waits behind.
 """
 
@@ -16,12 +17,12 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from cdpserver import messages
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.vm.agent import Agent, AgentRefusedError, NoAgentError
+from cdpserver.vm.agent import AgentRefusedError, NoAgentError
+from cdpserver.vm.guest_agent import GuestAgent, connect
 
 SYNC_S = 3.0
 """An agent that does nothing else answers in milliseconds."""
@@ -38,7 +39,7 @@ THAW_S = 10.0
 AGAIN_S = 0.5
 
 
-def freeze(agent: Agent) -> int:
+def freeze(agent: GuestAgent) -> int:
     """How many file systems are frozen; not one of them if this raises RefusedError."""
     if agent.call("guest-fsfreeze-status", within_s=SYNC_S) != "thawed":
         raise RefusedError(
@@ -47,13 +48,13 @@ def freeze(agent: Agent) -> int:
     return int(agent.call("guest-fsfreeze-freeze", within_s=FREEZE_S))
 
 
-def thaw(path: Path, agent: Agent | None = None, *, within_s: float = THAW_S) -> int:
+def thaw(address: str, agent: GuestAgent | None = None, *, within_s: float = THAW_S) -> int:
     """How many file systems were thawed; on return none is frozen. CdpError when that could not be made sure."""
     deadline = time.monotonic() + within_s
     while True:
         try:
             with contextlib.ExitStack() as stack:
-                asked = agent or stack.enter_context(Agent(path))
+                asked = agent or stack.enter_context(connect(address))
                 left = max(deadline - time.monotonic(), AGAIN_S)
                 asked.sync(within_s=left)
                 count = int(asked.call("guest-fsfreeze-thaw", within_s=left))
@@ -69,10 +70,10 @@ def thaw(path: Path, agent: Agent | None = None, *, within_s: float = THAW_S) ->
             time.sleep(AGAIN_S)
 
 
-def hold(path: Path) -> int:
+def hold(address: str) -> int:
     """Freeze, wait, thaw; what happens is said line by line. 0 when the guest is known to be thawed."""
     try:
-        agent = Agent(path)
+        agent = connect(address)
         agent.sync(within_s=SYNC_S)
     except CdpError as error:
         _say(messages.error_fields(error) | {"touched": False})
@@ -90,7 +91,7 @@ def hold(path: Path) -> int:
         waited = _wait(HOLD_S)
     held_s = time.monotonic() - began
     try:
-        count = thaw(path, agent)
+        count = thaw(address, agent)
     except NoAgentError:
         count = 0
     except CdpError as error:
@@ -115,15 +116,15 @@ def _say(what: dict[str, Any]) -> None:
 def main() -> int:
     """The process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("path", type=Path)
+    parser.add_argument("agent", help="as guest_agent.connect takes it")
     parser.add_argument("--thaw", action="store_true")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if not options.thaw:
-        return hold(options.path)
+        return hold(options.agent)
     try:
-        _say({"thawed": thaw(options.path)})
+        _say({"thawed": thaw(options.agent)})
     except NoAgentError:
         _say({"gone": True})
     except CdpError as error:
