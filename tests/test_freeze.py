@@ -15,11 +15,16 @@ from typing import Any
 
 import pytest
 
+from cdpserver.service.marks import SETTLE_S
+from cdpserver.vm.agent import Agent
 from tests.guest_image import guest_image
 from tests.guest_vm import Guest, booted, file_disk
 from tests.test_service import ApiError, Server, until
 
 pytestmark = pytest.mark.real
+
+LATE_S = 10.0
+"""What a machine with much else to do may add."""
 
 
 @dataclass
@@ -197,6 +202,107 @@ def test_the_next_service_thaws_what_nobody_else_could(world: World) -> None:
     world.guest.wait_acks(3)
     until(lambda: not world.notes, "a guest that is known to be thawed")
     assert world.server.events("vm.thawed")
+
+
+def test_a_holder_that_is_killed_alone(world: World) -> None:
+    """The service thaws what the process that held the freeze did not, and the mark is refused."""
+    before = len(world.server.events("vm.thawed"))
+    with mid_freeze(world) as holder:
+        os.kill(holder, signal.SIGKILL)
+    until(lambda: world.server.events("vm.thawed")[before:], "a thaw by the service")
+    until(lambda: not world.notes, "a guest that is known to be thawed")
+    world.guest.wait_acks(3)
+    assert "never" not in names(world)
+
+
+def test_a_worker_that_goes_silent_in_mid_freeze(world: World) -> None:
+    """The guest is thawed in seconds, whatever becomes of the worker."""
+    since = len(world.guest.console)
+    with mid_freeze(world):
+        pass  # its end is that of the freeze
+    guest = world.guest
+    began, ended = (
+        next(at for at, line in said if word in line)
+        for said in [list(zip(guest.heard_ns[since:], guest.console[since:], strict=False))]
+        for word in ("GUEST freeze", "GUEST thaw")
+    )
+    assert ended - began < (SETTLE_S + LATE_S) * 1e9
+    guest.wait_acks(3)
+    until(lambda: not world.notes, "a guest that is known to be thawed")
+    world.in_sync()
+
+
+def test_somebody_else_has_frozen_the_guest(world: World) -> None:
+    """It is left as it is: refused, or of the lesser grade."""
+    with Agent(world.guest.agent) as agent:
+        agent.sync(within_s=30)
+        agent.call("guest-fsfreeze-freeze", within_s=30)
+    try:
+        made = world.mark("theirs-less", or_crash=True)
+        assert made["grade"] == "crash" and "somebody else has frozen the guest" in made["reason"]
+
+        def refused() -> bool:
+            with pytest.raises(ApiError) as refusal:
+                world.mark("theirs")
+            return "somebody else has frozen the guest" in str(refusal.value)
+
+        until(refused, "the refusal, once the process of the mark before has ended")
+        until(lambda: not world.notes, "no thaw of ours to come")
+        with Agent(world.guest.agent) as agent:
+            agent.sync(within_s=30)
+            assert agent.call("guest-fsfreeze-status", within_s=30) == "frozen"
+    finally:
+        with Agent(world.guest.agent) as agent:
+            agent.sync(within_s=30)
+            agent.call("guest-fsfreeze-thaw", within_s=30)
+    world.guest.wait_acks(3)
+
+
+def names(world: World) -> set[str]:
+    return {point["name"] for point in world.server.get("/v1/vms/web:points?kind=bookmark")}
+
+
+@pytest.fixture
+def second(world: World) -> Iterator[Guest]:
+    """Another protected guest, and a group `both` of the two."""
+    path = world.server.state_dir.parent
+    root = guest_image().copy_root(path / "second.img")
+    with booted(path / "vm2", file_disk("root", root)) as guest:
+        body = {"qmp": str(guest.qmp), "agent": str(guest.agent)}
+        world.server.request("PUT", "/v1/vms/second", body)
+        until(
+            lambda: world.server.get("/v1/vms/second")["disks"][0]["state"] == "synced",
+            "second mirror in sync",
+        )
+        world.server.request("PUT", "/v1/groups/both", {"members": ["web", "second"]})
+        yield guest
+        world.server.delete("/v1/vms/second")
+
+
+def test_two_guests_are_frozen_at_one_instant(world: World, second: Guest) -> None:
+    """A group's point is `app` where all its guests were frozen; one that does not answer holds nobody up."""
+    guests, server = [world.guest, second], world.server
+    since = [len(guest.console) for guest in guests]
+    second.run("echo precious > /data/unsynced")
+    made = server.post("/v1/disks/both:mark", name="still", freeze=True)
+    assert (made["grade"], made["reason"]) == ("app", "")
+    assert set(made["disks"].values()) == {"app"} and len(made["disks"]) == 2
+    for guest, start in zip(guests, since, strict=True):
+        guest.wait_for("GUEST freeze", since=start)
+        guest.wait_for("GUEST thaw", since=start)
+    assert server.get("/v1/points/both@still")["grade"] == "app"
+
+    # The second one's hook hangs: the first is thawed in time, and is no worse for it.
+    since = [len(guest.console) for guest in guests]
+    second.run("touch /data/hang")
+    made = server.post("/v1/disks/both:mark", name="half", freeze=True, or_crash=True)
+    assert made["grade"] == "crash" and made["reason"] == "second was not frozen within 3 s after others"
+    assert made["disks"] == {"web/root-device": "app", "second/root-device": "crash"}
+    world.guest.wait_for("GUEST thaw", since=since[0])
+    world.guest.wait_acks(3)
+    second.run("rm /data/hang; killall sleep")
+    second.wait_for("GUEST thaw", since=since[1])
+    until(lambda: not world.notes, "guests that are known to be thawed")
 
 
 def test_marks_by_the_clock(world: World) -> None:

@@ -36,6 +36,9 @@ WHOLE_S = 5.0
 
 LOOK_S = 0.05
 
+TOGETHER_S = 3.0
+"""How long a guest that is frozen stands still for others of its group; the instant must be taken before HOLD_S is over."""
+
 
 @dataclass
 class _Taken:
@@ -133,18 +136,18 @@ class Marks:
         vms = await self._core.thread(self._protected, entries, reasons)
         begun: list[str] = []
 
-        async def freeze(vm: ProtectedVm) -> None:
+        async def prepare(vm: ProtectedVm) -> None:
             try:
                 begun.append(vm.name)
                 await hooks.run(self._core.config.freeze_before, vm.name, bookmark)
-                held.append(await self._freezer.freeze(vm))
             except CdpError as error:
                 reasons[vm.name] = str(error)
 
         try:
             async with trio.open_nursery() as nursery:
                 for vm in vms:
-                    nursery.start_soon(freeze, vm)
+                    nursery.start_soon(prepare, vm)
+            await self._freeze_together([vm for vm in vms if vm.name not in reasons], held, reasons)
             if reasons and not or_crash:
                 raise self._refused(reasons)
             taken = await self._instant(entries)
@@ -156,6 +159,33 @@ class Marks:
             raise self._refused(reasons)
         taken.reasons = reasons
         return taken
+
+    async def _freeze_together(
+        self, vms: list[ProtectedVm], held: list[Frozen], reasons: dict[str, str]
+    ) -> None:
+        """Freeze guests, each as far as that is possible before the first has stood still for TOGETHER_S."""
+        first = trio.Event()
+
+        async def freeze(vm: ProtectedVm) -> None:
+            try:
+                held.append(await self._freezer.freeze(vm))
+                first.set()
+            except CdpError as error:
+                reasons[vm.name] = str(error)
+            except trio.Cancelled:
+                reasons[vm.name] = f"{vm.name} was not frozen within {TOGETHER_S:.0f} s after others"
+                raise
+
+        async def limit(scope: trio.CancelScope) -> None:
+            await first.wait()
+            scope.deadline = trio.current_time() + TOGETHER_S
+
+        async with trio.open_nursery() as watch:
+            async with trio.open_nursery() as nursery:
+                watch.start_soon(limit, nursery.cancel_scope)
+                for vm in vms:
+                    nursery.start_soon(freeze, vm)
+            watch.cancel_scope.cancel()
 
     def _protected(self, entries: list[Entry], reasons: dict[str, str]) -> list[ProtectedVm]:
         wanted = {names.split_name(entry.name)[1] for entry in entries}
