@@ -20,7 +20,7 @@ from cdpserver import durable, messages, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.cuts import Cut, cuts, find_cut
-from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import CdpError, NotFoundError, RefusedError
 from cdpserver.journal.log import FIRST_INTERVAL, Journal
 from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
@@ -31,12 +31,6 @@ from cdpserver.view.chain import write_map
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
 from cdpserver.view.view import View
-
-COMPARE_BYTES = 4 << 20
-"""Read back at a time: twice this is held in memory."""
-
-STATUS_BYTES = 1 << 30
-"""Zeros checked by block status at a time, so that a zeroed terabyte is not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +269,8 @@ def publish(
     `export` is the disk's name on the export socket. A file that is there already is left alone, or replaced with
     `again`. On an error nothing has changed.
     """
+    from cdpserver.readback import compare  # libnbd, which others that import this module have no use for
+
     cut = _cut(history, number)
     final = base_point_path(history.directory, number)
     if final.exists() and not again:
@@ -308,76 +304,6 @@ def publish(
     finally:
         views.close()
     return describe(history, cut)
-
-
-def compare(uri: str, delta: Delta, progress: Progress = nobody) -> None:
-    """CorruptError unless the image served at `uri` holds what the newer instant of `delta` holds where they differ."""
-    import nbd
-
-    image = nbd.NBD()
-    try:
-        image.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-        image.connect_uri(uri)
-        if image.get_size() != delta.size:
-            raise CorruptError(f"the new base point has {image.get_size()} bytes, the disk {delta.size}")
-        for start, end in delta.ranges:
-            _compare_range(image, delta, start, end)
-            progress(end / delta.size)
-        image.shutdown()
-    except nbd.Error as error:
-        raise BrokenError(
-            f"reading the new base point back failed: {error}", hint="it is written anew"
-        ) from None
-
-
-def _compare_range(image: Any, delta: Delta, start: int, end: int) -> None:
-    at = start
-    while at < end:
-        low, high, zero = delta.new.status(at, end, one=True)[0]
-        assert low == at
-        if zero:
-            _compare_zeros(image, at, min(high, end))
-        else:
-            _compare_data(image, delta, at, min(high, end))
-        at = high
-
-
-def _compare_zeros(image: Any, start: int, end: int) -> None:
-    import nbd
-
-    at = start
-    while at < end:
-        entries: list[int] = []
-
-        def keep(
-            _context: str, _offset: int, found: list[int], _error: int, into: list[int] = entries
-        ) -> int:
-            into.extend(found)
-            return 0
-
-        image.block_status(min(end - at, STATUS_BYTES), at, keep)
-        for length, flags in zip(entries[::2], entries[1::2], strict=True):
-            stop = min(at + length, end)
-            while at < stop and not flags & nbd.STATE_ZERO:
-                step = min(COMPARE_BYTES, stop - at)
-                if image.pread(step, at).strip(b"\0"):
-                    raise _differs(at, at + step)
-                at += step
-            at = stop
-
-
-def _compare_data(image: Any, delta: Delta, start: int, end: int) -> None:
-    for at in range(start, end, COMPARE_BYTES):
-        step = min(COMPARE_BYTES, end - at)
-        if image.pread(step, at) != delta.new.read(at, step):
-            raise _differs(at, at + step)
-
-
-def _differs(start: int, end: int) -> CorruptError:
-    return CorruptError(
-        f"the new base point differs from the journal in bytes {start} to {end}",
-        hint="it is thrown away and written anew; if this goes on, run: cdp check DISK",
-    )
 
 
 def run(state_dir: Path, id: str, number: int, *, again: bool) -> dict[str, Any]:

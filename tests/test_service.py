@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 import nbd
 import pytest
 
-from cdpserver import basepoint, messages, qemu, timeline
+from cdpserver import basepoint, messages, qemu, readback, timeline
 from cdpserver.errors import CorruptError
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
@@ -611,9 +611,9 @@ def test_reading_back_finds_what_differs(server: Server, short_path: Path) -> No
         with qemu.serve(copy, short_path / "q") as served:
             if damaged:
                 with pytest.raises(CorruptError, match="differs from the journal"):
-                    basepoint.compare(served, delta)
+                    readback.compare(served, delta)
             else:
-                basepoint.compare(served, delta)
+                readback.compare(served, delta)
         copy.unlink()
     views.close()
     history.close()

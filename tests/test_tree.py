@@ -53,6 +53,7 @@ STAGES = (
         "cdpserver.points",
         "cdpserver.stretches",
         "cdpserver.check",
+        "cdpserver.readback",
         "cdpserver.basepoint",
         "cdpserver.upgrade",
         "cdpserver.chain",

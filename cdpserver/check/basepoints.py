@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cdpserver import basepoint, qemu, timeline
+from cdpserver import qemu, readback, timeline
 from cdpserver.check.damage import Finding
 from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.firstcopy import base_lost
@@ -158,7 +158,7 @@ def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> I
         view = View(history, cut[0])
         # A socket's path is short, and this one must not meet that of another check.
         with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
-            basepoint.compare(uri, _Whole(view))
+            readback.compare(uri, _Whole(view))
     except RefusedError:
         return  # its note is lost, and with it the name of its instant: said already
     except (CorruptError, BrokenError) as error:
