@@ -81,7 +81,22 @@ def _add_repo(commands: Commands) -> None:
         "cdp repo gc /mnt/nas/backups",
     )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    for command in (show, check, prune, gc):
+    export = repo.leaf(
+        "export",
+        lazy("repo_stream", "export"),
+        "Write backups to stdout as one stream, for tape; what was written is told on stderr.",
+        "cdp repo export /mnt/nas/backups > /dev/nst0",
+    )
+    export.add_argument(
+        "--backup", action="append", metavar="ID", type=_id, help="only this one; again for more"
+    )
+    import_ = repo.leaf(
+        "import",
+        lazy("repo_stream", "import_"),
+        "Read such a stream from stdin into an empty place, or the repository that it is of.",
+        "cdp repo import /mnt/new/backups < /dev/nst0",
+    )
+    for command in (show, check, prune, gc, export, import_):
         command.add_argument("path", metavar="PATH")
         take_key(command)
 

@@ -143,7 +143,7 @@ def test_an_immutable_repository(
     cdp(server, capsys, "backup", "run", "d@latest")
     write(server, os.urandom(4096), 0)
     cdp(server, capsys, "backup", "run", "d@latest")
-    with pytest.raises(RefusedError, match="immutable until"):
+    with pytest.raises(RefusedError, match="immutable for"):
         cdp(server, capsys, "backup", "remove", "latest", "--yes")
     rows = cdp(server, capsys, "repo", "prune", short_path / "repo", "--keep", "none")
     assert [row["what"] for row in rows] == ["keep", "keep"]

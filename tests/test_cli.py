@@ -667,6 +667,7 @@ def test_help_has_an_example_of_every_command() -> None:
         *("recover start", "recover list", "recover show", "recover abort", "recover retry"),
         *("recover commit", "recover undo"),
         *("repo init", "repo list", "repo show", "repo check", "repo prune", "repo gc"),
+        *("repo export", "repo import"),
         *("backup run", "backup list", "backup show", "backup verify", "backup remove"),
         *("backup lock", "backup unlock", "backup restore", "drill", "bisect"),
         *("policy set", "policy show", "policy clear", "prune"),

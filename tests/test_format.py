@@ -17,7 +17,7 @@ from cdpserver.journal import control, instants, record, segment
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.record import BODY, CHECK, DTYPE, Kind, Record
 from cdpserver.journal.segment import FIXED, Header, data_path, log_path
-from cdpserver.repository import format
+from cdpserver.repository import format, tape
 from tests.core import ROOT
 from tests.model import BLOCK, read_header
 
@@ -54,6 +54,7 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
     [
         ("Head of a pack, 32 bytes", (format.HEAD,), format.HEAD.size),
         ("Entry of a pack, 52 bytes", (format.ENTRY, format.CHECK), format.ENTRY_SIZE),
+        ("Record of an export, 52 bytes", (tape.RECORD, tape.CHECK), tape.RECORD_SIZE),
         ("Row of a pack, 52 bytes", (format.ROW,), format.ROW.size),
         ("Tail of a pack, 32 bytes", (format.TAIL, format.CHECK), format.TAIL_SIZE),
         ("Sample of the record, 64 bytes", (rpo.SAMPLE,), rpo.SAMPLE.size),

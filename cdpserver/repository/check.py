@@ -73,6 +73,14 @@ def check_backup(repository: Repository, backup: Backup, *, progress: Progress =
     return found
 
 
+def missing(repository: Repository, backup: Backup) -> list[Damage]:
+    """What of a backup has no place; no data is read."""
+    found = Checked(backups=1)
+    for disk in backup.disks:
+        _check_disk(repository, backup, disk, False, {}, found)
+    return found.damage
+
+
 def _check_disk(
     repository: Repository,
     backup: Backup,

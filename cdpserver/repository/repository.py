@@ -79,28 +79,36 @@ def create(
 ) -> Config:
     """Make a repository in an empty place. RefusedError where there is something already, or where nothing can be immutable."""
     check_chunk_size(chunk_size)
-    if _is_there(place, CONFIG):
+    _check_empty(place)
+    salt = secrets.token_bytes(16)
+    proof = derive_keys(secret, salt).proof if secret is not None else b""
+    cipher = PLAIN if secret is None else AES
+    config = Config(secrets.token_bytes(16), chunk_size, cipher, salt, proof, time.time_ns(), immutable_ns)
+    _put_config(place, config)
+    return config
+
+
+def _check_empty(place: Place) -> None:
+    if find_config(place) is not None:
         raise RefusedError(f"{place.where} is a repository already", hint=f"cdp repo show {place.where}")
     if any(True for _ in place.names("packs")) or any(True for _ in place.names("backups")):
         raise RefusedError(
             f"{place.where} has packs or backups, but no {CONFIG}",
             hint=f"put {CONFIG} back, or choose an empty place",
         )
+
+
+def _put_config(place: Place, config: Config) -> None:
     now_ns = place.now_ns()
-    if now_ns is not None and immutable_ns and not place.locks:
+    if now_ns is not None and config.immutable_ns and not place.locks:
         raise RefusedError(
             f"{place.where} is in a bucket without object lock, so nothing in it can be immutable",
             hint="make a bucket with object lock (it cannot be added to every one later), or leave --immutable out",
         )
-    salt = secrets.token_bytes(16)
-    proof = derive_keys(secret, salt).proof if secret is not None else b""
-    cipher = PLAIN if secret is None else AES
-    config = Config(secrets.token_bytes(16), chunk_size, cipher, salt, proof, time.time_ns(), immutable_ns)
-    until_ns = _retain_until_ns(now_ns or 0, immutable_ns) if place.locks else 0
+    until_ns = _retain_until_ns(now_ns or 0, config.immutable_ns) if place.locks else 0
     place.put(CONFIG, _config_bytes(config), until_ns)
     if now_ns is None:
         clock.visit(place, lambda: 0)
-    return config
 
 
 def _retain_until_ns(now_ns: int, immutable_ns: int) -> int:
@@ -108,33 +116,43 @@ def _retain_until_ns(now_ns: int, immutable_ns: int) -> int:
     return now_ns + immutable_ns + immutable_ns // 4 if immutable_ns else 0
 
 
-def _is_there(place: Place, name: str) -> bool:
-    try:
-        place.get(name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _config_bytes(config: Config) -> bytes:
     return json.dumps(config.show(), indent=1).encode() + b"\n"
 
 
+def adopt(place: Place, config: Config) -> None:
+    """Make an empty place the repository that `config` is of, as an import does. RefusedError as for `create`."""
+    _check_empty(place)
+    _put_config(place, config)
+
+
 def load_config(place: Place) -> Config:
     """NotFoundError where there is no repository; CorruptError, RefusedError for one of a newer version."""
-    try:
-        data = place.get(CONFIG)
-    except (FileNotFoundError, NotADirectoryError):
+    found = find_config(place)
+    if found is None:
         raise NotFoundError(
             f"there is no repository in {place.where}", hint=f"cdp repo init {place.where} makes one"
-        ) from None
+        )
+    return found
+
+
+def find_config(place: Place) -> Config | None:
+    """None where there is no repository."""
+    try:
+        return config_from(place.get(CONFIG), place.where)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def config_from(data: bytes, where: str) -> Config:
+    """What repo.json says. CorruptError, RefusedError for one of a newer version."""
     path = Path(CONFIG)
     try:
         value = json.loads(data)
         version = take_int(value, "version", path, least=1)
         if version > VERSION:
             raise RefusedError(
-                f"{place.where} is of version {version}, and this program knows {VERSION}",
+                f"{where} is of version {version}, and this program knows {VERSION}",
                 hint="use a newer program",
             )
         config = Config(
@@ -152,7 +170,7 @@ def load_config(place: Place) -> Config:
     except (ValueError, AttributeError, UsageError, CorruptError) as error:
         reason = error.message if isinstance(error, CorruptError | UsageError) else str(error)
         raise CorruptError(
-            f"{CONFIG} of {place.where} is damaged: {reason}", hint="put it back from a copy"
+            f"{CONFIG} of {where} is damaged: {reason}", hint="put it back from a copy"
         ) from None
     return config
 
@@ -263,13 +281,28 @@ class Repository:
             self.refresh()  # `gc` may have moved it since
             return self._load(id_, length)
 
+    def load_stored(self, id_: bytes, length: int) -> tuple[Entry, bytes]:
+        """The same as it is stored, with its entry."""
+        try:
+            return self._find(id_, length)[:2]
+        except CorruptError:
+            self.refresh()
+            return self._find(id_, length)[:2]
+
+    def opened(self, id_: bytes, kind: Kind, codec: int, raw: int, stored: bytes) -> bytes:
+        """The content of a chunk that was stored so. CorruptError if it is not what its id says."""
+        return self._sealer.open(id_, kind, codec, raw, stored)
+
     def _load(self, id_: bytes, length: int) -> bytes:
-        """From the first pack that has it whole."""
+        return self._find(id_, length)[2]
+
+    def _find(self, id_: bytes, length: int) -> tuple[Entry, bytes, bytes]:
+        """Entry, stored bytes, content; from the first pack that has it whole."""
         failed = CorruptError(f"chunk {id_.hex()[:16]} is missing from {self.place.where}", hint=CHECK)
         for pack, entry in self.index.find(id_):
             try:
                 stored = self.place.read(pack, entry.place, entry.stored)
-                content = self._sealer.open(id_, entry.kind, entry.codec, entry.raw, stored)
+                content = self.opened(id_, entry.kind, entry.codec, entry.raw, stored)
             except FileNotFoundError:
                 failed = CorruptError(f"{pack} is missing from {self.place.where}", hint=CHECK)
             except CorruptError as error:
@@ -279,7 +312,7 @@ class Repository:
                     raise CorruptError(
                         f"chunk {id_.hex()[:16]} has {entry.raw} bytes, not {length}", hint=CHECK
                     )
-                return content
+                return entry, stored, content
         raise failed
 
     # -- backups
@@ -297,6 +330,10 @@ class Repository:
                 f"there is no backup {show(id_)} in {self.place.where}",
                 hint=f"cdp backup list --repo {self.place.where}",
             ) from None
+        return self.unpack_backup(id_, data)
+
+    def unpack_backup(self, id_: str, data: bytes) -> Backup:
+        """From what its object holds. CorruptError."""
         head, body = data[:41], data[41:]
         if len(head) < 41 or head[:8] != BACKUP_MAGIC or blake3(head[8:9] + body).digest() != head[9:]:
             raise CorruptError(f"backup {id_} is damaged", hint=CHECK)
