@@ -153,6 +153,7 @@ def gc(options: Namespace) -> None:
                 "deleted": 0,
                 "waiting": 0,
                 "freed_bytes": sum(item.bytes - item.kept_bytes for item in found),
+                "damaged": [],
             }
         else:
             with moving(f"sweeping {repository.place.where}", 1000) as bar:
@@ -162,12 +163,15 @@ def gc(options: Namespace) -> None:
                 "deleted": swept.deleted,
                 "waiting": swept.waiting,
                 "freed_bytes": swept.freed_bytes,
+                "damaged": list(swept.damaged),
             }
     if options.json:
         answer_json(result)
         return
     would = "would come back" if options.dry_run else "came back"
     answer(f"{format_bytes(result['freed_bytes'])} {would}; {result['deleted']} packs deleted")
+    for pack in result["damaged"]:
+        say(f"{pack} stays: something in it is used and damaged; cdp repo check says what that touches")
     if result["waiting"]:
         say(f"{result['waiting']} packs wait for backups that are under way: run it again later")
 

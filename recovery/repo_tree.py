@@ -84,8 +84,8 @@ def _add_repo(commands: Commands) -> None:
     export = repo.leaf(
         "export",
         lazy("repo_stream", "export"),
-        "Write backups to stdout as one stream, for tape; what was written is told on stderr.",
-        "cdp repo export /mnt/nas/backups > /dev/nst0",
+        "Write backups to stdout as one stream, for tape (> /dev/nst0); what was written is told on stderr.",
+        "cdp repo export /mnt/nas/backups --backup latest",
     )
     export.add_argument(
         "--backup", action="append", metavar="ID", type=_id, help="only this one; again for more"
@@ -93,8 +93,8 @@ def _add_repo(commands: Commands) -> None:
     import_ = repo.leaf(
         "import",
         lazy("repo_stream", "import_"),
-        "Read such a stream from stdin into an empty place, or the repository that it is of.",
-        "cdp repo import /mnt/new/backups < /dev/nst0",
+        "Read such a stream from stdin (< /dev/nst0) into an empty place, or the repository that it is of.",
+        "cdp repo import /mnt/new/backups",
     )
     for command in (show, check, prune, gc, export, import_):
         command.add_argument("path", metavar="PATH")

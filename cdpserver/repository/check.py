@@ -43,7 +43,10 @@ def check(repository: Repository, *, read_data: bool = True, progress: Progress 
     """Has every chunk that a backup names a place? With `read_data` each is read and compared with its id, once."""
     found = Checked()
     found.packs_damaged = sorted(repository.refresh())
-    found.packs = sum(1 for _ in repository.place.names("packs"))
+    for pack, _ in repository.place.names("packs"):
+        found.packs += 1
+        if read_data and pack not in found.packs_damaged and not repository.is_ours(pack):
+            found.packs_damaged.append(pack)
     verdicts: dict[bytes, str] = {}
     ids = repository.backup_ids()
     for number, id_ in enumerate(ids):

@@ -4,12 +4,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL_SIZE, ZERO_ID, Entry
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.place import HeldCheck
+from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository
 
 WASTE = 0.25
@@ -33,22 +35,36 @@ class Swept:
     deleted: int
     waiting: int
     freed_bytes: int
+    damaged: tuple[str, ...] = ()
+    """Packs that stay, since something in them is used and cannot be read."""
 
 
 def live_ids(repository: Repository) -> set[bytes]:
     """Every chunk that a backup names. CorruptError if a backup or page cannot be read: then nothing is known to be unused."""
     ids: set[bytes] = set()
     for id_ in repository.backup_ids():
-        for disk in repository.backup(id_).disks:
-            chunks = ChunkList(repository, disk)
-            for number, page in enumerate(disk.pages):
-                if page == ZERO_ID or page in ids:
-                    continue  # the same page was read already
-                ids.add(page)
-                content = chunks.page(number)
-                ids.update(content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE))
+        try:
+            _add_ids(repository, repository.backup(id_), ids)
+        except NotFoundError:
+            continue  # removed meanwhile
+        except CorruptError as error:
+            raise CorruptError(
+                f"backup {id_} cannot be read, so nobody knows what is unused: {error.message}",
+                hint=f"cdp repo check says what is lost; cdp backup remove {id_} gives it up",
+            ) from None
     ids.discard(ZERO_ID)
     return ids
+
+
+def _add_ids(repository: Repository, backup: Backup, ids: set[bytes]) -> None:
+    for disk in backup.disks:
+        chunks = ChunkList(repository, disk)
+        for number, page in enumerate(disk.pages):
+            if page == ZERO_ID or page in ids:
+                continue  # the same page was read already
+            content = chunks.page(number)
+            ids.add(page)
+            ids.update(content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE))
 
 
 def unused(repository: Repository) -> list[Unused]:
@@ -93,8 +109,10 @@ def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
     place = repository.place
     with sessions.session(place, sessions.GC) as check_held:
         found = unused(repository)
-        known = [pack for pack in sessions.doomed(place) if sessions.waits_for(place, pack) is None]
-        sessions.doom(place, sorted({item.pack for item in found} | set(known)))
+        # What was noted is not noted again: backups that began since have nothing to do with it.
+        notes = {pack: sessions.waits_for(place, pack) for pack in sessions.doomed(place)}
+        noted = {pack for pack, waits_for in notes.items() if waits_for is not None}
+        sessions.doom(place, sorted(({item.pack for item in found} | notes.keys()) - noted))
         repository.refresh()
         packs = dict(place.names("packs"))
         running = sessions.running(place)
@@ -107,8 +125,9 @@ def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
                 waiting += 1
             else:
                 going.append(pack)
-        freed = _delete(repository, going, packs, check_held, progress) if going else 0
-    return Swept(tuple(found), len(going), waiting, freed)
+        deleted, freed = _delete(repository, going, packs, check_held, progress) if going else ([], 0)
+    damaged = tuple(pack for pack in going if pack not in deleted)
+    return Swept(tuple(found), len(deleted), waiting, freed, damaged)
 
 
 def _delete(
@@ -117,28 +136,32 @@ def _delete(
     lengths: dict[str, int],
     check_held: HeldCheck,
     progress: Progress,
-) -> int:
-    """The bytes that came back."""
+) -> tuple[list[str], int]:
+    """The packs that went, and the bytes that came back. One of which something is used and damaged stays."""
     live = live_ids(repository)  # once more: who began before the packs were doomed may name what is in them
     leaving = set(going)
     moved: set[bytes] = set()
+    gone: list[str] = []
     with PackWriter(repository, sessions.new_id(time.time_ns())) as writer:
         for number, pack in enumerate(going):
             progress(number / len(going))
-            for entry in repository.entries(pack, lengths[pack]):
-                elsewhere = {name for name, _ in repository.index.find(entry.id)} - leaving
-                if entry.id in live and not elsewhere and entry.id not in moved:
-                    moved.add(entry.id)
-                    content = repository.load(entry.id, entry.raw)
-                    writer.add(
-                        entry.id, entry.kind, entry.raw, repository.seal(entry.id, entry.kind, content)
-                    )
+            try:
+                for entry in repository.entries(pack, lengths[pack]):
+                    elsewhere = {name for name, _ in repository.index.find(entry.id)} - leaving
+                    if entry.id in live and not elsewhere and entry.id not in moved:
+                        content = repository.load(entry.id, entry.raw)
+                        moved.add(entry.id)
+                        sealed = repository.seal(entry.id, entry.kind, content)
+                        writer.add(entry.id, entry.kind, entry.raw, sealed)
+            except CorruptError:
+                continue
+            gone.append(pack)
         writer.flush()
-    for pack in going:
+    for pack in gone:
         check_held()  # another run could have begun to move things otherwise
         repository.place.delete(pack)
         repository.index.forget({pack})
         sessions.spare(repository.place, pack)
     progress(1.0)
     repository.refresh()
-    return sum(lengths[pack] for pack in going) - writer.stored_bytes
+    return gone, sum(lengths[pack] for pack in gone) - writer.stored_bytes

@@ -183,8 +183,10 @@ class DirectoryPlace:
         try:
             yield lambda: None  # a lock of the kernel's
         finally:
-            self.delete(name)
-            os.close(fd)
+            try:
+                self.delete(name)
+            finally:
+                os.close(fd)
 
     def _locked(self, path: Path) -> int:
         deadline = time.monotonic() + PATIENCE_S

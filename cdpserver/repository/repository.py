@@ -257,6 +257,15 @@ class Repository:
         except CorruptError:
             return list(format.scan(self.place.get(pack), self.config.id))
 
+    def is_ours(self, pack: str) -> bool:
+        """Does its head say that it is a pack of this repository?"""
+        try:
+            return self.place.read(pack, 0, format.HEAD.size) == format.pack_head(self.config.id)
+        except FileNotFoundError:
+            return True  # deleted meanwhile
+        except CorruptError:
+            return False
+
     def has(self, id_: bytes) -> bool:
         """Is the chunk stored, and will it stay?"""
         if id_ == format.ZERO_ID:

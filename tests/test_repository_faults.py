@@ -1,0 +1,254 @@
+"""A repository and what befalls it: every kind of file flipped, deleted and swapped; every command killed at each step."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.repository import clock, gc, packs, prune, sessions
+from cdpserver.repository.check import Damage, check
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.record import Backup
+from cdpserver.repository.repository import Repository, create
+from recovery.repo import locks
+from tests.backed_up import CHUNK, SIZE, Case, with_history
+from tests.core import scratch
+
+
+@pytest.fixture
+def case() -> Iterator[Case]:
+    """A disk with some history, and an empty repository."""
+    with scratch() as path:
+        world, line = with_history(path)
+        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK)
+        made = Case(world, line, path)
+        made.write(1, 30)
+        yield made
+        world.close()
+
+
+def two(case: Case) -> tuple[Backup, Backup]:
+    """A full backup, and one more of which chunk 3 is the only new one."""
+    first = case.back_up()
+    case.line.write(3 * CHUNK, os.urandom(CHUNK))
+    return first, case.back_up()
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+# --- flipped, deleted, swapped
+
+
+def test_a_flipped_chunk_touches_what_names_it(case: Case) -> None:
+    """One range of one disk of one backup; the other backup is whole, and a new one stores the chunk anew."""
+    first, second = two(case)
+    with case.repository() as repository:
+        pack = next(name for name, _ in repository.place.names("packs") if second.id in name)
+        flip(case.path / "repo" / pack, 2000)
+        found = check(repository)
+        assert [(d.backup, d.disk, d.start, d.end) for d in found.damage] == [
+            (second.id, "d1", 3 * CHUNK, 4 * CHUNK)
+        ]
+        assert "in packs/" in found.damage[0].reason
+        case.compare(repository, repository.backup(first.id))
+
+
+def test_backups_swapped_and_deleted(case: Case) -> None:
+    """One under the other's name is damage of that one; one that is gone is not there, and nothing else changed."""
+    first, second = two(case)
+    one, other = (case.path / "repo/backups" / backup.id for backup in (first, second))
+    kept = other.read_bytes()
+    other.write_bytes(one.read_bytes())
+    with case.repository() as repository:
+        assert [(d.backup, d.disk) for d in check(repository).damage] == [(second.id, "")]
+        with pytest.raises(CorruptError, match="says that it is"):
+            repository.backup(second.id)
+        with pytest.raises(CorruptError, match=f"{second.id} cannot be read, so nobody knows what is unused"):
+            gc.sweep(repository)
+        other.unlink()
+        assert check(repository).sound
+        case.compare(repository, repository.backup(first.id))
+    other.write_bytes(kept)
+    case.verify("anew")
+
+
+def test_the_configuration_lost_or_of_another(case: Case) -> None:
+    """Nothing is made there anew, and nothing is read by it."""
+    two(case)
+    path = case.path / "repo/repo.json"
+    kept = path.read_bytes()
+    path.unlink()
+    with pytest.raises(NotFoundError, match="no repository"), case.repository():
+        pass
+    with pytest.raises(RefusedError, match=r"no repo\.json"):
+        create(DirectoryPlace(case.path / "repo"))
+    create(DirectoryPlace(case.path / "other"), chunk_size=CHUNK)
+    path.write_bytes((case.path / "other/repo.json").read_bytes())
+    with case.repository("other") as repository:
+        assert len(check(repository).packs_damaged) == 2, "packs say whose they are"
+    path.write_bytes(kept)
+    case.verify("anew")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe", b'{"sessions": 3}', b'{"reason": {}}'])
+def test_small_files_damaged(case: Case, damage: bytes) -> None:
+    """A lock holds, a doomed pack is doomed again, a session is nobody's, and time is what the newest backup says."""
+    first, second = two(case)
+    with case.repository() as repository:
+        place = repository.place
+        place.put(f"locks/{first.id}", damage)
+        assert first.id in locks(repository)
+        place.put("sessions/dead", damage)
+        place.put(clock.NAME, damage)
+        assert repository.now_ns() == second.since_ns
+        place.delete(f"backups/{second.id}")
+        pack = next(name for name, _ in place.names("packs") if second.id in name)
+        place.put("doomed/" + pack.removeprefix("packs/").replace("/", "."), damage)
+        assert gc.sweep(repository).deleted == 1
+        assert not [*place.names("doomed"), *place.names("sessions")]
+        assert check(repository).sound
+        case.compare(repository, repository.backup(first.id))
+
+
+def test_gc_waits_for_those_that_ran_and_for_nobody_since(case: Case) -> None:
+    """There is always some backup under way: a doomed pack goes when those have ended that ran when it was doomed."""
+    first, second = two(case)
+    with case.repository() as repository:
+        place = repository.place
+        place.delete(f"backups/{second.id}")
+        with sessions.session(place, "old"):
+            assert gc.sweep(repository).waiting == 1
+        with sessions.session(place, "young"):
+            assert gc.sweep(repository).deleted == 1
+        case.compare(repository, repository.backup(first.id))
+
+
+def test_gc_leaves_what_it_cannot_read(case: Case) -> None:
+    """A pack that is to go holds a chunk that is used and damaged: it stays, and is said; other packs go."""
+    first, second = two(case)
+    for chunk in (8, 9, 10):
+        case.line.write(chunk * CHUNK, os.urandom(CHUNK))
+    third = case.back_up()
+    case.line.zero(8 * CHUNK, 2 * CHUNK)
+    fourth = case.back_up()
+    with case.repository() as repository:
+        place = repository.place
+        for backup in (second, third):
+            place.delete(f"backups/{backup.id}")
+        names = [name for name, _ in place.names("packs") if third.id in name]
+        entries = repository.entries(names[0], dict(place.names("packs"))[names[0]])
+        live = gc.live_ids(repository)
+        used = next(entry for entry in entries if entry.id in live)
+        flip(case.path / "repo" / names[0], used.place + 5)
+        swept = gc.sweep(repository)
+        assert swept.damaged == (names[0],)
+        assert names[0] in dict(place.names("packs"))
+        assert [d.backup for d in check(repository).damage] == [fourth.id]
+        case.compare(repository, repository.backup(first.id))
+
+
+# --- killed at each step
+
+
+class Killed(BaseException):
+    """What a kill is to the process: nothing of it goes on."""
+
+
+class Dying(DirectoryPlace):
+    """Ends before its n-th change, or right after it."""
+
+    def __init__(self, path: Path, steps: int, *, after: bool) -> None:
+        super().__init__(path)
+        self.steps = steps
+        self.after = after
+
+    def _step(self, change: Callable[[], None]) -> None:
+        self.steps -= 1
+        if self.steps < 0 or (self.steps == 0 and not self.after):
+            raise Killed
+        change()
+        if self.steps == 0:
+            raise Killed
+
+    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+        self._step(lambda: DirectoryPlace.put(self, name, data, until_ns))
+
+    def delete(self, name: str) -> None:
+        self._step(lambda: DirectoryPlace.delete(self, name))
+
+
+def prune_all_but_the_newest(repository: Repository) -> None:
+    """As `cdp repo prune` does."""
+    verdicts = prune.plan(list(repository.backups()), (), time.time_ns(), locked={})
+    for verdict in verdicts:
+        if not verdict.keep:
+            repository.place.delete(f"backups/{verdict.backup.id}")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_each_step(case: Case, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """A backup, a prune and a gc, each killed at each of its changes: what is there is whole, and the next ones are right."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 3 * CHUNK)
+    finished: set[str] = set()
+    commands = ("run", "prune", "gc")
+    for step in range(1, 60):
+        for command in commands:
+            if command in finished:
+                continue
+            case.line.write((step * 7 % 39) * CHUNK, os.urandom(3 * CHUNK // 2))
+            case.place = Dying(case.path / "repo", 1 << 30, after=after)
+            if command == "gc":  # something that is to go
+                case.back_up()
+                case.place = None
+                with case.repository() as repository:
+                    prune_all_but_the_newest(repository)
+            case.place = Dying(case.path / "repo", step, after=after)
+            with contextlib.suppress(Killed):
+                if command == "run":
+                    case.line.writer.commit()
+                    case.back_up()
+                else:
+                    with case.repository() as repository:
+                        gc.sweep(repository) if command == "gc" else prune_all_but_the_newest(repository)
+            if case.place.steps > 0:
+                finished.add(command)
+            case.place = None
+            with case.repository() as repository:
+                for id_ in (
+                    repository.backup_ids()
+                ):  # a kill after the name appeared left a backup that nobody was told of
+                    case.taken.setdefault(id_, repository.backup(id_).disks[0].seq)
+                assert check(repository, read_data=False).sound
+        if len(finished) == len(commands):
+            break
+    else:
+        raise AssertionError(f"only {finished} came to an end")
+    case.back_up()
+    case.verify("anew")
+    with case.repository() as repository:
+        gc.sweep(repository)
+        gc.sweep(repository)
+        assert check(repository).sound
+        assert not [*repository.place.names("doomed"), *repository.place.names("sessions")]
+    case.verify("once more")
+
+
+def test_damage_is_a_range(case: Case) -> None:
+    """Neighbours with one reason are one; SIZE is the disk's end, not the chunk's."""
+    first, _ = two(case)
+    with case.repository() as repository:
+        for name, _ in list(repository.place.names("packs")):
+            repository.place.delete(name)
+        found = check(repository)
+        assert {(d.backup, d.start, d.end) for d in found.damage} >= {(first.id, 0, SIZE)}
+        assert all(isinstance(d, Damage) and d.end <= SIZE for d in found.damage)
+        assert json.dumps(sorted(sessions.running(repository.place))) == "[]"
