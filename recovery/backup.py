@@ -7,11 +7,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from cdpserver.errors import RefusedError, UsageError
+from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.names import format_bytes, parse_point
-from cdpserver.repository import prune
+from cdpserver.repository import prune, sessions
 from cdpserver.repository.check import check_backup
-from cdpserver.repository.record import BackedUpDisk, Backup
+from cdpserver.repository.record import FULL, BackedUpDisk, Backup
+from cdpserver.repository.repository import Repository
 from cdpserver.repository.source import held_points
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
 from cdpserver.state import default_state_dir
@@ -20,7 +21,7 @@ from recovery.export import write_out
 from recovery.opened import Opened, alone
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
 from recovery.repo import DAMAGED, locks
-from recovery.repositories import find_backup, opened_repository, read_key
+from recovery.repositories import find_backup, find_id, opened_repository, read_key
 
 
 def run(options: Namespace) -> None:
@@ -111,7 +112,7 @@ def verify(options: Namespace) -> int:
 def remove(options: Namespace) -> None:
     """RefusedError for one that is locked or immutable."""
     with opened_repository(options) as repository:
-        backup = find_backup(repository, options.id)
+        backup = _even_damaged(repository, find_id(repository, options.id))
         immutable = repository.config.immutable_ns
         if held := prune.hold(backup, repository.now_ns(), locked=locks(repository), immutable_ns=immutable):
             raise RefusedError(f"backup {backup.id} is {held}", hint="cdp backup unlock ends a lock")
@@ -119,6 +120,14 @@ def remove(options: Namespace) -> None:
             raise UsageError(f"this removes backup {backup.id} of {backup.name}", hint="add --yes")
         repository.place.delete(f"backups/{backup.id}")
     _done(options, backup, "removed")
+
+
+def _even_damaged(repository: Repository, id_: str) -> Backup:
+    """One that cannot be read is as old as its id says: to give it up is what lets `gc` go on."""
+    try:
+        return repository.backup(id_)
+    except CorruptError:
+        return Backup(id_, FULL, "damaged", sessions.time_of(id_), "what cannot be read", ())
 
 
 def lock(options: Namespace) -> None:

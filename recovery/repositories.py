@@ -64,17 +64,22 @@ def opened_repository(options: Namespace) -> Iterator[Repository]:
 
 def find_backup(repository: Repository, text: str) -> Backup:
     """By id, the beginning of one, or `latest`."""
+    return repository.backup(find_id(repository, text))
+
+
+def find_id(repository: Repository, text: str) -> str:
+    """The same, whether it can be read or not."""
     ids = repository.backup_ids()
     if text == "latest":
         if not ids:
             raise NotFoundError(
                 f"there is no backup in {repository.place.where}", hint="cdp backup run makes one"
             )
-        return repository.backup(ids[-1])
+        return ids[-1]
     found = [id_ for id_ in ids if id_.startswith(text)]
     if len(found) > 1 and text not in found:
         raise UsageError(f"{len(found)} backups begin with {show(text)}", hint="write more of the id")
-    return repository.backup(text if text in found or not found else found[0])
+    return text if text in found or not found else found[0]
 
 
 # -- those that were used here

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cdpserver.errors import CdpError, NoSpaceError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
 from cdpserver.repository import packs, seal
 from recovery import cli
 from tests.test_service import SIZE, Server, connected, read
@@ -188,7 +188,7 @@ def test_killed_at_any_time_there_is_no_half_backup(
     assert cdp(server, capsys, "repo", "check", repo)["sound"]
 
 
-def test_a_full_repository(
+def test_a_full_and_a_read_only_repository(
     server: Server, short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said, with no backup; with room the same command is right."""
@@ -204,6 +204,11 @@ def test_a_full_repository(
         subprocess.run(["mount", "-o", "remount,size=8m", repo], check=True)
         made = cdp(server, capsys, "backup", "run", "d@latest")
         assert made["new_bytes"] < 3 * MIB, "what was stored before counts"
+        subprocess.run(["mount", "-o", "remount,ro", repo], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            cdp(server, capsys, "backup", "run", "d@latest")
+        assert cdp(server, capsys, "backup", "verify", "latest")["sound"]
+        subprocess.run(["mount", "-o", "remount,rw", repo], check=True)
         assert cdp(server, capsys, "repo", "check", repo)["sound"]
     finally:
         subprocess.run(["umount", repo], check=True)
@@ -226,6 +231,13 @@ def test_a_restore_goes_on_and_damage_is_never_given_out(
     assert len(told["damage"]) == 1
     assert told["damage"][0]["end"] - told["damage"][0]["start"] in (64 << 10, 128 << 10)
     pack.write_bytes(whole)
+    write(server, os.urandom(4096), 0)
+    lost = repo / "backups" / cdp(server, capsys, "backup", "run", "d@latest")["id"]
+    lost.write_bytes(lost.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match="cannot be read, so nobody knows what is unused"):
+        cdp(server, capsys, "repo", "gc", repo)
+    cdp(server, capsys, "backup", "remove", lost.name, "--yes")
+    cdp(server, capsys, "repo", "gc", repo)
     assert cdp(server, capsys, "backup", "restore", "latest", "--output", output, "--verify")["verified"]
     assert output.read_bytes() == content
 

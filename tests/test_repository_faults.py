@@ -74,6 +74,8 @@ def test_backups_swapped_and_deleted(case: Case) -> None:
             repository.backup(second.id)
         with pytest.raises(CorruptError, match=f"{second.id} cannot be read, so nobody knows what is unused"):
             gc.sweep(repository)
+        assert abs(sessions.time_of(second.id) - second.created_ns) < 10**7
+        assert sessions.time_of("junk") == 0
         other.unlink()
         assert check(repository).sound
         case.compare(repository, repository.backup(first.id))

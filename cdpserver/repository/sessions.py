@@ -16,6 +16,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from cdpserver.repository.place import HeldCheck, Place
 
@@ -31,6 +32,15 @@ def new_id(time_ns: int) -> str:
     seconds, rest = divmod(time_ns, 1_000_000_000)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
     return f"{stamp}.{rest // 1000:06}Z-{secrets.token_hex(RANDOM // 2)}"
+
+
+def time_of(id_: str) -> int:
+    """When such an id was made, in ns; 0 if it is none."""
+    try:
+        made = datetime.strptime(id_.partition("-")[0], "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC)
+    except ValueError:
+        return 0
+    return int(made.timestamp() * 1e6) * 1000
 
 
 @contextlib.contextmanager
