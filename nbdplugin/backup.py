@@ -22,6 +22,9 @@ API_VERSION = 2
 MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
 
+AHEAD = 8
+"""Chunks fetched before they are asked for, for who reads forwards: enough to hide the way to an object store."""
+
 _parameters: dict[str, str] = {}
 _repository: Repository | None = None
 
@@ -85,7 +88,7 @@ def open(readonly: bool) -> Export:
         disk = _repository.backup(backup_id).disk(disk_name or None)
         if disk is None:
             raise NotFoundError(f"backup {backup_id} has no disk of that name", hint="cdp backup show ID")
-        export = Export(Content(_repository, disk), name, threading.Lock())
+        export = Export(Content(_repository, disk, ahead=AHEAD), name, threading.Lock())
     except CdpError as error:
         nbdkit.set_error(error.errno)
         raise

@@ -22,7 +22,7 @@ def _add_repo(commands: Commands) -> None:
         "init",
         lazy("repo", "init"),
         "Make a repository in an empty directory or a bucket.",
-        "cdp repo init /mnt/nas/backups --chunk-size 1M --key-file backup.key",
+        "cdp repo init /mnt/nas/backups --chunk-size 256K --key-file backup.key",
     )
     init.add_argument(
         "path",
@@ -33,7 +33,7 @@ def _add_repo(commands: Commands) -> None:
         "--chunk-size",
         type=names.parse_size,
         metavar="SIZE",
-        help="what is stored once: a power of two from 64K to 64M; default: 1M (docs/backup.md says why)",
+        help="what is stored once: a power of two from 64K to 64M; default: 256K (docs/backup.md says why)",
     )
     init.add_argument(
         "--immutable",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from tools.measure.context import GIB, MIB, SMOKE
 from tools.measure.result import Goal, Measure, number, show
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PEERS = [name for name in ("borg", "restic") if shutil.which(name)]
+CHUNKS = ("chunk-full", "chunk-incremental", "chunk-index", "chunk-speed", "chunk-time")
 
 MEASURES = {
     "write-4k": 4,
@@ -81,6 +85,11 @@ MEASURES = {
     "files-read": 2 if why_no_mount() else 3,
     "migrate": 3,
     "migrate-read": 2,
+    **{
+        f"backup-{what}": 1 + len(PEERS)
+        for what in ("full", "incremental", "restore", "stored", "stored-both", "memory")
+    },
+    **({} if why_no_mount() else dict.fromkeys(CHUNKS, len(SMOKE.chunk_sizes))),
 }
 """How many subjects each measure has."""
 

@@ -17,8 +17,10 @@ from cdpserver.errors import CdpError
 from tools.kit.processes import FailedError, ended_by_signals, scratch
 from tools.kit.server import Server
 from tools.measure import (
+    backups,
     basepoints,
     chains,
+    chunks,
     costs,
     disturbed,
     files,
@@ -68,6 +70,8 @@ BENCHES: dict[str, Callable[[Context], list[Measure]]] = {
     "takeover": workers.takeover,
     "files": files.files,
     "migrate": migrate.migrate,
+    "backup": backups.backups,
+    "chunks": chunks.chunks,
 }
 
 QUICK_BENCHES = tuple(BENCHES)[: tuple(BENCHES).index("rto")]

@@ -2,10 +2,11 @@
 
     pages of the backup -> page (4096 ids) -> chunk
 
-Threads: none; every connection has its own.
+Threads: none; every connection has its own. Who reads forwards has the next chunks fetched, decompressed and compared meanwhile.
 """
 
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from cdpserver.errors import CorruptError
 from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, chunk_count, page_count
@@ -53,10 +54,15 @@ class ChunkList:
 class Content:
     """What a view has: size, bytes, block status."""
 
-    def __init__(self, repository: Repository, disk: BackedUpDisk) -> None:
+    def __init__(self, repository: Repository, disk: BackedUpDisk, *, ahead: int = 0) -> None:
+        """`ahead`: how many chunks are fetched before they are asked for."""
         self._repository = repository
         self.chunks = ChunkList(repository, disk)
         self.size = disk.size
+        self._ahead = min(ahead, KEPT_BYTES // repository.chunk_size)
+        self._pool = ThreadPoolExecutor(self._ahead) if self._ahead else None
+        self._coming: dict[int, Future[bytes]] = {}
+        self._last = -1
         self._kept: OrderedDict[bytes, bytes] = OrderedDict()
         self._most = max(2, KEPT_BYTES // repository.chunk_size)
 
@@ -84,13 +90,31 @@ class Content:
 
     def _chunk(self, id_: bytes, number: int) -> bytes:
         found = self._kept.get(id_)
+        if number != self._last and self._pool is not None:
+            self._look_ahead(number, self._pool)
         if found is None:
-            found = self._kept[id_] = self._repository.load(id_, self.chunks.length(number))
+            coming = self._coming.pop(number, None)
+            length = self.chunks.length(number)
+            found = coming.result() if coming is not None else self._repository.load(id_, length)
+            self._kept[id_] = found
             if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(id_)
         return found
+
+    def _look_ahead(self, number: int, pool: ThreadPoolExecutor) -> None:
+        """Fetch what comes next, of one who reads forwards."""
+        forwards = 0 < number - self._last <= self._ahead
+        self._last = number
+        for other in [n for n in self._coming if not number <= n <= number + self._ahead]:
+            self._coming.pop(other).cancel()
+        if not forwards:
+            return
+        for after in range(number + 1, min(number + 1 + self._ahead, self.chunks.count)):
+            id_ = self.chunks.id(after)
+            if after not in self._coming and id_ != ZERO_ID and id_ not in self._kept:
+                self._coming[after] = pool.submit(self._repository.load, id_, self.chunks.length(after))
 
     def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
         """(start, end, zero) runs from `offset` on: the first one, or (not `one`) those up to `end`."""
@@ -112,4 +136,7 @@ class Content:
 
     def close(self) -> None:
         """Forget what is kept; the repository is the caller's."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._coming.clear()
         self._kept.clear()

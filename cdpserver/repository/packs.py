@@ -1,8 +1,9 @@
-"""Chunks on their way into packs: gathered in memory, put whole, then known to the index.
+"""Chunks on their way into packs: gathered in memory, put whole, then known to the index. One is put while the next is gathered.
 
 A pack is called after the session that wrote it, so that `gc` leaves it alone while that runs.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 from cdpserver.repository.format import ENTRY_SIZE, HEAD, Entry, Kind, pack_end, pack_entry, pack_head
@@ -14,13 +15,15 @@ PACK_BYTES = 32 << 20
 
 
 class PackWriter:
-    """Writes chunks for one backup. Threads: one."""
+    """Writes chunks for one backup. Threads: one, and one of its own that puts packs."""
 
     def __init__(self, repository: Repository, session: str) -> None:
         """For the session of that id, which is held."""
         self._repository = repository
         self._session = session
         self._number = 0
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way: tuple[str, list[Entry], Future[tuple[int, int]]] | None = None
         self._begin()
         self.stored_bytes = 0
         """Bytes of the packs that were put."""
@@ -47,27 +50,46 @@ class PackWriter:
         self._length += ENTRY_SIZE + len(stored)
         self._entries.append(entry)
         if self._length >= PACK_BYTES:
-            self.flush()
+            self._send()
 
     def flush(self) -> None:
-        """Put what was gathered. NoSpaceError, BrokenError: nothing of it is known then."""
-        if not self._entries:
-            return
+        """Put what was gathered; durable and known on return. NoSpaceError, BrokenError: what failed is not known."""
+        if self._entries:
+            self._send()
+        self._wait()
+
+    def _send(self) -> None:
+        """At most one pack is on its way while another one is gathered."""
+        self._wait()
         self._number += 1
         pack = pack_name(self._session, self._number)
-        data = b"".join([*self._parts, pack_end(self._entries, self._length)])
+        parts = [*self._parts, pack_end(self._entries, self._length)]
+        self._under_way = (pack, self._entries, self._pool.submit(self._put, pack, parts))
+        self._begin()
+
+    def _put(self, pack: str, parts: list[bytes]) -> tuple[int, int]:
+        """Its bytes, and until when it is retained."""
+        data = b"".join(parts)
         until_ns = self._repository.retain_until_ns()
         self._repository.place.put(pack, data, until_ns)
-        self._repository.index.add(pack, self._entries)
+        return len(data), until_ns
+
+    def _wait(self) -> None:
+        if self._under_way is None:
+            return
+        pack, entries, future = self._under_way
+        self._under_way = None
+        length, until_ns = future.result()
+        self._repository.index.add(pack, entries)
         if until_ns:
             self._repository.index.note_retained(pack, until_ns)
-        self._claimed.difference_update(entry.id for entry in self._entries)
-        self.stored_bytes += len(data)
-        self._begin()
+        self._claimed.difference_update(entry.id for entry in entries)
+        self.stored_bytes += length
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """What was not flushed was never there."""
+        """What was not flushed is not known: at most there is a pack that `gc` takes away."""
+        self._pool.shutdown()
         self._begin()

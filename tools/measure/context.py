@@ -48,6 +48,10 @@ class Sizes:
     most_peers: int = 100
     busy_disks: tuple[int, ...] = (1, 2, 4, 8)
     scale_disk: int = GIB
+    chunk_disk: int = 512 * MIB
+    chunk_sizes: tuple[int, ...] = (MIB // 16, MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+    chunk_steps: int = 6
+    backup_disk: int = GIB
 
 
 QUICK = Sizes(
@@ -71,6 +75,9 @@ QUICK = Sizes(
     prune_intervals=(1, 10),
     memory_disks=(1, 10),
     scale_disk=512 * MIB,
+    chunk_disk=256 * MIB,
+    chunk_steps=3,
+    backup_disk=256 * MIB,
 )
 """The rows of docs/performance.md in a few minutes, except what takes long by its nature."""
 
@@ -108,6 +115,10 @@ SMOKE = Sizes(
     memory_disks=(2,),
     busy_disks=(2,),
     scale_disk=16 * MIB,
+    chunk_disk=16 * MIB,
+    chunk_sizes=(MIB // 16, MIB),
+    chunk_steps=2,
+    backup_disk=16 * MIB,
 )
 """Enough to see that everything works; the figures say nothing."""
 
