@@ -51,7 +51,7 @@ def start(options: Namespace) -> None:
     for name in ("qmp", "vm_command"):
         if (path := getattr(options, name)) is not None:
             body[name] = os.path.abspath(path)
-    for name in ("accel", "name", "libvirt", "domain"):
+    for name in ("accel", "name", "libvirt", "domain", "attach"):
         if (value := getattr(options, name)) is not None:
             body[name] = value
     if options.base is not None:
@@ -60,7 +60,7 @@ def start(options: Namespace) -> None:
         body["format"] = options.format
     found = client(options).start_recovery(body)
     _answer(options, found)
-    if options.qmp is not None and not options.json:
+    if options.qmp is not None and options.attach is None and not options.json:
         for disk in found["disks"]:
             say(f"for the VM's QEMU: {shlex.join(disk['blockdev'])}")
 

@@ -12,6 +12,7 @@ def add_recover(commands: Commands) -> None:
         lazy("recover", "start"),
         "Make writable disks of a point at once; when the VM runs on them, move them to primary storage, unseen by the guest.",
         "cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp\n"
+        "  cdp recover start web@-90s --to /var/lib/vms --qmp /run/web.qmp --attach\n"
         "  cdp recover start web@-90s --to /var/lib/vms --libvirt qemu:///system --vm-command /etc/cdp/web.xml",
     )
     start.add_argument("point", metavar="DISK|VM@WHEN", type=point)
@@ -30,6 +31,14 @@ def add_recover(commands: Commands) -> None:
         " QCOW2 files that are filled from the point",
     )
     start.add_argument("--qmp", metavar="PATH", help="the VM's monitor: -qmp unix:PATH,server=on,wait=off")
+    start.add_argument(
+        "--attach",
+        nargs="?",
+        choices=("virtio-blk", "virtio-scsi", "nodes"),
+        const="virtio-blk",
+        help="hand the disks to the QEMU at --qmp, which is there already, as devices (default: virtio-blk); one that was started"
+        " with -S begins. nodes: as block nodes alone",
+    )
     start.add_argument(
         "--vm-command",
         metavar="FILE",

@@ -8,18 +8,23 @@ from pathlib import Path
 import trio
 
 from cdpserver import names
-from cdpserver.errors import UsageError
+from cdpserver.errors import CdpError, UsageError
 from cdpserver.service import domains, homes
 from cdpserver.service.core import Core
-from cdpserver.service.launching import Vm, read_file
+from cdpserver.service.launching import LaunchError, Vm, read_file
 from cdpserver.service.recovering import fork_uri
+from cdpserver.vm.connect import connect
 from cdpserver.vm.launch import kvm, template
 from cdpserver.vm.launch.parts import Accel, Disk, Image, Nbd
 from cdpserver.vm.launch.template import Template
+from cdpserver.vm.recovery.attach import Attach, attach, detach
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 
 GONE_S = 10.0
 LOOK_S = 0.05
+
+ATTACH_S = 30.0
+"""For a QEMU that opens all disks; in the beginning of each it may wait for the server."""
 
 
 class Accels:
@@ -74,11 +79,19 @@ async def launch(core: Core, one: Recovery) -> None:
                 await _until_let_go(core, one)
             raise
         return
+    if one.attach:
+        try:
+            await _attach(core, one, one.attach)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await _until_let_go(core, one)
+            raise
+        return
     vm = Vm(core, one.id)
     if not one.vm_command or vm.is_running():
         return
     found = await core.thread(read_command, one.vm_command)
-    disks = [Disk(names.split_name(disk.disk)[0], source_of(core, one, disk)) for disk in one.disks]
+    disks = sources_of(core, one)
     try:
         command = template.command(found, one.name, disks, vm.places, accel=one.accel or None)
         await vm.start(command, isolated=False)
@@ -90,6 +103,24 @@ async def launch(core: Core, one: Recovery) -> None:
     core.log.emit("recovery.launched", recovery=one.id, command=one.vm_command)
 
 
+async def _attach(core: Core, one: Recovery, how: Attach) -> None:
+    """Give the disks to the QEMU that is there. UnreachableError if none is; the disks that it had taken by then are its own."""
+    disks = await core.thread(lambda: sources_of(core, one))
+    with trio.move_on_after(ATTACH_S):
+        async with connect(one.connection) as monitor:
+            try:
+                await attach(monitor, one.id, list(enumerate(disks)), how)
+            except CdpError:
+                await detach(monitor, one.id, len(disks))
+                raise
+        core.log.emit("recovery.attached", recovery=one.id, qmp=one.qmp, how=one.attach)
+        return
+    raise LaunchError(
+        f"the QEMU at {one.qmp} took no disks in {ATTACH_S:.0f} s",
+        hint="look whether somebody else has its monitor, which serves one at a time",
+    )
+
+
 async def _until_let_go(core: Core, one: Recovery) -> None:
     """The forks have no client any more: their server has seen the end of QEMU's connections."""
     with trio.move_on_after(GONE_S):
@@ -98,6 +129,11 @@ async def _until_let_go(core: Core, one: Recovery) -> None:
                 if not (await core.target_status(entry)).get("clients"):
                     break
                 await trio.sleep(LOOK_S)
+
+
+def sources_of(core: Core, one: Recovery) -> list[Disk]:
+    """The disks by their short names, each where its newest content is. For threads."""
+    return [Disk(names.split_name(disk.disk)[0], source_of(core, one, disk)) for disk in one.disks]
 
 
 def source_of(core: Core, one: Recovery, disk: RecoveredDisk) -> Nbd | Image:

@@ -16,6 +16,7 @@ from cdpserver.vm import record as protected
 from cdpserver.vm.connect import check_connection
 from cdpserver.vm.launch.parts import Accel
 from cdpserver.vm.recovery import record
+from cdpserver.vm.recovery.attach import Attach
 from cdpserver.vm.recovery.record import MAX_DISKS, Format, Mode, RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import ACTIVE, BEGIN, OVER
 
@@ -40,6 +41,7 @@ class Request:
     libvirt: str | None = None
     domain: str | None = None
     accel: str | None = None
+    attach: Attach | None = None
     isolated: bool = False
 
 
@@ -48,6 +50,7 @@ def check_isolated(asked: Request) -> None:
     given = {
         "--to": asked.to or asked.targets,
         "--qmp": asked.qmp,
+        "--attach": asked.attach,
         "--libvirt": asked.libvirt,
         "--name": asked.name,
         "--mode stream": asked.mode != "mirror",
@@ -90,6 +93,7 @@ def plan(core: Core, asked: Request, accel: Accel | None = None) -> Recovery:
         before=None if before is None else protected.row(before).fields,
         vm_command=asked.vm_command or "",
         accel=accel or "",
+        attach=asked.attach or "",
         libvirt=asked.libvirt or "",
         domain=(asked.domain or name) if asked.libvirt else "",
     ).noted("started", now_ns=now_ns)
@@ -103,6 +107,10 @@ def _check_who_starts(asked: Request) -> None:
         raise UsageError(
             "either you start the VM, or the service does",
             hint="name its monitor with --qmp PATH, or its command with --vm-command FILE, or --libvirt URI",
+        )
+    if asked.attach is not None and asked.qmp is None:
+        raise UsageError(
+            "--attach goes with --qmp", hint="name the monitor of the QEMU that is to have the disks"
         )
     if asked.domain is not None and asked.libvirt is None:
         raise UsageError("--domain goes with --libvirt", hint="leave it away")

@@ -23,12 +23,23 @@ from cdpserver.service.isolated import Isolated
 from cdpserver.service.launching import Vm
 from cdpserver.service.planned import Request, check_isolated, plan
 from cdpserver.service.protection import Protection
-from cdpserver.service.recovering import Runner, fork_uri
+from cdpserver.service.recovering import Prepare, Runner, fork_uri
 from cdpserver.vm.launch import parts
 from cdpserver.vm.launch.parts import Disk
 from cdpserver.vm.recovery import record
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
-from cdpserver.vm.recovery.states import ACTIVE, COMMITTED, HOME, NEXT, OVER, STOPPED, UNDONE, Step, follow
+from cdpserver.vm.recovery.states import (
+    ACTIVE,
+    BEGIN,
+    COMMITTED,
+    HOME,
+    NEXT,
+    OVER,
+    STOPPED,
+    UNDONE,
+    Step,
+    follow,
+)
 
 STOP_S = 15.0
 """How long aborting waits for QEMU to cancel the copies."""
@@ -69,7 +80,7 @@ class Recoveries:
             for one in await self._core.thread(record.all_of, self._core.catalog):
                 if one.stage in ACTIVE:
                     self._core.log.emit("recovery.adopted", recovery=one.id, state=one.stage.state)
-                    self._run(one)
+                    self._run(one, self._go_on)
                     continue
                 if one.stage == HOME or (one.stage == COMMITTED and one.protect and not one.protected):
                     self._protect(one.id)
@@ -86,10 +97,10 @@ class Recoveries:
         except (CdpError, OSError) as error:
             self._core.log.emit("recovery.vm-stays", level="warning", recovery=one.id, reason=str(error))
 
-    def _run(self, one: Recovery) -> None:
+    def _run(self, one: Recovery, prepare: Prepare | None = None) -> None:
         assert self._nursery is not None
         running = self._running[one.id] = _Running()
-        runner = self._runners[one.id] = Runner(self._core, one, self._prepare)
+        runner = self._runners[one.id] = Runner(self._core, one, prepare or self._prepare)
         self._nursery.start_soon(self._until_it_ends, one.id, running, runner)
 
     async def _until_it_ends(self, id: str, running: _Running, runner: Runner) -> None:
@@ -164,6 +175,13 @@ class Recoveries:
                 await self._core.thread(self._core.catalog.put_row, "recoveries", one.row())
                 with durable.io_errors("make", Path(disk.target)):
                     await self._core.thread(homes.make_overlay, self._core, one, disk)
+        return one
+
+    async def _go_on(self, one: Recovery) -> Recovery:
+        """The same for what an earlier service began, which may have ended before QEMU had the disks."""
+        one = await self._prepare(one)
+        if one.attach and one.stage == BEGIN:
+            await launched.launch(self._core, one)
         return one
 
     async def _take_away(self, one: Recovery) -> Recovery:

@@ -37,6 +37,11 @@ class StartRecovery(Body):
     qmp: Text | None = Field(
         None, description="The absolute path of QEMU's monitor: -qmp unix:PATH,server=on,wait=off"
     )
+    attach: Literal["virtio-blk", "virtio-scsi", "nodes"] | None = Field(
+        None,
+        description="Hand the disks to the QEMU at `qmp`, which is there already: as devices of this kind, after which one that"
+        " was started with -S begins, or as block nodes alone, which somebody makes devices of.",
+    )
     vm_command: Text | None = Field(
         None, description="Or the absolute path of a QEMU command line that the service starts; for admins."
     )

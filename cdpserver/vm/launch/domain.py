@@ -42,17 +42,13 @@ def describe(machine: Machine, disks: Sequence[Disk]) -> str:
     for disk, letter in zip(disks, LETTERS, strict=False):
         place = SubElement(devices, "disk", type="file", device="disk")
         SubElement(place, "target", dev=f"vd{letter}", bus="virtio")
-        SubElement(place, "serial").text = _serial(disk)
+        SubElement(place, "serial").text = parts.serial(disk)
     SubElement(devices, "controller", type="usb", model="none")
     SubElement(SubElement(devices, "serial", type="pty"), "target", port="0")
     channel = SubElement(devices, "channel", type="unix")
     SubElement(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
     SubElement(devices, "memballoon", model="none")
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _serial(disk: Disk) -> str:
-    return disk.name.encode()[: parts.SERIAL_BYTES].decode(errors="ignore")
 
 
 def fill(
@@ -69,7 +65,7 @@ def fill(
         known.text = uuid
     places = root.findall("./devices/disk")
     for disk in disks:
-        place = next((p for p in places if p.findtext("serial") == _serial(disk)), None)
+        place = next((p for p in places if p.findtext("serial") == parts.serial(disk)), None)
         place = next((p for p in places if _target(p) == disk.name), None) if place is None else place
         if place is None:
             raise UsageError(

@@ -69,6 +69,6 @@ def command(
 
 def device(number: int, disk: Disk) -> str:
     """The guest's device on a disk's node."""
-    serial = parts.comma(disk.name.encode()[: parts.SERIAL_BYTES].decode(errors="ignore"))
+    serial = parts.comma(parts.serial(disk))
     boot = f",bootindex={number + 1}"
     return f"virtio-blk-pci,drive={parts.node(number)},id={parts.node(number)}-device,serial={serial}{boot}"

@@ -91,13 +91,17 @@ def node(number: int) -> str:
 
 def blockdevs(number: int, disk: Disk) -> list[str]:
     """The `-blockdev` arguments of a disk."""
-    top = node(number)
+    return [word for made in nodes(node(number), disk) for word in ("-blockdev", json.dumps(made))]
+
+
+def nodes(stem: str, disk: Disk, *, top: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a disk's two nodes, the lower one first; the upper is `top`, or `stem`."""
     match disk.source:
         case Nbd(uri):
             server, export = nbd_server(uri)
             below: dict[str, Any] = {
                 "driver": "nbd",
-                "node-name": f"{top}-nbd",
+                "node-name": f"{stem}-nbd",
                 "server": server,
                 "export": export,
                 "reconnect-delay": RECONNECT_S,
@@ -105,9 +109,14 @@ def blockdevs(number: int, disk: Disk) -> list[str]:
             driver = "raw"
         case Image(path, driver, is_device):
             kind = "host_device" if is_device else "file"
-            below = {"driver": kind, "node-name": f"{top}-file", "filename": path, "discard": "unmap"}
-    over = {"driver": driver, "node-name": top, "file": below["node-name"], "discard": "unmap"}
-    return ["-blockdev", json.dumps(below), "-blockdev", json.dumps(over)]
+            below = {"driver": kind, "node-name": f"{stem}-file", "filename": path, "discard": "unmap"}
+    over = {"driver": driver, "node-name": top or stem, "file": below["node-name"], "discard": "unmap"}
+    return below, over
+
+
+def serial(disk: Disk) -> str:
+    """What the guest reads of a disk's device, as much of its name as there is room for."""
+    return disk.name.encode()[:SERIAL_BYTES].decode(errors="ignore")
 
 
 def nbd_server(uri: str) -> tuple[dict[str, Any], str]:

@@ -104,6 +104,8 @@ class Recovery:
     """The file with the command that the service starts the VM with; empty when somebody else does."""
     accel: Literal["", "tcg", "kvm"] = ""
     """What runs it in place of what the command says."""
+    attach: Literal["", "virtio-blk", "virtio-scsi", "nodes"] = ""
+    """How its disks are handed to the QEMU at its monitor, which is there already; empty when somebody starts it on them."""
     libvirt: str = ""
     """The libvirt that the service starts the VM in, as `domain`; the file is then a domain's description, or none."""
     domain: str = ""
@@ -158,6 +160,7 @@ class Recovery:
             "events": [list(event) for event in self.events],
             "vm_command": self.vm_command,
             "accel": self.accel,
+            "attach": self.attach,
             "libvirt": self.libvirt,
             "domain": self.domain,
             "disks": [
@@ -233,6 +236,7 @@ def read(row: Row) -> Recovery:
             events=tuple((int(time_ns), str(what)) for time_ns, what in fields["events"]),
             vm_command=str(fields.get("vm_command", "")),
             accel=_one_of(("", "tcg", "kvm"), fields.get("accel", "")),
+            attach=_one_of(("", "virtio-blk", "virtio-scsi", "nodes"), fields.get("attach", "")),
             libvirt=str(fields.get("libvirt", "")),
             domain=str(fields.get("domain", "")),
         )
