@@ -123,7 +123,9 @@ def test_what_is_taken_by_halves_is_taken_back(server: Server, short_path: Path)
         with Qmp(own) as qmp:
             assert qmp.call("query-named-block-nodes") == []
             assert qmp.call("query-status")["status"] == "prelaunch"
-        assert not [fork for fork in server.get("/v1/forks") if fork["name"].startswith("halved")]
+        assert not [fork for fork in server.get("/v1/forks") if fork["name"].startswith("halved")], (
+            server.events("recovery.fork-stays")
+        )
         found = recover(server, monitor, short_path / "home", "nodes", name="halved")
         with Qmp(own) as qmp:
             tops = [

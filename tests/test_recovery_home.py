@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,64 @@ def test_every_step_by_its_command(shared: Server, home: Path, short_path: Path,
         assert "no undo now" in cdp("undo", id, fails=True)
         assert read(running.uri(), SIZE) == content
     assert at_home(begun["disks"][0]["target"]) == content
+
+
+class Between:
+    """Stands between the service and a monitor; while `deaf`, QEMU does not hear that a job is to be cancelled."""
+
+    def __init__(self, path: Path, monitor: Path) -> None:
+        self.deaf = threading.Event()
+        self._monitor = monitor
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                service, _ = self._listener.accept()
+                with service, socket.socket(socket.AF_UNIX) as qemu:
+                    qemu.connect(str(self._monitor))
+                    threading.Thread(target=self._answers, args=(qemu, service), daemon=True).start()
+                    for line in service.makefile("rb"):
+                        if not (self.deaf.is_set() and b"block-job-cancel" in line):
+                            qemu.sendall(line)
+                    qemu.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _answers(qemu: socket.socket, service: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := qemu.recv(1 << 16):
+                service.sendall(part)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_an_undo_waits_for_the_end_of_the_protection(
+    shared: Server, home: Path, short_path: Path, vm: str
+) -> None:
+    """Beside a mirror that is still there no other could begin: the undo is refused, and the VM stays protected at home."""
+    content = protect(shared, vm=vm)
+    begun = begin(shared, home, short_path / "between.qmp", f"{vm}/vda@good", protect=True, name=f"{vm}-n")
+    with (
+        Vm(short_path, [begun["uri"]]) as running,
+        contextlib.closing(Between(short_path / "between.qmp", running.qmp)) as between,
+    ):
+        wait(shared, begun["id"], "done")
+        soon(lambda: protected(shared, f"{vm}-n"), "its protection")
+        between.deaf.set()
+        with pytest.raises(ApiError, match="do not end"):
+            shared.post(f"/v1/recoveries/{begun['id']}:undo")
+        shown = shared.get(f"/v1/recoveries/{begun['id']}")
+        assert (shown["phase"], shown["protected"]) == ("home", True)
+        between.deaf.clear()
+        assert protected(shared, f"{vm}-n")
+        shared.post(f"/v1/recoveries/{begun['id']}:undo")
+        assert wait(shared, begun["id"], "aborted")["phase"] == "undone"
+        assert read(running.uri(), SIZE) == content
 
 
 # --- replacing the old VM, and protection afterwards

@@ -174,11 +174,13 @@ class Controllers:
             await self._put(vm)
             self._held.pop(vm.name, None)
 
-    async def replace(self, name: str, vm: ProtectedVm | None) -> None:
-        """End a VM's mirrors; from now on it is protected as `vm` says, or not."""
+    async def replace(self, name: str, vm: ProtectedVm | None, *, runs: bool) -> None:
+        """End a VM's mirrors; from now on it is protected as `vm` says, or not. RefusedError if it `runs` and they do not end."""
         async with self._changing(name) as before:
             if before is not None:
-                await self._let_go(before)
+                if (left := await self._let_go(before)) and runs and not before.by:
+                    hint = "try again; if the VM does not run any more: cdp recover undo ID --discard"
+                    raise RefusedError(f"the mirrors of {name} do not end: {left}", hint=hint)
                 await self._core.thread(self._core.catalog.delete_row, "vms", record.row_id(name))
             if vm is not None:
                 await self._put(vm)

@@ -21,6 +21,8 @@ from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.forks import forks_of
 from cdpserver.journal.begin import start_history
 from cdpserver.journal.log import Journal
+from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import SegmentReader
 from cdpserver.retention import policies
 from cdpserver.service import facts, images
 from cdpserver.service.browsing import Browsing
@@ -33,6 +35,9 @@ from cdpserver.vm.recovery import record
 
 STATUS_S = 5.0
 """A list is shown without the target's figures rather than not at all."""
+
+FEW_RECORDS = 1000
+"""A timeline with more has been used."""
 
 LEASE_S = 2.0
 """How long a removal waits for readers that are about to end (a request of our own, say)."""
@@ -330,17 +335,24 @@ class Disks:
 
 
 def never_written(directory: Path) -> bool:
-    """Holds a timeline nothing but the record that begins it?"""
+    """Holds a timeline nothing but the record that begins it, and those of what is durable? A client that goes leaves one."""
     if (directory / "base.raw").exists():
         return False
     try:
         journal = Journal(directory)
         try:
-            return journal.empty or journal.last().seq <= 1
+            places = list(journal.places())
+            if len(places) > 1 or (places and journal.last().seq > FEW_RECORDS):
+                return False
+            return not places or _only_durable(journal.reader(*places[0]))
         finally:
             journal.close()
     except (CdpError, OSError):
         return False
+
+
+def _only_durable(reader: SegmentReader) -> bool:
+    return bool((reader.records(0, reader.count)["kind"][1:] == Kind.DURABLE).all())
 
 
 def link_socket(core: Core, id: str) -> None:

@@ -69,12 +69,20 @@ class HandOver:
         assert one.before is not None
         return protected.read(Row(protected.row_id(one.vm), protected.SCHEMA, one.before))
 
-    async def take_back(self, one: Recovery) -> Recovery:
-        """The VM is protected as it was before the recovery, and held if that is to overwrite it."""
+    async def take_back(self, one: Recovery, *, runs: bool) -> Recovery:
+        """The VM is protected as it was before the recovery, and held if that is to overwrite it.
+
+        RefusedError if it `runs` and its mirrors do not end: then all is as it was.
+        """
         await self.hold(one)
         if not one.protected:
             return one
-        await self._protection.replace(one.vm, None if one.before is None else self._before(one))
+        before = None if one.before is None else self._before(one)
+        try:
+            await self._protection.replace(one.vm, before, runs=runs)
+        except RefusedError:
+            await self.let_go(one)
+            raise
         return await self._keep(replace(one, protected=False))
 
     async def _keep(self, one: Recovery) -> Recovery:

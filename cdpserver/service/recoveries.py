@@ -5,7 +5,7 @@ restart of the service. Whatever fails before the pivot leaves the VM on its for
 when streaming, on what it has at home. What belongs to the VM that is protected is said last, when it is home.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cdpserver.service.launching import Vm
 from cdpserver.service.planned import Request, check_isolated, plan
 from cdpserver.service.protection import Protection
 from cdpserver.service.recovering import Prepare, Runner, fork_uri
+from cdpserver.service.tasks import Tasks
 from cdpserver.vm.launch import parts
 from cdpserver.vm.launch.parts import Disk
 from cdpserver.vm.recovery import record
@@ -48,12 +49,6 @@ PROTECT_AGAIN_S = 3.0
 """Pause before another try to protect a VM that is home."""
 
 
-@dataclass(eq=False)
-class _Running:
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ended: trio.Event = field(default_factory=trio.Event)
-
-
 class Recoveries:
     """The recoveries of a state directory. `keep_running` before anything else."""
 
@@ -66,15 +61,15 @@ class Recoveries:
         self._disks = disks
         self._hand_over = HandOver(core, protection)
         self._changing = trio.Lock()
-        self._running: dict[str, _Running] = {}
         self._runners: dict[str, Runner] = {}
         self._protecting: set[str] = set()
         self._nursery: trio.Nursery | None = None
+        self._tasks: Tasks | None = None
 
     async def keep_running(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Go on with every recovery that is under way, and with those to come, until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+            self._nursery, self._tasks = nursery, Tasks(nursery)
             for wrong in await self._core.thread(record.unreadable, self._core.catalog):
                 self._core.log.emit("recovery.unreadable", level="error", reason=str(wrong))
             for one in await self._core.thread(record.all_of, self._core.catalog):
@@ -98,16 +93,14 @@ class Recoveries:
             self._core.log.emit("recovery.vm-stays", level="warning", recovery=one.id, reason=str(error))
 
     def _run(self, one: Recovery, prepare: Prepare | None = None) -> None:
-        assert self._nursery is not None
-        running = self._running[one.id] = _Running()
+        assert self._tasks is not None
         runner = self._runners[one.id] = Runner(self._core, one, prepare or self._prepare)
-        self._nursery.start_soon(self._until_it_ends, one.id, running, runner)
+        self._tasks.begin(one.id, partial(self._until_it_ends, one.id, runner))
 
-    async def _until_it_ends(self, id: str, running: _Running, runner: Runner) -> None:
+    async def _until_it_ends(self, id: str, runner: Runner) -> None:
         try:
-            with running.scope:
-                await runner.run()
-                await self._settle(runner)
+            await runner.run()
+            await self._settle(runner)
         except Exception as error:  # noqa: BLE001
             # The process's rim: one recovery's trouble is said in its record, and the service goes on.
             reason = f"internal error: {error!r}"
@@ -115,9 +108,6 @@ class Recoveries:
                 await runner.step("fail", reason=reason)
             else:
                 self._core.log.emit("recovery.unsettled", level="error", recovery=id, reason=reason[:2000])
-        finally:
-            running.ended.set()
-            self._running.pop(id, None)
 
     # -- starting --------------------------------------------------------------------------------------------
 
@@ -330,15 +320,22 @@ class Recoveries:
 
     async def _stopped(self, which: str, step: Step) -> Recovery:
         """The recovery without its task, if the step is possible; once it is pivoting it is not."""
+        assert self._tasks is not None
         one = await self._find(which)
         follow(one.stage, step, one.id)
-        running = self._running.get(one.id)
-        if running is not None:
+        if (runner := self._runners.get(one.id)) is not None:
             # Between this look and the cancelling nothing else runs.
-            follow(self._runners[one.id].recovery.stage, step, one.id)
-            running.scope.cancel()
-            await running.ended.wait()
+            follow(runner.recovery.stage, step, one.id)
+            self._tasks.cancel(one.id)
+        return await self._at_rest(one.id, step)
+
+    async def _at_rest(self, which: str, step: Step) -> Recovery:
+        """The recovery, if the step is possible, when its task has ended: one that says *done* may be settling what follows."""
+        assert self._tasks is not None
         one = await self._find(which)
+        follow(one.stage, step, one.id)
+        await self._tasks.last_ended(one.id)
+        one = await self._find(one.id)
         follow(one.stage, step, one.id)
         return one
 
@@ -351,12 +348,11 @@ class Recoveries:
         if not discard:
             return await self._again(which, "undo")
         async with self._changing:
-            one = await self._find(which)
-            follow(one.stage, "discard", one.id)
+            one = await self._at_rest(which, "discard")
             if one.mode == "mirror" and one.stage == STOPPED:
                 follow(STOPPED, "undo", one.id)  # all of it is in the forks
             await self._core.thread(_check_not_home, one)
-            runner = Runner(self._core, await self._hand_over.take_back(one), self._prepare)
+            runner = Runner(self._core, await self._hand_over.take_back(one, runs=False), self._prepare)
             for number in range(len(one.disks)):
                 await runner.keep(runner.recovery.with_disk(number, at="fork", device=""))
             await runner.keep(replace(runner.recovery, mode="mirror"))
@@ -368,8 +364,7 @@ class Recoveries:
     async def commit(self, which: str) -> dict[str, Any]:
         """Say that the VM stays at home: there is no undo from here on. Its forks stay, as forks like any other."""
         async with self._changing:
-            runner = Runner(self._core, await self._find(which), self._prepare)
-            follow(runner.recovery.stage, "commit", runner.recovery.id)
+            runner = Runner(self._core, await self._at_rest(which, "commit"), self._prepare)
             await domains.define(self._core, runner.recovery)
             one = await runner.step("commit")
             for disk in one.disks:
@@ -379,11 +374,10 @@ class Recoveries:
 
     async def _again(self, which: str, step: Step) -> dict[str, Any]:
         async with self._changing:
-            one = await self._find(which)
+            one = await self._at_rest(which, step)
             runner = Runner(self._core, one, self._prepare)
-            follow(one.stage, step, one.id)
             if step == "undo":
-                one = await self._hand_over.take_back(one)
+                one = await self._hand_over.take_back(one, runs=True)
                 await runner.keep(replace(one, mode="mirror"))
             else:
                 await self._begin_again(runner)
