@@ -39,7 +39,7 @@ def add_drill(commands: Commands) -> None:
     drill.add_argument(
         "--vm-command",
         metavar="FILE",
-        help="a QEMU command line with {disk:NAME} for the disks; else a q35 with virtio disks, 1 GiB and firmware",
+        help="a QEMU command line with {disk:NAME} for the disks; else a machine like that of the protected VM",
     )
     drill.add_argument("--accel", choices=("tcg", "kvm", "auto"), help="else as FILE says, or tcg")
     drill.add_argument("--force", action="store_true", help="also a point that is unordered")

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from cdpserver.vm.trial.record import State, Trial, TrialDisk
 from cdpserver.vm.trial.schedule import Planned, is_due, planned, slot_of
 from tests.test_service import ApiError, Server, connected, is_running, read, until
 from tools.kit.bootsector import boot_sector
+from tools.kit.processes import listens, start, stop
 
 real = pytest.mark.real
 
@@ -132,6 +134,43 @@ def test_a_drill_measures_and_leaves_nothing_but_its_result(server: Server) -> N
         assert server.get("/v1/drills?name=other") == []
         assert [event["trial"] for event in server.events("drill.passed")] == [found["id"]]
         assert client.pread(4096, 0)[512:1024] == bytes(512), "the guest wrote to a fork of its own"
+
+
+@real
+def test_a_drill_is_in_a_machine_like_the_vm(server: Server, short_path: Path) -> None:
+    """The VM has run its machine's memory, processors, type and bus; it does not run any more when it is drilled."""
+    disk, monitor, log = short_path / "sda.raw", short_path / "vm.qmp", short_path / "vm.log"
+    disk.write_bytes(boot_sector().ljust(SIZE, b"\0"))
+    command = [
+        "qemu-system-x86_64",
+        "-machine",
+        "pc",
+        "-accel",
+        "tcg",
+        "-m",
+        "72",
+        "-smp",
+        "2",
+        "-nodefaults",
+    ]
+    command += ["-display", "none", "-drive", f"if=none,id=own,format=raw,file={disk}"]
+    command += ["-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=own,id=sda"]
+    process = start([*command, "-qmp", f"unix:{monitor},server=on,wait=off"], log)
+    try:
+        listens(process, monitor, log)
+        server.request("PUT", "/v1/vms/like", {"qmp": str(monitor), "disks": []})
+        until(lambda: server.get("/v1/vms/like")["disks"][0]["state"] == "synced", "mirror in sync")
+        (name,) = [one["name"] for one in server.get("/v1/vms/like")["disks"]]
+        server.post(f"/v1/disks/{name}:mark", name="good")
+    finally:
+        stop(process)
+    said = short_path / "said"
+    look = f"tr '\\0' ' ' </proc/$(cut -d' ' -f1 \"$(dirname \"$CDP_QMP\")/qemu.pid\")/cmdline >{said}"
+    found = drill(server, f"{name}@good", marker="RW", check=script(short_path / "look", look))
+    assert found["state"] == "passed", found
+    words = said.read_text()
+    assert re.search("-machine pc-i440fx-[0-9.]+ .*-smp 2 -m 72 ", words) and "scsi-hd,bus=" in words
+    nothing_stays(server)
 
 
 @real

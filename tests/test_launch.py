@@ -11,8 +11,9 @@ from cdpserver.errors import UsageError
 from cdpserver.vm.launch import machine, template
 from cdpserver.vm.launch.isolate import isolate
 from cdpserver.vm.launch.kvm import runs_guests
-from cdpserver.vm.launch.machine import Direct, Machine
+from cdpserver.vm.launch.machine import Direct, Firmware, Machine
 from cdpserver.vm.launch.parts import Disk, Image, Nbd, Places
+from cdpserver.vm.machines import firmware_of, fitted
 
 PLACES = Places(Path("/run/cdp/x"))
 DISKS = [
@@ -53,6 +54,32 @@ def test_a_machine_of_our_own_is_complete() -> None:
     assert all(node.get("reconnect-delay") for node in nodes if node["driver"] == "nbd")
     alone = machine.command(Machine(network="user"), "x", DISKS, PLACES, isolated=True)
     assert values(alone, "nic") == ["none"] and values(alone, "serial") == ["file:/run/cdp/x/serial.log"]
+
+
+def test_a_machine_is_as_large_as_there_is_room_and_has_its_firmware_and_buses() -> None:
+    like = Machine(
+        memory_mib=1 << 20,
+        cpus=64,
+        firmware=Firmware("/c,1", "/v"),
+        buses=(("vda", "ide"), ("vdb", "virtio-scsi")),
+    )
+    made = machine.command(fitted(like, memory_mib=512, cpus=2), "x", DISKS, PLACES, isolated=True)
+    assert (values(made, "m"), values(made, "smp")) == (["512"], ["2"])
+    code, variables = values(made, "drive")
+    assert "readonly=on,file=/c,,1" in code and "snapshot=on" in variables and "locking=off" in variables
+    controller, *disks = values(made, "device")[-3:]
+    assert controller.startswith("virtio-scsi-pci")
+    assert [disk.partition(",drive=")[0] for disk in disks] == ["ide-hd", "scsi-hd,bus=recovered-scsi.0"]
+
+
+def test_firmware_is_the_flash_that_a_machine_has() -> None:
+    def flash(number: int, file: str, *, read_only: bool) -> dict[str, object]:
+        return {"qdev": f"/machine/system.flash{number}", "inserted": {"ro": read_only, "file": file}}
+
+    blocks = [flash(0, "/code", read_only=True), flash(1, "/vars", read_only=False)]
+    disk = {"qdev": "vda", "inserted": {"ro": False, "file": "/disk"}}
+    assert firmware_of([disk, *blocks]) == Firmware("/code", "/vars")
+    assert firmware_of([disk]) is None and firmware_of(blocks[1:]) is None
 
 
 def test_an_operators_command_gets_the_disks_and_a_monitor() -> None:

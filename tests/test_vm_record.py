@@ -8,6 +8,7 @@ from cdpserver.catalog import Catalog, Row
 from cdpserver.errors import CorruptError
 from cdpserver.state import StateDir
 from cdpserver.vm import record
+from cdpserver.vm.launch.machine import Direct, Firmware, Machine
 
 VMS = [
     record.ProtectedVm(
@@ -21,6 +22,15 @@ VMS = [
         method="drive-mirror",
         wait=True,
         guest_agent="/run/web.qga",
+        machine=Machine(
+            program="qemu-system-x86_64",
+            machine="pc-q35-7.2",
+            cpus=4,
+            memory_mib=4096,
+            direct=Direct("/boot/vmlinuz", "/boot/initrd", "console=ttyS0"),
+            firmware=Firmware("/usr/share/OVMF/code.fd", "/var/lib/web.fd"),
+            buses=(("a", "ide"), ("b", "virtio-scsi")),
+        ),
     ),
 ]
 
@@ -31,6 +41,7 @@ def test_written_and_read(tmp_path_factory: pytest.TempPathFactory) -> None:
         for vm in reversed(VMS):
             catalog.put_row("vms", record.row(vm))
         assert record.all_of(catalog) == VMS
+        assert [vm.machine for vm in record.all_of(catalog)] == [vm.machine for vm in VMS]
         assert record.find(catalog, "web") == VMS[1]
         assert record.find(catalog, "other") is None
 
@@ -42,6 +53,13 @@ def test_a_vm_that_is_to_move() -> None:
     row = record.row(VMS[0])
     older = {key: value for key, value in row.fields.items() if key not in ("next", "by")}
     assert record.read(Row(row.id, 1, older)).next is None, "written before there were any"
+
+
+@pytest.mark.parametrize("machine", [{}, {"buses": 1}, {"buses": {"a": "usb"}}, 7])
+def test_a_strange_machine(machine: object) -> None:
+    row = record.row(VMS[0])
+    with pytest.raises(CorruptError, match="cdp protect VM again"):
+        record.read(Row(row.id, 1, {**row.fields, "machine": machine}))
 
 
 @pytest.mark.parametrize("missing", ["connection", "disks", "created_ns", "wait"])

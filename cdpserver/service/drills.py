@@ -6,6 +6,7 @@ point of a VM is drilled.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from cdpserver.vm.launch import machine, template
 from cdpserver.vm.launch.isolate import isolate
 from cdpserver.vm.launch.machine import Machine
 from cdpserver.vm.launch.parts import Accel, Disk, Nbd, Places
+from cdpserver.vm.machines import fitted
 from cdpserver.vm.trial import record
-from cdpserver.vm.trial.record import State
+from cdpserver.vm.trial.record import State, Trial
 
 WITHIN_NS = 300 * SECOND_NS
 MOST_WITHIN_NS = 24 * 3600 * SECOND_NS
@@ -57,22 +59,40 @@ def read_template(path: str) -> template.Template:
     return isolate(read_command(path))
 
 
-def isolated_command(
-    found: template.Template | None, name: str, disks: list[Disk], places: Places, accel: Accel | None
-) -> list[str]:
-    """What an isolated VM is started with. UsageError."""
-    if found is None:
-        return machine.command(Machine(), name, disks, places, accel=accel or "tcg", isolated=True)
-    return template.command(found, name, disks, places, accel=accel)
+def free_memory_mib() -> int:
+    """What this host could give away. For threads."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) >> 10 for line in file if line.startswith("MemAvailable:"))
 
 
 class Drills:
-    """The drills of a state directory."""
+    """The drills of a state directory. `machine_of` tells what machine a protected VM is."""
 
-    def __init__(self, trials: Trials, accels: Accels) -> None:
+    def __init__(
+        self, trials: Trials, accels: Accels, machine_of: Callable[[str], Machine | None] = lambda _: None
+    ) -> None:
         self._core = trials.core
         self.trials = trials
         self.accels = accels
+        self._machine_of = machine_of
+
+    def command(self, found: template.Template | None, one: Trial, accel: Accel | None) -> list[str]:
+        """What an isolated VM is started with: the operator's command, else a machine like the VM's own. UsageError.
+
+        For threads.
+        """
+        disks, places = self.trials.launch_disks(one), Places(self._core.state.run / one.id)
+        if found is not None:
+            return template.command(found, one.id, disks, places, accel=accel)
+        vms = {names.split_name(disk.disk)[1] for disk in one.disks}
+        vm = vms.pop() if len(vms) == 1 else None
+        # Half of what is free: a drill is not worth a service that is ended for want of memory.
+        like = fitted(
+            (self._machine_of(vm) if vm is not None else None) or Machine(),
+            memory_mib=free_memory_mib() // 2,
+            cpus=os.cpu_count() or 1,
+        )
+        return machine.command(like, one.id, disks, places, accel=accel or "tcg", isolated=True)
 
     async def run(self, asked: Request) -> dict[str, Any]:
         """Boot the point and say what came of it. Errors are only for what could not be begun."""
@@ -97,7 +117,7 @@ class Drills:
         reason = record.CANCELLED
         try:
             disks = await self._core.thread(self.trials.launch_disks, one)
-            command = isolated_command(found, one.id, disks, Places(self._core.state.run / one.id), accel)
+            command = await self._core.thread(self.command, found, one, accel)
             await drill.run(command, environment(asked.point, disks))
             state, reason = "passed", ""
         except FailedError as error:

@@ -11,10 +11,8 @@ import trio
 
 from cdpserver.names import format_time
 from cdpserver.service.core import Core
-from cdpserver.service.drills import isolated_command, read_template
-from cdpserver.service.launched import Accels
+from cdpserver.service.drills import Drills, read_template
 from cdpserver.service.launching import Vm
-from cdpserver.service.trials import Trials
 from cdpserver.vm.trial import record
 from cdpserver.vm.trial.record import Trial
 
@@ -24,10 +22,10 @@ STATES = {"running": "running", "ended": "done", "passed": "done", "failed": "fa
 class Isolated:
     """The isolated VMs of a state directory."""
 
-    def __init__(self, trials: Trials, accels: Accels) -> None:
-        self._core: Core = trials.core
-        self._trials = trials
-        self._accels = accels
+    def __init__(self, drills: Drills) -> None:
+        self._core: Core = drills.trials.core
+        self._trials = drills.trials
+        self._drills = drills
 
     @staticmethod
     def has(which: str) -> bool:
@@ -40,14 +38,12 @@ class Isolated:
         """Boot it; its monitor listens on return."""
         begun = trio.current_time()
         core = self._core
-        chosen = await self._accels.choose(accel)
+        chosen = await self._drills.accels.choose(accel)
         found = None if vm_command is None else await core.thread(read_template, vm_command)
         one = await self._trials.begin("isolated", point, force=force, command=vm_command or "")
         one = replace(one, spans={"export": round((trio.current_time() - begun) * 1000)})
         await core.thread(core.catalog.put_row, "trials", one.row())
-        vm = Vm(core, one.id)
-        disks = await core.thread(self._trials.launch_disks, one)
-        await self._trials.isolated(one, isolated_command(found, one.id, disks, vm.places, chosen))
+        await self._trials.isolated(one, await core.thread(self._drills.command, found, one, chosen))
         return await self.show(one.id)
 
     async def show(self, id: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from cdpserver.vm import arrival, record
 from cdpserver.vm.connect import check_connection, check_here, connect
 from cdpserver.vm.controller import DiskState
 from cdpserver.vm.disks import FoundDisk, check_size, choose
+from cdpserver.vm.launch.machine import Machine
+from cdpserver.vm.machines import read_machine
 from cdpserver.vm.qmp import Monitor
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm
 from cdpserver.vm.release import end_mirrors
@@ -55,6 +57,7 @@ class Protection(Controllers):
                 vm = self._wanted(name, connection, found, before, wait=wait, drive_mirror=drive_mirror)
                 if agent is not None or before is not None:
                     vm = replace(vm, guest_agent=agent or (before.guest_agent if before else None))
+                vm = replace(vm, machine=await read_machine(monitor))
                 for disk in found:
                     await self._register(name, disk)
                 waits = await arrival.run_state(monitor) in arrival.AWAY
@@ -201,6 +204,11 @@ class Protection(Controllers):
     def list_vms(self) -> list[dict[str, Any]]:
         """Every protected VM, by name."""
         return [self.show(name) for name in sorted(self._running)]
+
+    def machine(self, name: str) -> Machine | None:
+        """What machine a VM is, or was when it was seen last; None of one that is not protected, or does not tell."""
+        running = self._running.get(name)
+        return None if running is None else running.controller.machine
 
     def disk(self, name: str) -> DiskState | None:
         """How far the mirror of a disk is; None if none is desired."""

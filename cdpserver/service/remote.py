@@ -21,6 +21,7 @@ class Remote:
     def __init__(self, vm: ProtectedVm) -> None:
         self.vm = vm
         self.states = {disk.name: DiskState(disk) for disk in vm.disks}
+        self.machine = vm.machine
         self._heard_at = trio.current_time()
 
     async def run(self) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 from cdpserver.catalog import Catalog, Row
 from cdpserver.catalog.rows import read_each
 from cdpserver.errors import CorruptError
+from cdpserver.vm import machines
+from cdpserver.vm.launch.machine import Machine
 
 SCHEMA = 1
 
@@ -67,6 +69,8 @@ class ProtectedVm:
     wait: bool = False
     guest_agent: str | None = None
     by: str = ""
+    machine: Machine | None = field(default=None, compare=False)
+    """What it was when its protection began, for drills while it does not run."""
     next: "ProtectedVm | None" = field(default=None, compare=False)
 
     @property
@@ -106,6 +110,7 @@ def fields_of(vm: ProtectedVm) -> dict[str, Any]:
         "wait": vm.wait,
         "guest_agent": vm.guest_agent,
         "by": vm.by,
+        "machine": None if vm.machine is None else machines.as_fields(vm.machine),
     }
 
 
@@ -145,6 +150,7 @@ def _read_fields(fields: Mapping[str, Any]) -> ProtectedVm:
         wait=bool(fields["wait"]),
         guest_agent=None if fields["guest_agent"] is None else str(fields["guest_agent"]),
         by=str(fields.get("by", "")),
+        machine=None if (machine := fields.get("machine")) is None else machines.from_fields(machine),
     )
 
 

@@ -6,9 +6,18 @@ a kernel of the host starts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from cdpserver.vm.launch import parts
 from cdpserver.vm.launch.parts import Accel, Disk, Places
+
+Bus: TypeAlias = Literal["virtio-blk", "virtio-scsi", "ide"]
+
+DRIVERS: dict[Bus, str] = {
+    "virtio-blk": "virtio-blk-pci",
+    "virtio-scsi": "scsi-hd,bus=recovered-scsi.0",
+    "ide": "ide-hd",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +27,14 @@ class Direct:
     kernel: str
     initrd: str | None = None
     append: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Firmware:
+    """The files of UEFI's flash on this host. What the guest writes to its variables is let go of."""
+
+    code: str
+    variables: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +48,9 @@ class Machine:
     memory_mib: int = 1024
     network: str | None = None
     direct: Direct | None = None
+    firmware: Firmware | None = None
+    buses: tuple[tuple[str, Bus], ...] = ()
+    """Of disks, by name, that are not on a bus of their own (virtio-blk)."""
 
 
 def command(
@@ -61,14 +81,28 @@ def command(
         made += ["-kernel", machine.direct.kernel]
         made += [] if machine.direct.initrd is None else ["-initrd", machine.direct.initrd]
         made += ["-append", machine.direct.append]
+    if machine.firmware is not None:
+        made += _flash(machine.firmware)
+    buses = dict(machine.buses)
+    if "virtio-scsi" in buses.values():
+        made += ["-device", "virtio-scsi-pci,id=recovered-scsi"]
     for number, disk in enumerate(disks):
         made += parts.blockdevs(number, disk)
-        made += ["-device", device(number, disk)]
+        made += ["-device", device(number, disk, buses.get(disk.name, "virtio-blk"))]
     return made
 
 
-def device(number: int, disk: Disk) -> str:
+def _flash(firmware: Firmware) -> list[str]:
+    made = ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={parts.comma(firmware.code)}"]
+    if firmware.variables is not None:
+        # The VM that they are of may run, and has them locked.
+        file = f"file.filename={parts.comma(firmware.variables)},file.locking=off"
+        made += ["-drive", f"if=pflash,unit=1,format=raw,snapshot=on,{file}"]
+    return made
+
+
+def device(number: int, disk: Disk, bus: Bus = "virtio-blk") -> str:
     """The guest's device on a disk's node."""
     serial = parts.comma(parts.serial(disk))
     boot = f",bootindex={number + 1}"
-    return f"virtio-blk-pci,drive={parts.node(number)},id={parts.node(number)}-device,serial={serial}{boot}"
+    return f"{DRIVERS[bus]},drive={parts.node(number)},id={parts.node(number)}-device,serial={serial}{boot}"
