@@ -296,7 +296,7 @@ def _all_of(catalog: Catalog) -> tuple[list[Recovery], list[CorruptError]]:
 
 def find(catalog: Catalog, which: str) -> Recovery:
     """The recovery of this id, or else the newest of this name. NotFoundError; CorruptError for the id of a damaged row."""
-    if (row := catalog.row("recoveries", which)) is not None:
+    if (row := catalog.rows("recoveries").get(which)) is not None:
         return read(row)
     held = all_of(catalog)
     found = [one for one in held if one.name == which]
