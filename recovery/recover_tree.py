@@ -69,7 +69,7 @@ def add_recover(commands: Commands) -> None:
         dest="shape",
         choices=("image", "chain"),
         default="image",
-        help="image (default): one file. chain, with --mode stream: the file at home stands on an image of the point, and that on"
+        help="image (default): one file. chain: the file at home stands on an image of the point, and that on"
         " the base image",
     )
     start.add_argument(

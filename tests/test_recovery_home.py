@@ -505,9 +505,9 @@ def test_a_file_and_a_block_device_for_two_disks(
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-@pytest.mark.parametrize("on_base", [True, False], ids=["on-its-base", "alone"])
+@pytest.mark.parametrize(("mode", "on_base"), [("stream", True), ("stream", False), ("mirror", True)])
 def test_a_chain_holds_what_differs_from_the_base_image(
-    shared: Server, home: Path, short_path: Path, vm: str, on_base: bool
+    shared: Server, home: Path, short_path: Path, vm: str, mode: str, on_base: bool
 ) -> None:
     base = short_path / "template.qcow2"
     raw = bytearray(b"".join(pattern(number, MIB) for number in range(SIZE // MIB)))
@@ -521,9 +521,12 @@ def test_a_chain_holds_what_differs_from_the_base_image(
         raw[5 * MIB : 6 * MIB] = b"\x77" * MIB
         shared.post(f"/v1/disks/{vm}/vda:synced", write_blocking=True)
         shared.post(f"/v1/disks/{vm}/vda:mark", name="good")
-    begun = stream(shared, home, short_path / "vm.qmp", vm, shape="chain")
+    begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good", mode=mode, shape="chain")
     target = begun["disks"][0]["target"]
-    with Vm(short_path, [target]) as running:
+    with Vm(short_path, [target if mode == "stream" else begun["uri"]]) as running:
+        write(running.uri(), b"\x78" * 4096)
+        raw[:4096] = b"\x78" * 4096
+        soon(lambda: any("point" in path.name for path in home.iterdir()), "its image of the point, begun")
         guest = Guest(running.uri(), raw)
         shown = wait(shared, begun["id"], "done")
         assert shown["copied_bytes"] == shown["total_bytes"] == SIZE
@@ -644,7 +647,7 @@ def test_what_is_refused_of_modes_and_places(shared: Server, home: Path, short_p
     refusals: dict[str, dict[str, Any]] = {
         "cannot be filled while a VM writes": {"mode": "stream", "format": "raw"},
         "nothing says where vda goes": {"to": None},
-        "its target is one image": {"shape": "chain"},
+        "a chain is QCOW2": {"shape": "chain", "format": "raw"},
         "a base image is for a chain": {"base": str(home / "base.qcow2")},
         "there is no disk vdc to place": {"targets": {"vdc": str(home)}},
         f"{vm} also has {vm}/vdb": {"overwrite": True},

@@ -165,7 +165,17 @@ def remove(disk: RecoveredDisk, id: str) -> None:
 def make_overlay(core: Core, one: Recovery, disk: RecoveredDisk) -> None:
     """The QCOW2 file that a VM starts on, over its point. Belongs to whom its directory does."""
     set_aside(disk, one.id)
-    uris = core.point_uris(disk.disk, disk.seq)
+    _make_over(disk, core.point_uris(disk.disk, disk.seq))
+
+
+def make_over_fork(core: Core, disk: RecoveredDisk) -> None:
+    """The QCOW2 file that a VM moves to, over its fork for the time being. What an earlier try left goes."""
+    for path in (Path(disk.target), Path(disk.point_image)):
+        path.unlink(missing_ok=True)
+    _make_over(disk, core.disk_uris(core.entry(disk.fork)))
+
+
+def _make_over(disk: RecoveredDisk, uris: dict[str, str]) -> None:
     server, export = nbd_server(uris.get("uri_unix", uris["uri"]))
     node = {"driver": "nbd", "server": server, "export": export, "reconnect-delay": RECONNECT_S}
     path = Path(disk.target)

@@ -156,7 +156,7 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
             f"{target} would be raw, and a raw image cannot be filled while a VM writes to it",
             hint="add --format qcow2, or --mode mirror",
         )
-    _check_shape(asked, target)
+    _check_shape(asked, target, format)
     chain = asked.shape == "chain"
     return RecoveredDisk(
         disk=chosen.entry.name,
@@ -173,15 +173,13 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
     )
 
 
-def _check_shape(asked: Request, target: str) -> None:
+def _check_shape(asked: Request, target: str, format: Format) -> None:
     if asked.shape == "image":
         if asked.base is not None:
             raise UsageError("a base image is for a chain", hint="add --as chain, or leave --base away")
         return
-    if asked.mode != "stream":
-        raise UsageError(
-            "a mirror writes the whole disk, so its target is one image", hint="for a chain: --mode stream"
-        )
+    if format != "qcow2":
+        raise UsageError(f"{target} would be raw, and a chain is QCOW2", hint="add --format qcow2")
     if homes.is_device(Path(target)):
         raise UsageError(
             f"{target} is a block device, and a chain is files", hint="name a directory: --to DIR"

@@ -22,6 +22,7 @@ from cdpserver.vm.recovery import jobs
 from cdpserver.vm.recovery.chain import ChainMove
 from cdpserver.vm.recovery.graph import device_of, read_graph
 from cdpserver.vm.recovery.jobs import MoveFailedError, Progress
+from cdpserver.vm.recovery.mirrorchain import MirrorChainMove
 from cdpserver.vm.recovery.move import Move
 from cdpserver.vm.recovery.record import MAX_DEVICE, Place, RecoveredDisk, Recovery
 from cdpserver.vm.recovery.states import BACKWARD, BEGIN, COPYING, PIVOTING, PIVOTING_BACK, UNDOING, Step
@@ -38,6 +39,14 @@ GONE_S = 10.0
 
 TAKE_BACK_S = 5.0
 """How long QEMU may take to cancel a copy that failed; what stays is cleared by the next try."""
+
+KINDS: dict[tuple[str, bool], type[Move]] = {
+    ("mirror", False): Move,
+    ("mirror", True): MirrorChainMove,
+    ("stream", False): StreamMove,
+    ("stream", True): ChainMove,
+}
+"""By the recovery's mode, and whether home is a chain."""
 
 Prepare: TypeAlias = Callable[[Recovery], Awaitable[Recovery]]
 
@@ -135,7 +144,7 @@ class Runner:
 
     def _all_moves(self, monitor: qmp.Monitor) -> Iterator[tuple[int, Move]]:
         for number, disk in enumerate(self.recovery.disks):
-            kind = Move if self.recovery.mode == "mirror" else ChainMove if disk.chain else StreamMove
+            kind = Move if self._backward else KINDS[self.recovery.mode, disk.chain]
             yield number, kind(monitor, self.recovery.id, number, disk, fork_uri(self._core, disk))
 
     def _moves(self, monitor: qmp.Monitor) -> list[tuple[int, Move]]:
@@ -171,9 +180,13 @@ class Runner:
                 continue
             if self.recovery.mode == "mirror":
                 await self._take_place(number, move.disk)
-            if move.disk.chain:
-                await self._make_point_image(move.disk)
+            if move.disk.chain and self.recovery.mode == "mirror":
+                await self._core.thread(homes.make_over_fork, self._core, move.disk)
             await move.begin_home()
+        if not self._backward:
+            for _, move in moves:
+                if move.disk.chain:
+                    await self._make_point_image(move.disk)
         while True:
             if self._all_ready([await move.progress() for _, move in moves]):
                 return
@@ -183,7 +196,8 @@ class Runner:
         """Of a chain, if it is not there: how far it is counts as the disk's share of the copy."""
         if await self._core.thread(Path(disk.point_image).exists):
             return
-        uris, core = self._core.point_uris(disk.disk, disk.seq), self._core
+        core = self._core
+        uris = core.point_uris(*(await self._instant(disk)))
         command = ["--uri", uris.get("uri_unix", uris["uri"]), "--target", disk.point_image]
         command += ["--size", str(disk.size)]
         if disk.base:
@@ -198,6 +212,13 @@ class Runner:
         progress.hearer.set(hear)
         await core.job(f"{self.recovery.id}-image", "cdpserver.vm.recovery.pointimage", *command)
         self.copied = before + disk.size
+
+    async def _instant(self, disk: RecoveredDisk) -> tuple[str, int]:
+        """What the image is of: the point, or the fork as it is by now, since everything later is mirrored."""
+        if self.recovery.mode == "stream":
+            return disk.disk, disk.seq
+        said = await self._core.targets.call(self._core.entry(disk.fork).id, "look", disk=disk.fork)
+        return disk.fork, int(said["last_seq"])
 
     async def _take_place(self, number: int, disk: RecoveredDisk) -> None:
         """From here on what is at the target is ours."""

@@ -59,7 +59,7 @@ class StartRecovery(Body):
     )
     shape: Literal["image", "chain"] = Field(
         "image",
-        description="image: one file. chain, when streaming: the file at home on an image of the point, on a base image.",
+        description="image: one file. chain: the file at home on an image of the point, on a base image.",
     )
     base: Text | None = Field(
         None,

@@ -7,7 +7,10 @@ The image is written beside the VM, by stock qemu-img, which compares what the p
 base that is not what it should be costs room, never truth. Then QEMU is told to read from it, and the file's header names it.
 """
 
+from cdpserver.vm.qmp import Monitor
+from cdpserver.vm.recovery.graph import Graph
 from cdpserver.vm.recovery.jobs import Progress
+from cdpserver.vm.recovery.record import RecoveredDisk
 from cdpserver.vm.recovery.stream import StreamMove
 
 
@@ -30,20 +33,29 @@ class ChainMove(StreamMove):
         graph = await self._graph()
         home = await self.home_node()
         if graph.used_on_export(self._point):
-            node = f"{self._job}-point"
-            if node not in graph.names:
-                image = {"driver": "file", "filename": self.disk.point_image}
-                await self._monitor.execute(
-                    "blockdev-add", {"driver": "qcow2", "node-name": node, "read-only": True, "file": image}
-                )
-            options = {
-                "driver": "qcow2",
-                "node-name": home,
-                "file": graph.child(home, self.disk.target),
-                "backing": node,
-                "discard": "unmap",
-            }
-            await self._monitor.execute("blockdev-reopen", {"options": [options]})
-        beside = self.disk.point_image.rpartition("/")[2]
-        named = {"device": home, "image-node-name": home, "backing-file": beside}
-        await self._monitor.execute("change-backing-file", named)
+            await stand_on_image(self._monitor, graph, home, self._job, self.disk)
+        await name_image(self._monitor, home, self.disk)
+
+
+async def stand_on_image(monitor: Monitor, graph: Graph, home: str, job: str, disk: RecoveredDisk) -> None:
+    """Let the node `home` of the file at home stand on the image of the point; also done again."""
+    node = f"{job}-point"
+    if node not in graph.names:
+        image = {"driver": "file", "filename": disk.point_image}
+        await monitor.execute(
+            "blockdev-add", {"driver": "qcow2", "node-name": node, "read-only": True, "file": image}
+        )
+    options = {
+        "driver": "qcow2",
+        "node-name": home,
+        "file": graph.child(home, disk.target),
+        "backing": node,
+        "discard": "unmap",
+    }
+    await monitor.execute("blockdev-reopen", {"options": [options]})
+
+
+async def name_image(monitor: Monitor, home: str, disk: RecoveredDisk) -> None:
+    """The header of the file at home names the image, which is beside it."""
+    named = {"device": home, "image-node-name": home, "backing-file": disk.point_image.rpartition("/")[2]}
+    await monitor.execute("change-backing-file", named)

@@ -26,6 +26,9 @@ DEFAULT_PORT = 10809
 class Move:
     """One disk in one QEMU. `number` is the disk's in the recovery."""
 
+    sync = "full"
+    """What the mirror home copies (QMP's `MirrorSyncMode`)."""
+
     def __init__(self, monitor: Monitor, id: str, number: int, disk: RecoveredDisk, fork_uri: str) -> None:
         stem = f"cdp-{id.rpartition('-')[2]}-{number}"
         self.disk = disk
@@ -38,7 +41,10 @@ class Move:
 
     async def is_on_fork(self) -> bool:
         """Does the VM's disk stand on the fork's export?"""
-        return bool((await self._graph()).used_on_export(self.disk.fork))
+        return bool(self._on_fork(await self._graph()))
+
+    def _on_fork(self, graph: Graph) -> list[str]:
+        return graph.used_on_export(self.disk.fork)
 
     async def is_there(self) -> bool:
         """Does the VM run where its newest content is? MoveFailedError if it runs where that is not any more."""
@@ -78,10 +84,10 @@ class Move:
         """Make what is to be at home and begin to copy to it. What an earlier try left in QEMU goes first."""
         await self.clear()
         await self._make_home()
-        used = (graph := await self._graph()).used_on_export(self.disk.fork)
+        used = self._on_fork(graph := await self._graph())
         if not used:
             raise MoveFailedError(f"the VM has left {self.disk.fork}")
-        await self._mirror(graph.top(used[0]), self._home)
+        await self._mirror(graph.top(used[0]), self._home, self.sync)
 
     async def _make_home(self) -> None:
         disk = self.disk
@@ -105,14 +111,14 @@ class Move:
         node = {"driver": "nbd", "node-name": self._fork, "server": server, "export": export}
         await self._monitor.execute("blockdev-add", {**node, "reconnect-delay": RECONNECT_S})
         home = await self.home_node()
-        await self._mirror((await self._graph()).top(home), self._fork)
+        await self._mirror((await self._graph()).top(home), self._fork, "full")
 
-    async def _mirror(self, device: str, target: str) -> None:
+    async def _mirror(self, device: str, target: str, sync: str) -> None:
         arguments = {
             "job-id": self._job,
             "device": device,
             "target": target,
-            "sync": "full",
+            "sync": sync,
             "copy-mode": "write-blocking",
             "on-source-error": "report",
             "on-target-error": "report",
