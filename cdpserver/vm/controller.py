@@ -19,12 +19,11 @@ from typing import Any, Literal, TypeAlias
 import trio
 
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.vm import arrival, disks, proof
+from cdpserver.vm import arrival, disks, machines, proof
 from cdpserver.vm.bitmaps import Anchoring, Bitmaps
 from cdpserver.vm.changes import CannotError, Changes
 from cdpserver.vm.connect import Connect
 from cdpserver.vm.copies import Copy, How
-from cdpserver.vm.machines import read_machine
 from cdpserver.vm.marks import Mark
 from cdpserver.vm.mirror import Job, Mirror
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
@@ -102,8 +101,7 @@ class Controller:
     def __init__(self, vm: ProtectedVm, connect: Connect, target: Target) -> None:
         self.vm = vm
         self.states = {disk.name: DiskState(disk) for disk in vm.disks}
-        self.machine = vm.machine
-        """As QEMU told it last."""
+        self.machine = vm.machine  # as QEMU told it last
         self._connect = connect
         self._target = target
         self._holding = trio.Lock()
@@ -115,7 +113,7 @@ class Controller:
             tried_at = trio.current_time()
             try:
                 async with self._connect(self.vm.connection) as monitor:
-                    self.machine = await read_machine(monitor) or self.machine
+                    self.machine = await machines.read_machine(monitor) or self.machine
                     await self._protect(monitor)
             except CdpError as error:
                 for seen in self.states.values():
