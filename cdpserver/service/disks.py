@@ -168,6 +168,11 @@ class Disks:
     # -- forks -----------------------------------------------------------------------------------------------
 
     async def fork(self, point: str, name: str) -> dict[str, Any]:
+        """The same as `make_fork`, and what it is then."""
+        await self.make_fork(point, name)
+        return await self.show_fork(name)
+
+    async def make_fork(self, point: str, name: str) -> None:
         """A writable timeline on top of a point, which is made durable first."""
         core = self._core
         disk, when = names.parse_point(point)
@@ -181,7 +186,6 @@ class Disks:
             base = PointBase(parent.id, position.seq, position.time_ns)
             made = await core.thread(self._fork, parent, name, size, base)
         core.log.emit("fork.added", fork=name, id=made.id, base=facts.base_name(core, base))
-        return await self.show_fork(name)
 
     def _fork(self, parent: Entry, name: str, size: int, base: PointBase) -> Any:
         """Make it while nothing of the parent is dropped; from then on it holds its point itself."""

@@ -156,7 +156,7 @@ class Recoveries:
         """Make what the VM starts on, as far as it is not there yet; the recovery as its row says it then."""
         for disk in one.disks:
             if self._core.catalog.get(disk.fork) is None:
-                await self._disks.fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
+                await self._disks.make_fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
         if one.mode == "mirror":
             return one
         for number, disk in enumerate(one.disks):

@@ -88,7 +88,7 @@ class Trials:
         one = await core.thread(self._plan, kind, point, chosen, more)
         try:
             for disk in one.disks:
-                await self._disks.fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
+                await self._disks.make_fork(f"{disk.disk}@seq:{disk.seq}", disk.fork)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 reason = error.message if isinstance(error, CdpError) else record.CANCELLED
