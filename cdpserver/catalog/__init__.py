@@ -11,7 +11,8 @@ reads the copy instead.
 
 import contextlib
 from collections.abc import Callable
-from typing import Self, TypeVar
+from functools import partial
+from typing import Self, TypeAlias, TypeVar
 
 import lmdb
 
@@ -35,6 +36,9 @@ from cdpserver.state import StateDir, check_timeline_id
 __all__ = ["Catalog", "Entry", "EntryState", "Row", "Table"]
 
 Result = TypeVar("Result")
+
+Before: TypeAlias = Callable[[], Content]
+"""Everything as it is: to be asked before anything is changed, and only if it is needed."""
 
 
 class Catalog:
@@ -101,19 +105,31 @@ class Catalog:
 
     def names(self) -> dict[str, Entry]:
         """All entries by full name, in order of the names."""
-        return dict(sorted(self._content().entries.items()))
+        return dict(sorted(self._entries().items()))
 
     def by_id(self, id: str) -> Entry | None:
         """The entry of a timeline's id."""
-        return next((entry for entry in self._content().entries.values() if entry.id == id), None)
+        return next((entry for entry in self._entries().values() if entry.id == id), None)
 
     def rows(self, table: Table) -> dict[str, Row]:
         """All rows of a table by id, in order of the ids."""
-        return dict(sorted(self._content().rows[table].items()))
+        if self._store is None:
+            return dict(sorted(self._content().rows[table].items()))
+        with self._store.reading() as txn:
+            return dict(sorted(self._store.rows_in(txn, table).items()))
 
     def row(self, table: Table, id: str) -> Row | None:
         """The row of this id; None if there is none."""
-        return self._content().rows[table].get(id)
+        if self._store is None:
+            return self._content().rows[table].get(id)
+        with self._store.reading() as txn:
+            return self._store.row_in(txn, table, id)
+
+    def _entries(self) -> dict[str, Entry]:
+        if self._store is None:
+            return self._content().entries
+        with self._store.reading() as txn:
+            return self._store.entries_in(txn)
 
     def _content(self) -> Content:
         return read_copy(self.state.catalog_copy) if self._store is None else self._store.content()
@@ -123,9 +139,10 @@ class Catalog:
     def next_id(self) -> str:
         """A timeline id that was never given before and never will be again."""
 
-        def take(store: Store, txn: lmdb.Transaction, content: Content) -> str:
-            store.put_next_id(txn, content.next_id + 1)
-            return f"t{content.next_id}"
+        def take(store: Store, txn: lmdb.Transaction, content: Before) -> str:
+            number = content().next_id
+            store.put_next_id(txn, number + 1)
+            return f"t{number}"
 
         return self._change(take)
 
@@ -141,12 +158,13 @@ class Catalog:
             created_ns = timeline.load(self.state.timeline(id)).created_ns
         entry = Entry(name, id, "live", created_ns)
 
-        def put(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
-            check_free(entry, content.entries)
-            check_no_group(entry, content)
+        def put(store: Store, txn: lmdb.Transaction, content: Before) -> Entry:
+            before = content()
+            check_free(entry, before.entries)
+            check_no_group(entry, before)
             store.put(txn, entry)
             # An id that did not come from next_id must not come from it later.
-            store.put_next_id(txn, max(content.next_id, int(id[1:]) + 1))
+            store.put_next_id(txn, max(before.next_id, int(id[1:]) + 1))
             return entry
 
         return self._change(put)
@@ -154,8 +172,8 @@ class Catalog:
     def set_state(self, name: str, state: EntryState) -> Entry:
         """Mark a disk as live or as being removed; NotFoundError."""
 
-        def put(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
-            old = _existing(content, name)
+        def put(store: Store, txn: lmdb.Transaction, content: Before) -> Entry:
+            old = _existing(content(), name)
             entry = Entry(name, old.id, state, old.created_ns)
             store.put(txn, entry)
             return entry
@@ -165,8 +183,8 @@ class Catalog:
     def remove(self, name: str) -> Entry:
         """Forget a name, the last step of removing a disk; its id stays used. NotFoundError."""
 
-        def delete(store: Store, txn: lmdb.Transaction, content: Content) -> Entry:
-            old = _existing(content, name)
+        def delete(store: Store, txn: lmdb.Transaction, content: Before) -> Entry:
+            old = _existing(content(), name)
             store.delete(txn, name)
             return old
 
@@ -177,9 +195,9 @@ class Catalog:
         or for a group that would be called as a disk or VM.
         """
 
-        def put(store: Store, txn: lmdb.Transaction, content: Content) -> None:
+        def put(store: Store, txn: lmdb.Transaction, content: Before) -> None:
             if table == "groups":
-                check_group_free(str(row.fields.get("group")), content)
+                check_group_free(str(row.fields.get("group")), content())
             store.put_row(txn, table, row)
 
         self._change(put)
@@ -187,8 +205,8 @@ class Catalog:
     def delete_row(self, table: Table, id: str) -> Row:
         """Delete a row; what it was. NotFoundError."""
 
-        def delete(store: Store, txn: lmdb.Transaction, content: Content) -> Row:
-            old = content.rows[table].get(id)
+        def delete(store: Store, txn: lmdb.Transaction, content: Before) -> Row:
+            old = store.row_in(txn, table, id)
             if old is None:
                 raise NotFoundError(f"there is no {show(id)} in {table}", hint="list them first")
             store.delete_row(txn, table, id)
@@ -196,12 +214,12 @@ class Catalog:
 
         return self._change(delete)
 
-    def _change(self, change: Callable[[Store, lmdb.Transaction, Content], Result]) -> Result:
+    def _change(self, change: Callable[[Store, lmdb.Transaction, Before], Result]) -> Result:
         """Run `change` in a write transaction and replace the copy before it commits."""
         assert self._store is not None, "opened for reading"
         try:
             with self._store.changing() as txn:
-                result = change(self._store, txn, self._store.content_in(txn))
+                result = change(self._store, txn, partial(self._store.content_in, txn))
                 durable.write_json(self.state.catalog_copy, self._store.content_in(txn).to_json())
         except (CdpError, OSError):
             # The transaction is undone; so must be the copy, if not now then at the next change.

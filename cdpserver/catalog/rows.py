@@ -77,9 +77,14 @@ def empty_rows() -> Rows:
     return {table: {} for table in TABLES}
 
 
+def is_row_id(text: str) -> bool:
+    """Can a row be called so?"""
+    return _ID.fullmatch(text) is not None
+
+
 def check_row(row: Row) -> bytes:
     """The row's value as msgpack; UsageError for what cannot be kept."""
-    if not isinstance(row.id, str) or not _ID.fullmatch(row.id):
+    if not isinstance(row.id, str) or not is_row_id(row.id):
         raise _wrong(f"not the id of a row: {show(str(row.id))}")
     if type(row.schema) is not int or not 1 <= row.schema <= MAX_SCHEMA:
         raise _wrong(f"row {row.id} has no schema number")

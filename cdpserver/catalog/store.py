@@ -27,6 +27,7 @@ from cdpserver.catalog.rows import (
     Table,
     check_row,
     empty_rows,
+    is_row_id,
     read_row,
 )
 from cdpserver.errors import BrokenError, CorruptError, NoSpaceError, RefusedError
@@ -167,19 +168,30 @@ class Store:
             yield txn
 
     def content_in(self, txn: lmdb.Transaction) -> Content:
-        """Everything as `txn` sees it."""
-        rows = txn.cursor(db=self._disks)
-        entries = [self._decode(bytes(key), bytes(value)) for key, value in rows]
+        """Everything as `txn` sees it. It is decoded: ask for less where less will do."""
         counter = txn.get(NEXT_ID, db=self._counters)
         next_id = int.from_bytes(counter, "little") if counter is not None and len(counter) == 8 else 0
         if not 1 <= next_id < 1 << 59:
             raise damaged(self.path, "its counter of ids is lost")
-        tables = empty_rows()
-        for table, db in self._rows.items():
-            cursor = txn.cursor(db=db)
-            found = [self._decode_row(table, bytes(key), bytes(value)) for key, value in cursor]
-            tables[table] = {row.id: row for row in found}
-        return Content({entry.name: entry for entry in entries}, next_id, tables)
+        tables = empty_rows() | {table: self.rows_in(txn, table) for table in self._rows}
+        return Content(self.entries_in(txn), next_id, tables)
+
+    def entries_in(self, txn: lmdb.Transaction) -> dict[str, Entry]:
+        """The disks, by name."""
+        rows = txn.cursor(db=self._disks)
+        found = [self._decode(bytes(key), bytes(value)) for key, value in rows]
+        return {entry.name: entry for entry in found}
+
+    def rows_in(self, txn: lmdb.Transaction, table: Table) -> dict[str, Row]:
+        """The rows of a table, by id."""
+        rows = txn.cursor(db=self._rows[table])
+        found = [self._decode_row(table, bytes(key), bytes(value)) for key, value in rows]
+        return {row.id: row for row in found}
+
+    def row_in(self, txn: lmdb.Transaction, table: Table, id: str) -> Row | None:
+        """The row of this id; None also for what is no id."""
+        value = txn.get(id.encode(), db=self._rows[table]) if is_row_id(id) else None
+        return None if value is None else self._decode_row(table, id.encode(), bytes(value))
 
     def put(self, txn: lmdb.Transaction, entry: Entry) -> None:
         """Add or replace an entry."""
