@@ -45,14 +45,7 @@ def write(context: Context, name: str, piece: int, total: int) -> None:
     """Random writes of `piece` bytes to a disk, `total` bytes, no place twice; indexed on return."""
     ours = context.ours
     size = int(ours.client.disk(name)["size"])
-    fio.write(
-        ours.uri(name),
-        fio.Job("randwrite", piece, 16, size, io_bytes=total),
-        context.directory,
-        wrote=lambda: ours.session(name) > 0,
-        declare=lambda: ours.declare(name),
-    )
-    ours.wait_indexed(name)
+    ours.fill(name, fio.Job("randwrite", piece, 16, size, io_bytes=total), context.directory)
 
 
 def _convert(image: Path, directory: Path, *, durable: bool) -> float:

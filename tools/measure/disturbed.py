@@ -70,14 +70,7 @@ def _history(context: Context, name: str) -> None:
     """Something to read, in as many instants as there are exports."""
     ours, size = context.ours, context.sizes.steady_disk
     job = fio.Job("randwrite", 4096, 16, size, io_bytes=size // 4)
-    fio.write(
-        ours.uri(name),
-        job,
-        context.directory,
-        wrote=lambda: ours.session(name) > 0,
-        declare=lambda: ours.declare(name),
-    )
-    ours.wait_indexed(name)
+    ours.fill(name, job, context.directory)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def job(
 ) -> str:
     """fio's job file: a thread and a connection for each disk, until it is killed, or for a time after `ramp_s`."""
     lines = ["[global]", "ioengine=nbd", "thread", "rw=randwrite", "norandommap", "bs=4096", f"size={size}"]
-    lines += ["time_based", f"runtime={seconds:g}", f"ramp_time={ramp_s:g}"]
+    lines += ["time_based", f"runtime={seconds * 1000:.0f}ms", f"ramp_time={ramp_s * 1000:.0f}ms"]
     lines += [f"rate_iops={rate}"] if rate else [f"iodepth={depth}"]
     for number, uri in enumerate(uris):
         lines += [f"[disk{number}]", f"uri={uri}"]

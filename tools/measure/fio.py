@@ -57,7 +57,7 @@ class Job:
         if self.io_bytes:
             found.append(f"--io_size={self.io_bytes}")
         if self.seconds:
-            found += ["--time_based", f"--runtime={self.seconds}", "--norandommap"]
+            found += ["--time_based", f"--runtime={self.seconds * 1000:.0f}ms", "--norandommap"]
         if self.again:
             found.append("--norandommap")
         if ramp_s:
@@ -116,18 +116,40 @@ def write(
         # Its ramp time began before the first write.
         time.sleep(max(0.0, stopped + RAMP_S + 0.1 - time.monotonic()))
         process.send_signal(signal.SIGCONT)
-        return _figures(process.wait(LONGEST_S), output, "trim" if job.kind == "randtrim" else "write")
+        return _figures(process.wait(LONGEST_S), output, "write")
     finally:
         process.kill()
         process.wait()
 
 
-def _figures(status: int, output: Path, direction: str) -> Figures:
+def fill(
+    uri: str, job: Job, directory: Path, *, wrote: Callable[[], bool], declare: Callable[[], object]
+) -> None:
+    """A write job of which nothing is measured, declared as `write` does it."""
+    output = directory / "fio.json"
+    process = start(job.arguments(uri, output), directory / "fio.log")
+    try:
+        until(lambda: wrote() or process.poll() is not None, "first write of fio", every_s=0.001)
+        process.send_signal(signal.SIGSTOP)
+        declare()
+        process.send_signal(signal.SIGCONT)
+        _answer(process.wait(LONGEST_S), output)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answer(status: int, output: Path) -> dict[str, Any]:
     text = output.read_text(errors="replace") if output.exists() else ""
     if status or "{" not in text:
         said = output.with_suffix(".log").read_text(errors="replace")[-1000:]
         raise FailedError(f"fio ended with status {status}: {said}")
     found: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+    return found
+
+
+def _figures(status: int, output: Path, direction: str) -> Figures:
+    found = _answer(status, output)
     side = found[direction]
     percentiles = side["clat_ns"].get("percentile")
     if found["error"] or not side["total_ios"] or not percentiles:

@@ -39,9 +39,11 @@ class Lengths:
     """The measures of one run."""
 
     def __init__(self) -> None:
-        self.write = Measure("length-write", "4 KiB write in process, without NBD", "us", "lower")
+        self.write = Measure("length-write", "processor time of a 4 KiB write, without NBD", "us", "lower")
         self.seal = Measure("length-seal", "end of an interval, durable and sealed", "ms", "lower")
-        self.rebuild = Measure("rebuild", "index made anew", "records/s", "higher")
+        self.rebuild = Measure(
+            "rebuild", "index made anew, in a second of one processor", "records", "higher"
+        )
         self.restart = Measure("restart", "kill -9 of all processes, start to a write's answer", "s", "lower")
 
     @property
@@ -85,9 +87,10 @@ def _of_length(context: Context, found: Lengths, directory: Path, records: int) 
         _fill(client, records)
     for file in path.glob("intervals/*/*.mdb*"):
         file.unlink()
-    started = time.perf_counter()
+    # Of this process, which does nothing else: a busy machine shows the same.
+    started = time.process_time()
     indexed = rebuild(path, boot_id())
-    found.rebuild.add(subject, indexed / (time.perf_counter() - started))
+    found.rebuild.add(subject, indexed / (time.process_time() - started))
     found.restart.add(subject, _restart(directory))
 
 
@@ -108,16 +111,16 @@ def _opened(state: StateDir, path: Path) -> Iterator[tuple[TargetDisk, Connectio
 
 
 def _fill(client: Connection, records: int) -> float:
-    """So many writes at random places; us of each of the last ones."""
+    """So many writes at random places; us of processor time of each of the last ones."""
     chance, data = random.Random(records), memoryview(os.urandom(BLOCK))
     offsets = [chance.randrange(GIB // BLOCK) * BLOCK for _ in range(records)]
     last = min(TIMED, records)
     for offset in offsets[:-last]:
         client.write(data, offset)
-    started = time.perf_counter()
+    started = time.thread_time()
     for offset in offsets[-last:]:
         client.write(data, offset)
-    return (time.perf_counter() - started) / last * 1e6
+    return (time.thread_time() - started) / last * 1e6
 
 
 def _restart(directory: Path) -> float:

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import time
-from functools import partial
 
 import nbd
 
@@ -15,7 +14,6 @@ from tools.kit.server import BIN
 from tools.measure import fio
 from tools.measure.context import Context
 from tools.measure.result import Goal, Measure
-from tools.measure.servers import Ours
 
 DISK_BYTES = parse_size("1G")
 
@@ -67,23 +65,11 @@ def first_byte(context: Context) -> list[Measure]:
 
 def fill(context: Context, name: str, records: int) -> None:
     """Trims, then writes, of 4 KiB at random places, some blocks many times and some never; then the index."""
-    ours = context.ours
     written = min(records, WITH_PAYLOAD)
     for kind, count in (("randtrim", records - written), ("randwrite", written)):
         if count:
-            fio.write(
-                ours.uri(name),
-                fio.Job(kind, 4096, 16, DISK_BYTES, io_bytes=count * 4096, again=True),
-                context.directory,
-                wrote=partial(_began, ours, name, ours.session(name)),
-                declare=lambda: ours.declare(name),
-            )
-    ours.wait_indexed(name)
-
-
-def _began(ours: Ours, name: str, before: int) -> bool:
-    """Has a session begun since that one?"""
-    return ours.session(name) > before
+            job = fio.Job(kind, 4096, 16, DISK_BYTES, io_bytes=count * 4096, again=True)
+            context.ours.fill(name, job, context.directory)
 
 
 def open_point(context: Context, point: str, offset: int) -> tuple[float, float]:

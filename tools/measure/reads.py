@@ -20,14 +20,7 @@ def random_4k(context: Context) -> list[Measure]:
     image = directory / "same.qcow2"
     with ours.disk(size) as name:
         job = fio.Job("randwrite", 4096, 16, size, io_bytes=size)
-        fio.write(
-            ours.uri(name),
-            job,
-            directory,
-            wrote=lambda: ours.session(name) > 0,
-            declare=lambda: ours.declare(name),
-        )
-        ours.wait_indexed(name)
+        ours.fill(name, job, directory)
         point = ours.server.uri(f"{name}@latest")
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-W", point, image)
         if run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", point, image, accept=(0, 1)).returncode:

@@ -14,7 +14,9 @@ from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
 from tools.kit.processes import FailedError, Process, listens, run, start, stop, until
 from tools.kit.server import Server
+from tools.measure import fio
 from tools.measure.endless import Worker
+from tools.measure.fio import Job
 
 INDEX_S = 300.0
 """How long the indexer may take for what a bench has written."""
@@ -67,6 +69,18 @@ class Ours:
     def declare(self, name: str) -> dict[str, Any]:
         """The current session is in sync and write-blocking: from here on nothing is compared. The disk then."""
         return self.client.synced(name, session=None, write_blocking=True)
+
+    def fill(self, name: str, job: Job, directory: Path) -> None:
+        """Write to a disk, protected from the first write on; indexed on return."""
+        before = self.session(name)
+        fio.fill(
+            self.uri(name),
+            job,
+            directory,
+            wrote=lambda: self.session(name) > before,
+            declare=lambda: self.declare(name),
+        )
+        self.wait_indexed(name)
 
     @contextlib.contextmanager
     def fresh(self, size: int) -> Iterator[Fresh]:
