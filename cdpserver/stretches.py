@@ -12,8 +12,13 @@ from typing import Any
 
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade
+from cdpserver.journal.log import Position
+from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import nodes
 from cdpserver.points import Timeline
+
+FOLLOWING = 100
+"""Records that are looked at after an instant: what changes nothing is written a few times before a gap, not more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +117,25 @@ def _without(stretch: Stretch, start_ns: int, end_ns: int) -> Iterator[Stretch]:
         yield replace(stretch, end_ns=start_ns)
     if end_ns < stretch.end_ns:
         yield replace(stretch, start_ns=end_ns)
+
+
+def leads_to_gap(points: Timeline, position: Position) -> bool:
+    """Is this the disk's last content before a gap, at a boot or one that a controller knows of?"""
+    near = {position.interval, position.interval + 1}.intersection(points.journal.intervals)
+    starts = [
+        message["from_time_ns"] if message["type"] == "missed" else said_ns
+        for interval in near
+        for _, said_ns, message in points.controls(interval)
+        if message["type"] in ("gap", "missed")
+    ]
+    until_ns = _changes_after(points, position)
+    return any(position.time_ns <= start < until_ns for start in starts)
+
+
+def _changes_after(points: Timeline, position: Position) -> int:
+    """The time of the next change; far away if none comes soon."""
+    for run in points.journal.runs(position.seq, 1 << 63, limit=FOLLOWING):
+        for record in run.records:
+            if record["kind"] in CHANGES:
+                return int(record["time"])
+    return 1 << 63

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cdpserver import names
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.config import Config
@@ -562,6 +563,39 @@ def test_an_aborted_chain_leaves_the_vm_on_the_point(
         shared.post(f"/v1/recoveries/{begun['id']}:retry")
         wait(shared, begun["id"], "done")
         assert read(running.uri(), SIZE) == content
+
+
+def test_the_point_before_a_gap_takes_force_and_what_that_means_is_said(home: Path, short_path: Path) -> None:
+    """The guest writes while no server is there, and is told that it is kept: no point has it, until a resync."""
+    with contextlib.closing(Source(short_path, SIZE)) as source:
+        source.qmp.close()
+        with Server(short_path / "g") as server:
+            server.request("PUT", "/v1/vms/web", {"qmp": str(source.monitor), "disks": ["disk0"]})
+            protected(server, "web")
+            write(source.uri, pattern(1, MIB))
+        write(source.uri, pattern(2, MIB), MIB)
+        with Server(short_path / "g") as server:
+            (gap,) = soon(lambda: server.events("disk.gap"), "the gap")
+            protected(server, "web")
+            points = server.get("/v1/disks/web/disk0:points?kind=rp")
+            before = max(point["time_ns"] for point in points if point["time_ns"] <= gap["from_ns"])
+            point = f"web/disk0@{names.format_time(before)}"
+            qmp = short_path / "again.qmp"
+            with pytest.raises(ApiError, match="before a gap"):
+                begin(server, home, qmp, point)
+            assert server.get("/v1/forks") == [] == server.get("/v1/recoveries")
+            begun = begin(server, home, qmp, point, force=True, name="again")
+            (event,) = server.events("recovery.forced")
+            assert event["reason"] == begun["disks"][0]["warning"] != ""
+            command = [BIN / "cdp", "--state-dir", server.state_dir, "recover", "show", begun["id"]]
+            assert (
+                event["reason"] in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            )
+            with Vm(short_path, [begun["uri"]], "again") as running:
+                wait(server, begun["id"], "done")
+                assert server.get(f"/v1/recoveries/{begun['id']}")["disks"][0]["warning"] == event["reason"]
+                found = read(running.uri(), SIZE)
+            assert found[:MIB] == pattern(1, MIB) and not any(found[MIB:])
 
 
 # --- what else befalls it

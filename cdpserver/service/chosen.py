@@ -9,6 +9,7 @@ from cdpserver.journal.control import Grade
 from cdpserver.names import At, Latest, When
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
+from cdpserver.stretches import leads_to_gap
 
 UNORDERED = "unordered: what the guest wrote last may be there while what it wrote before is not"
 BEFORE_GAP = "the last before a gap: writes of the guest that were acknowledged after it are lost"
@@ -78,7 +79,7 @@ def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
         position = points.resolve(when, now_ns=core.clock.now_ns())
         size = points.history.size_at(position.seq)
         unordered = points.journal.state_at(position.seq).grade is Grade.UNORDERED
-        warning = UNORDERED if unordered else BEFORE_GAP if points.ends_before_gap(position) else ""
+        warning = UNORDERED if unordered else BEFORE_GAP if leads_to_gap(points, position) else ""
     if warning and not force:
         raise RefusedError(
             f"{entry.name}@seq:{position.seq} is {warning}",
