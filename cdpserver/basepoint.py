@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, messages, qemu, timeline
+from cdpserver import durable, messages, qemu, sums, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.cuts import Cut, cuts, find_cut
@@ -237,7 +237,13 @@ def drop_unfinished(timeline: Path, number: int) -> None:
 
 
 def rebuild(
-    state: StateDir, history: History, number: int, *, export: str, progress: Progress = nobody
+    state: StateDir,
+    history: History,
+    number: int,
+    *,
+    export: str,
+    progress: Progress = nobody,
+    socket: Path | None = None,
 ) -> dict[str, Any]:
     """Make a damaged or lost file of a base point anew: the same instant, from the journal, on what is below it now.
 
@@ -252,7 +258,7 @@ def rebuild(
             hint="restore its file from a backup; cdp check says what it touches",
         )
     with lock.alone(history.directory):
-        return publish(state, history, number, export=export, progress=progress, again=True)
+        return publish(state, history, number, export=export, progress=progress, again=True, socket=socket)
 
 
 def publish(
@@ -263,10 +269,12 @@ def publish(
     export: str,
     progress: Progress = nobody,
     again: bool = False,
+    socket: Path | None = None,
 ) -> dict[str, Any]:
     """Make the file of base point `number`; on return it is durable and what it changes was read back and compared.
 
-    `export` is the disk's name on the export socket. A file that is there already is left alone, or replaced with
+    `export` is the disk's name on the export's `socket`, by default the service's.
+    A file that is there already is left alone, or replaced with
     `again`. On an error nothing has changed.
     """
     from cdpserver.readback import compare  # libnbd, which others that import this module have no use for
@@ -282,7 +290,7 @@ def publish(
         building.unlink(missing_ok=True)
         # The export looks for the backing of a fork's first base point by itself. Should the parent publish one between
         # our look and its own, the file lacks what lies between, and comparing finds that.
-        uri = f"nbd+unix:///{export}@delta:{number}?socket={state.export_socket}"
+        uri = f"nbd+unix:///{export}@delta:{number}?socket={socket or state.export_socket}"
         qemu.convert_delta(
             uri, building, backing=under.path, format=under.format, progress=part(progress, 0.0, 0.5)
         )
@@ -294,9 +302,10 @@ def publish(
         with lock.standing_on(under.path, history.directory):
             write_note(history.directory, note(history, cut))
             durable.publish(building, final)
-        # A view can ask qemu-img instead, so the base point counts without it.
+        # A view can ask qemu-img instead, and a scrub writes sums, so the base point counts without them.
         with contextlib.suppress(CdpError, OSError):
             write_map(final)
+            sums.write(final)
     except BaseException:
         with contextlib.suppress(OSError):
             building.unlink(missing_ok=True)

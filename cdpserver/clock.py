@@ -61,6 +61,18 @@ class Clock:
             )
         return clock
 
+    @classmethod
+    def for_reading(cls, path: Path) -> "Clock":
+        """The clock for who only reads: that of this boot, else one by the wall, which nobody keeps. CorruptError.
+
+        So history can be read where no service has ever run, from a copy or from read-only media.
+        """
+        clock = _read(path)
+        if clock is not None and clock.boot_id == boot_id():
+            return clock
+        floor_ns = 0 if clock is None else clock.floor_ns
+        return cls(boot_id(), time_ns() - clock_gettime_ns(CLOCK_BOOTTIME), floor_ns)
+
 
 def _read(path: Path) -> Clock | None:
     """The stored clock of whichever boot; None if there is none; CorruptError."""

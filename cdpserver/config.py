@@ -72,6 +72,8 @@ class Config:
     store_size_cap: int | None = None
     store_lock_quota: int = 50
     store_prune_every_ns: int = 60 * SECOND_NS
+    scrub_rate: int | None = 16 << 20
+    scrub_every_ns: int = 7 * 86_400 * SECOND_NS
     freeze_before: str | None = None
     freeze_after: str | None = None
     policy_rp_every_ns: int = _DEFAULT.rp_every_ns
@@ -212,6 +214,21 @@ KEYS = (
         section="store",
     ),
     Key(
+        "rate",
+        "scrub_rate",
+        SizeValue(least=64 << 10),
+        "How many bytes a second the scrub may read, which verifies everything at rest in the background.",
+        section="scrub",
+        absent="no scrub",
+    ),
+    Key(
+        "every",
+        "scrub_every_ns",
+        DurationValue(least=SECOND_NS, most=366 * 86_400 * SECOND_NS),
+        "How long after the end of a disk's round the next one begins.",
+        section="scrub",
+    ),
+    Key(
         "before",
         "freeze_before",
         ProgramValue(),
@@ -276,9 +293,8 @@ class Settings:
         # A path may hold anything, also a line break.
         yield f"# Set by: {source if source.isprintable() else show(source)}."
         value = getattr(self.config, key.attribute)
-        yield (
-            f"# {key.name} = {key.kind.example}" if value is None else f"{key.name} = {key.kind.write(value)}"
-        )
+        absent = value is None and getattr(Config(), key.attribute) is None
+        yield f"# {key.name} = {key.kind.example}" if absent else f"{key.name} = {key.kind.write(value)}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,9 @@ REMOVING = ".removing-"
 SECTOR = 512
 """What st_blocks counts, whatever the file system's own block is (stat(2))."""
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says to who may not write: read-only media, or another's files."""
+
 DELETIONS = 10
 """Times that a directory is deleted: who had found it by its old name may have made one more file in it, and a few can do so."""
 

@@ -47,7 +47,7 @@ class HeldPoint:
         with Catalog.open(state, writable=False) as catalog:
             self._history = open_history(catalog, state.path, name)
         try:
-            now_ns = Clock.load(state.clock).now_ns()
+            now_ns = Clock.for_reading(state.clock).now_ns()
             self.position, self._lease = hold(self._history, when, now_ns)
             try:
                 self.view = View(self._history, self.position.seq)

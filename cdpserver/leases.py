@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cdpserver import durable
+
 DIRECTORY = "leases"
 
 GRACE_NS = 30 * 1_000_000_000
@@ -28,7 +30,20 @@ class Lease:
 
     @classmethod
     def take(cls, timeline: Path, seq: int) -> "Lease":
-        """Hold the instant `seq`, whether it is there or not: look afterwards."""
+        """Hold the instant `seq`, whether it is there or not: look afterwards.
+
+        Where nothing may be written there is nothing to hold: on read-only media nobody drops anything, and who may only read
+        a store that others prune gets an error where that happens under him, never other bytes.
+        """
+        try:
+            return cls._take(timeline, seq)
+        except OSError as error:
+            if error.errno not in durable.READ_ONLY:
+                raise
+            return cls(-1)
+
+    @classmethod
+    def _take(cls, timeline: Path, seq: int) -> "Lease":
         with _directory(timeline, fcntl.LOCK_SH) as leases:
             fd = os.open(leases / str(seq), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:

@@ -8,6 +8,7 @@ A view never reports a hole without zero: QEMU's mirror would copy zeros over da
 """
 
 import builtins
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -43,6 +44,8 @@ KEPT_MAPS = 64
 
 _state_dir = ""
 _alone = False
+_patience_s = 0
+_came = threading.Event()
 _state: StateDir | None = None
 _catalog: Catalog | None = None
 _log: events.EventLog | None = None
@@ -63,14 +66,21 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one."""
-    global _state_dir, _alone
+    """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one.
+
+    With `patience=SECONDS` it ends if no client has come by then.
+    """
+    global _state_dir, _alone, _patience_s
     if key == "state_dir":
         _state_dir = value
     elif key == "alone":
         _alone = value == "1"
+    elif key == "patience" and value.isascii() and value.isdecimal():
+        _patience_s = int(value)
     else:
-        raise RuntimeError(f"unknown parameter {key}; there are state_dir=DIR and alone=1")
+        raise RuntimeError(
+            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS"
+        )
 
 
 def config_complete() -> None:
@@ -100,6 +110,14 @@ def _start() -> None:
     _state = StateDir.open(Path(_state_dir))
     _catalog = Catalog.open(_state, writable=False)
     _log = events.EventLog(_state.events)
+    if _patience_s:
+        threading.Thread(target=_lose_patience, daemon=True).start()
+
+
+def _lose_patience() -> None:
+    """Nobody knows of us but who was told our URI, and he may have gone."""
+    if not _came.wait(_patience_s):
+        os._exit(0)
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -135,7 +153,7 @@ def _open(text: str) -> Export:
             finally:
                 pair.old.close()  # what changed is known: only the newer instant is read
             return Export(delta, pair.histories, text, absolute=True, lock=threading.Lock())
-        now_ns = Clock.load(_state.clock).now_ns()
+        now_ns = Clock.for_reading(_state.clock).now_ns()
         position, lease = hold(history, export.when, now_ns)
         absolute = isinstance(export.when, Seq)
         try:
@@ -170,6 +188,7 @@ def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
 
 def open(readonly: bool) -> Export:
     """The instant of the export name that the client asked for."""
+    _came.set()
     text = nbdkit.export_name()
     started = time.monotonic()
     try:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from cdpserver import names
 from cdpserver.errors import BrokenError, CdpError, UsageError
-from recovery import chain_tree
+from recovery import chain_tree, check_tree
 from recovery.arguments import count, take_disk, take_point, take_yes, when
 from recovery.drill_tree import add_bisect, add_drill
 from recovery.export_tree import add_export
@@ -226,16 +226,8 @@ def _add_local(commands: Commands) -> None:
     )
     index_show.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     _add_stored(commands)
-    check = commands.leaf(
-        "check",
-        lazy("local", "check"),
-        "Verify everything of a disk: segments, payload, index, base points. Needs no server, and disturbs none.",
-        "cdp check web/vda --full",
-    )
-    check.add_argument(
-        "--full", action="store_true", help="also compare the base points' content with the journal"
-    )
-    take_disk(rebuild, check)
+    check_tree.add(commands)
+    take_disk(rebuild)
     completion = commands.leaf(
         "completion",
         lazy("complete", "print_script"),

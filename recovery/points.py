@@ -3,8 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
-from cdpserver.errors import UsageError
+from cdpserver.errors import UnreachableError, UsageError
 from cdpserver.names import format_time
+from recovery import points_local
 from recovery.output import Column, answer, answer_fields, answer_json
 from recovery.remote import answer_list, answer_one, client
 from recovery.together import one_disk
@@ -29,7 +30,10 @@ def point_list(options: Namespace) -> None:
         raise UsageError("name a disk, or a VM with --vm", hint="cdp point list --help")
     span = {"since": options.since, "until": options.until, "kind": options.kind, "limit": options.limit}
     if options.disk is not None:
-        rows = client(options).points(options.disk, **span)
+        try:
+            rows = client(options).points(options.disk, **span)
+        except UnreachableError as error:
+            rows = points_local.listing(options, error, **span)
     else:
         rows = client(options).vm_points(options.vm, **span)
     if not options.json:
@@ -58,7 +62,10 @@ def point_mark(options: Namespace) -> None:
 
 def point_show(options: Namespace) -> None:
     """One instant, and what its grade rests on."""
-    shown = client(options).point(options.point)
+    try:
+        shown = client(options).point(options.point)
+    except UnreachableError as error:
+        shown = points_local.show(options, error)
     if options.json:
         answer_json(shown)
         return
@@ -84,7 +91,10 @@ def uri(options: Namespace) -> None:
     name, _, rest = options.point.partition("@")
     if "/" in rest and "/" not in name:
         options.point = one_disk(options, options.point)
-    found = service.place(options.point)
+    try:
+        found = service.place(options.point)
+    except UnreachableError as error:
+        found = points_local.uri(options, error)
     if options.json:
         answer_json(found if "disks" in found else {"uri": found["uri"]})
         return

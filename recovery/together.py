@@ -34,7 +34,7 @@ def _alone(options: Namespace, name: str, when: names.When) -> dict[str, Any] | 
     with Catalog.open(state, writable=False) as catalog:
         if not groups.is_several(catalog, name):
             return None
-        found = instant.resolve(state, catalog, name, when, now_ns=Clock.load(state.clock).now_ns())
+        found = instant.resolve(state, catalog, name, when, now_ns=Clock.for_reading(state.clock).now_ns())
     return found.as_dict() | {"disks": [disk.as_dict() for disk in found.disks]}
 
 

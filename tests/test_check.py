@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from cdpserver.basepoint import note_what_is_missing
 from cdpserver.check import Report, check_timeline
 from cdpserver.check.damage import Effects, Finding
+from cdpserver.check.depth import Everything
 from cdpserver.check.segments import SegmentCheck
 from cdpserver.index.indexer import TimelineIndexer, rebuild
 from cdpserver.index.store import IndexFile
@@ -70,7 +71,7 @@ class Disk:
         return self.writer.last_seq
 
     def check(self, *, boot: str = BOOT, full: bool = False) -> Report:
-        return check_timeline(self.state.path, self.timeline.id, boot_id=boot, full=full)
+        return check_timeline(self.state.path, self.timeline.id, boot_id=boot, depth=Everything(content=full))
 
     def only(self, *, boot: str = BOOT) -> dict[str, object]:
         """The one damage that is found."""

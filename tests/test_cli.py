@@ -675,7 +675,7 @@ def test_help_has_an_example_of_every_command() -> None:
         "forecast",
         *("event list", "job list", "job show", "job cancel"),
         *("segment show", "index rebuild", "index show", "timeline show", "catalog show", "clock show"),
-        *("check", "completion"),
+        *("check", "repair", "completion"),
     ]
     for words in commands:
         done = cdp(*words, "--help")
@@ -924,6 +924,8 @@ def test_rebuild_and_check(state_dir: Path) -> None:
     done = cdp("check", "web/vda", "--json", state_dir=state_dir)
     assert json.loads(done.stdout) == {
         "disk": "web/vda",
+        "depth": "normal",
+        "complete": True,
         "whole": True,
         "records": 1,
         "segments": 1,

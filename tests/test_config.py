@@ -34,7 +34,7 @@ from cdpserver.service import main
 from tests.core import ROOT
 
 SECOND = 1_000_000_000
-SECTIONS = ("roles", "store", "freeze", "policy")
+SECTIONS = ("roles", "store", "scrub", "freeze", "policy")
 
 
 def test_everything_has_a_default() -> None:
@@ -60,6 +60,9 @@ def test_every_key_is_read() -> None:
         size_cap = "2T"
         lock_quota = 30
         prune_every = "10s"
+        [scrub]
+        rate = "none"
+        every = "30d"
         [policy]
         rp_every = "5s"
         bp_every = "1h"
@@ -93,6 +96,8 @@ def test_every_key_is_read() -> None:
         store_size_cap=2 << 40,
         store_lock_quota=30,
         store_prune_every_ns=10 * SECOND,
+        scrub_rate=None,
+        scrub_every_ns=30 * 24 * 3600 * SECOND,
         policy_rp_every_ns=5 * SECOND,
         policy_bp_every_ns=3600 * SECOND,
         policy_keep_rp=(Step(48 * 3600 * SECOND),),
@@ -262,7 +267,7 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
         (
             "[zzz]\nred = 1",
-            "unknown section 'zzz' (known sections are [limits], [roles], [store], [freeze], [policy])",
+            "unknown section 'zzz' (known sections are [limits], [roles], [store], [scrub], [freeze], [policy])",
         ),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),

@@ -182,6 +182,8 @@ NOTHING_LOST = (
     ".mdb",
     ".mdb-lock",
     ".map",
+    "sums/bp-0.qcow2",
+    "sums/bp-1.qcow2",
     "boots.json",
     "chain.lock",
     "manual.json",
@@ -192,8 +194,8 @@ NOTHING_LOST = (
     "timelines/t4/base.raw",
     "timelines/t4/first-copy.json",
 )
-"""Made anew without a word worth saying: locks, indexes, maps, a base point that nothing stands on, which base points were asked
-for (their notes say it too), what could have been lost when.
+"""Made anew without a word worth saying: locks, indexes, maps, sums, a base point that nothing stands on, which base points were
+asked for (their notes say it too), what could have been lost when.
 
 What befalls a first copy is said when its disk is opened, see below."""
 

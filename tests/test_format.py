@@ -13,7 +13,7 @@ from cdpserver.catalog.content import Content
 from cdpserver.catalog.rows import MAX_ROW_BYTES, Row
 from cdpserver.index import merged, pieces, store
 from cdpserver.index.pieces import SHIFTS, record_pieces
-from cdpserver.journal import control, instants, record, segment
+from cdpserver.journal import control, instants, links, record, segment
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.record import BODY, CHECK, DTYPE, Kind, Record
 from cdpserver.journal.segment import FIXED, Header, data_path, log_path
@@ -53,6 +53,7 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
     ("title", "structs", "size"),
     [
         ("Head of a pack, 32 bytes", (format.HEAD,), format.HEAD.size),
+        ("Link of the hash chain, 208 bytes", (links.LINK,), links.LINK.size),
         ("Entry of a pack, 52 bytes", (format.ENTRY, format.CHECK), format.ENTRY_SIZE),
         ("Record of an export, 52 bytes", (tape.RECORD, tape.CHECK), tape.RECORD_SIZE),
         ("Row of a pack, 52 bytes", (format.ROW,), format.ROW.size),
@@ -60,7 +61,9 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
         ("Sample of the record, 64 bytes", (rpo.SAMPLE,), rpo.SAMPLE.size),
     ],
 )
-def test_packs_are_laid_out_as_documented(title: str, structs: tuple[struct.Struct, ...], size: int) -> None:
+def test_packs_and_links_are_laid_out_as_documented(
+    title: str, structs: tuple[struct.Struct, ...], size: int
+) -> None:
     documented = [(int(offset), int(length)) for offset, length, _ in table(section(title))]
     assert documented == [field for field in layout(*structs) if field[0] < documented[-1][0] + 1]
     assert int(re.findall(r"\d+", title)[0]) == size

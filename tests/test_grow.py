@@ -16,6 +16,7 @@ from cdpserver.catalog import Catalog
 from cdpserver.chain import merge
 from cdpserver.chain.plan import Verb
 from cdpserver.check import check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.journal import control
 from cdpserver.journal.log import Journal, interval_path
@@ -60,7 +61,9 @@ def check_everything(line: Line) -> None:
     for seq in line.model.instants:
         line.check(seq)
     line.check_live(0, line.model.size)
-    report = check_timeline(line.world.state.path, line.timeline.id, boot_id=line.world.boot, full=True)
+    report = check_timeline(
+        line.world.state.path, line.timeline.id, boot_id=line.world.boot, depth=Everything(content=True)
+    )
     assert report.whole, report
 
 
@@ -203,7 +206,7 @@ def test_a_size_that_no_disk_has_is_damage(world: World) -> None:
         with pytest.raises(CorruptError):
             control.decode(control.encode({"type": "grow", "size": size}))
     line.writer._put_control(control.grow(64 * KIB))
-    report = check_timeline(world.state.path, line.timeline.id, boot_id=world.boot, full=False)
+    report = check_timeline(world.state.path, line.timeline.id, boot_id=world.boot)
     said = " ".join(str(damage.finding.what) for damage in report.damage)
     assert "shrink from 102912 to 65536" in said and "in the middle of a segment" in said
 
@@ -286,7 +289,9 @@ def test_a_damaged_growth_is_found(world: World) -> None:
     with open(log, "r+b") as file:
         file.seek(4096 + 8)
         file.write(b"\xff")
-    report = check_timeline(world.state.path, line.timeline.id, boot_id=world.boot, full=True)
+    report = check_timeline(
+        world.state.path, line.timeline.id, boot_id=world.boot, depth=Everything(content=True)
+    )
     assert not report.whole
     with pytest.raises(CorruptError):
         line.check(line.cuts[2] - 1)

@@ -20,6 +20,7 @@ import pytest
 from cdpserver import leases
 from cdpserver.chain import merge
 from cdpserver.check import Report, check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.errors import RefusedError
 from cdpserver.leases import GRACE_NS
 from cdpserver.nodes import nodes
@@ -230,7 +231,11 @@ def test_a_check_finds_nothing_wrong_and_holds_what_it_reads(host: Host) -> None
             said.append((stage, host.prune()))
 
     report = check_timeline(
-        host.state.path, kept.entry.id, boot_id=kept.world.boot, full=True, progress=beside
+        host.state.path,
+        kept.entry.id,
+        boot_id=kept.world.boot,
+        depth=Everything(content=True),
+        progress=beside,
     )
     assert report.damage == () and kept.intervals() == before
     assert [stage for stage, _ in said] == ["journal", "index", "base points", "content of base points"]
@@ -250,7 +255,11 @@ def test_base_points_are_merged_beside_a_check(host: Host) -> None:
             merged.append(numbers[2])
 
     report = check_timeline(
-        host.state.path, kept.entry.id, boot_id=kept.world.boot, full=True, progress=beside
+        host.state.path,
+        kept.entry.id,
+        boot_id=kept.world.boot,
+        depth=Everything(content=True),
+        progress=beside,
     )
     assert report.damage == () and merged
 

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from cdpserver.check import check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.journal.log import Journal
 from cdpserver.names import At, BasePoint, Seq
@@ -110,7 +111,9 @@ def test_the_beginning_can_go(line: Line) -> None:
     line.world.reboot(clean=False)
     churn(line, random.Random(8))
     check_some(line, line.model.instants[-20:])
-    report = check_timeline(line.world.state.path, line.timeline.id, boot_id=line.world.boot, full=True)
+    report = check_timeline(
+        line.world.state.path, line.timeline.id, boot_id=line.world.boot, depth=Everything(content=True)
+    )
     assert report.whole, report
     line.cut()
     publish(line, 5)

@@ -21,6 +21,7 @@ from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain import merge as chain
 from cdpserver.chain.plan import VERBS
 from cdpserver.check import check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.config import parse_config
 from cdpserver.errors import RefusedError, UsageError
 from cdpserver.leases import GRACE_NS, Lease
@@ -323,7 +324,13 @@ class Life:
             assert gather(
                 self.world.state, self.catalog, self.config, entry, now_ns=self.world.now_ns
             ).intervals
-            report = check_timeline(self.world.state.path, entry.id, boot_id=self.world.boot, full=True)
+            report = check_timeline(
+                self.world.state.path,
+                entry.id,
+                boot_id=self.world.boot,
+                depth=Everything(content=True),
+                chain=True,
+            )
             assert report.whole, report
 
 

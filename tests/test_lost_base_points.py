@@ -9,6 +9,7 @@ import pytest
 
 from cdpserver.basepoint import note_what_is_missing, pending
 from cdpserver.check import Report, check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.errors import CorruptError
 from cdpserver.nodes import base_point_path, nodes, note_path, read_note
 from cdpserver.view.chain import map_path
@@ -46,7 +47,9 @@ def kept(pruned: Kept) -> Iterator[Kept]:
 
 
 def look(kept: Kept, *, full: bool = True) -> Report:
-    return check_timeline(kept.world.state.path, kept.entry.id, boot_id=kept.world.boot, full=full)
+    return check_timeline(
+        kept.world.state.path, kept.entry.id, boot_id=kept.world.boot, depth=Everything(content=full)
+    )
 
 
 @pytest.mark.parametrize("hurt", ["lost", "damaged", "empty"])

@@ -38,6 +38,7 @@ DISK: dict[str, Any] = {
     "tail_records": 12_345,
     "index_lag_ns": 2_100_000_000,
     "last_base_point": {"number": 7, "time_ns": START_NS - 134 * SECOND_NS},
+    "scrub": {"under_way": False, "ended_ns": START_NS - 3600 * SECOND_NS, "bytes": 1 << 30, "damaged": 0},
     "counts": None,
 }
 FOUND: dict[str, Any] = {

@@ -16,6 +16,7 @@ from cdpserver import durable
 from cdpserver.catalog import Catalog
 from cdpserver.chain.lock import intervals_alone
 from cdpserver.check import check_timeline
+from cdpserver.check.depth import Everything
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, CorruptError, RefusedError, UsageError
 from cdpserver.index import indexer
@@ -120,7 +121,13 @@ class Busy(Kept):
 
     def whole(self) -> None:
         """Nothing is damaged, and nothing of a pass is left."""
-        report = check_timeline(self.world.state.path, self.entry.id, boot_id=self.world.boot, full=True)
+        report = check_timeline(
+            self.world.state.path,
+            self.entry.id,
+            boot_id=self.world.boot,
+            depth=Everything(content=True),
+            chain=True,
+        )
         assert report.damage == ()
         assert all(path.name.isdigit() for path in (self.line.directory / "intervals").iterdir())
 

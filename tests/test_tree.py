@@ -39,6 +39,7 @@ STAGES = (
     (
         "cdpserver.journal",
         "cdpserver.nodes",
+        "cdpserver.sums",
         "cdpserver.leases",
         "cdpserver.locks",
         "cdpserver.offtime",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cdpserver import durable
 from cdpserver.errors import BrokenError, RefusedError
 from cdpserver.timeline import INTERVALS
 
@@ -126,4 +127,11 @@ def _intervals(directory: Path) -> Iterator[int]:
 
 
 def _open(directory: Path) -> int:
-    return os.open(directory / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        return os.open(directory / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno not in durable.READ_ONLY:
+            raise
+    # Who may not write only reads: it holds the file if there is one, and others drop nothing meanwhile.
+    path = directory / FILE
+    return os.open(path if path.exists() else directory, os.O_RDONLY | os.O_CLOEXEC)

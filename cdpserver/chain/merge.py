@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, messages, qemu, timeline
+from cdpserver import durable, messages, qemu, sums, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.chain.holds import holds
@@ -93,6 +93,7 @@ def _execute(directory: Path, planned: Merge, progress: Progress) -> None:
         raise
     finish(directory)
     write_map(final)
+    sums.write(final)
 
 
 def drop_unfinished(directory: Path) -> None:
@@ -118,7 +119,7 @@ def finish(directory: Path) -> list[int]:
                     removed.append(number)
                 # The file first: without it the others mean nothing.
                 image = base_point_path(directory, number)
-                for gone in (image, note_path(directory, number), map_path(image)):
+                for gone in (image, note_path(directory, number), map_path(image), sums.sums_path(image)):
                     gone.unlink(missing_ok=True)
         durable.fsync_dir(directory)
     path.unlink()

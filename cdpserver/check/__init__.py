@@ -17,9 +17,16 @@ from typing import Any, TypeAlias
 from cdpserver import durable, timeline
 from cdpserver.basepoint import below_intervals
 from cdpserver.chain.lock import intervals_stand, stays
-from cdpserver.check.basepoints import check_base, check_base_point, compare_base_point
+from cdpserver.check.basepoints import (
+    check_base,
+    check_base_content,
+    check_base_point,
+    compare_base_point,
+)
 from cdpserver.check.damage import Damage, Effects, Finding
-from cdpserver.check.isolated import check_indexes
+from cdpserver.check.depth import BASE_POINT, CONTENT, INDEX, MERGED_INDEXES, Depth, Everything, Part
+from cdpserver.check.isolated import MERGED, check_indexes
+from cdpserver.check.links import Head, broken_links, check_links
 from cdpserver.check.segments import SegmentCheck, Totals, size_bytes
 from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.journal.log import interval_path, intervals, segments
@@ -28,7 +35,7 @@ from cdpserver.nodes import base_point_path, nodes, published, read_header
 from cdpserver.timeline import Timeline
 from cdpserver.view.history import History
 
-__all__ = ["Damage", "Report", "check_timeline"]
+__all__ = ["Damage", "Depth", "Report", "check_timeline"]
 
 Cuts: TypeAlias = dict[int, tuple[int, int]]
 
@@ -45,6 +52,12 @@ class Report:
     bytes: int
     damage: tuple[Damage, ...]
     untold: int
+    depth: str = "normal"
+    complete: bool = True
+    """Was all verified that a check of this depth looks at?"""
+
+    chain: Head | None = None
+    """The hash chain, where that was asked for and there is one."""
 
     @property
     def whole(self) -> bool:
@@ -55,40 +68,51 @@ class Report:
         """The report for programs; paths are relative to `root`, the state directory."""
         return {
             "disk": disk,
+            "depth": self.depth,
+            "complete": self.complete,
             "whole": self.whole,
             "records": self.records,
             "segments": self.segments,
             "bytes": self.bytes,
             "damage": [damage.as_dict(root) for damage in self.damage],
             "untold": self.untold,
+            **({"chain": self.chain.as_dict()} if self.chain is not None else {}),
         }
 
 
 def check_timeline(
-    state_dir: Path, id: str, *, boot_id: str, full: bool = False, progress: Progress = lambda *_: None
+    state_dir: Path,
+    id: str,
+    *,
+    boot_id: str,
+    depth: Depth | None = None,
+    chain: bool = False,
+    progress: Progress = lambda *_: None,
 ) -> Report:
-    """Verify timeline `id`; with `full` also the content of its base points against the journal.
+    """Verify timeline `id`, by default everything but the content of its base points.
 
+    With `chain` also that history is what it was, by its hash chain.
     NotFoundError if there is no such timeline, RemovedError if it is being removed, BrokenError if qemu-img cannot be run.
     """
     directory = state_dir / "timelines" / id
     if not directory.is_dir():
         raise NotFoundError(f"there is no timeline {id}", hint="list the disks: cdp disk list")
     effects, totals = Effects(), Totals()
+    deep, head = Everything() if depth is None else depth, None
     try:
-        _check(state_dir, directory, boot_id, effects, totals, full=full, progress=progress)
+        head = _check(state_dir, directory, boot_id, effects, totals, deep, chain=chain, progress=progress)
     except OSError as error:
         if not durable.is_damage(error):
             raise
         effects.add(_all_of(Path(error.filename or directory), error.strerror or "it cannot be read"))
-    return _report(effects, totals)
+    return _report(effects, totals, deep, head)
 
 
 def lost(directory: Path) -> Report:
     """Of a timeline whose directory is gone, while its disk is there."""
     effects = Effects()
     effects.add(_all_of(directory, "it is missing"))
-    return _report(effects, Totals())
+    return _report(effects, Totals(), Everything(), None)
 
 
 def _all_of(path: Path, why: str) -> Finding:
@@ -96,8 +120,17 @@ def _all_of(path: Path, why: str) -> Finding:
     return Finding(f"{path} is damaged: {why}", path, 1, 0, hint=hint)
 
 
-def _report(effects: Effects, totals: Totals) -> Report:
-    return Report(totals.records, totals.segments, totals.bytes, tuple(effects.damage()), effects.untold)
+def _report(effects: Effects, totals: Totals, depth: Depth, head: Head | None) -> Report:
+    return Report(
+        records=totals.records,
+        segments=totals.segments,
+        bytes=totals.bytes,
+        damage=tuple(effects.damage()),
+        untold=effects.untold,
+        depth=depth.name,
+        complete=not (isinstance(depth, Part) and depth.ended),
+        chain=head,
+    )
 
 
 def _check(
@@ -106,10 +139,12 @@ def _check(
     boot_id: str,
     effects: Effects,
     totals: Totals,
+    depth: Depth,
     *,
-    full: bool,
+    chain: bool,
     progress: Progress,
-) -> None:
+) -> Head | None:
+    head = None
     with contextlib.ExitStack() as stack:
         history = None
         held = None
@@ -124,6 +159,10 @@ def _check(
             with contextlib.suppress(CorruptError, NotFoundError):  # a fork's parent: said by check_base
                 history = History(state_dir, held, boot_id)
                 stack.callback(history.close)
+        if held is not None:
+            # Before the records, which say until when it shows.
+            for finding in check_base_content(state_dir, held, depth):
+                effects.add(finding, after_seq=0)
         total = size_bytes(directory)
         check = SegmentCheck(
             directory,
@@ -131,15 +170,23 @@ def _check(
             boot_id,
             effects,
             lambda done: progress("journal", min(done, total), total),
-            totals=totals,
+            depth,
+            totals,
         )
         check.run()
         known = _cuts(directory, check, history)
-        for finding in _the_rest(state_dir, directory, held, check, known, boot_id, progress):
+        for finding in _the_rest(state_dir, directory, held, check, known, boot_id, progress, depth):
             effects.add(finding)
-        if full and history is not None:
-            for finding in _contents(history, known, progress):
+        if chain and held is not None:
+            head, wrong = check_links(directory, held.uuid)
+        else:
+            wrong = list(broken_links(directory))
+        for finding in wrong:
+            effects.add(finding)
+        if depth.content and history is not None:
+            for finding in _contents(history, known, progress, depth):
                 effects.add(finding)
+    return head
 
 
 def _the_rest(
@@ -150,12 +197,10 @@ def _the_rest(
     known: Cuts,
     boot_id: str,
     progress: Progress,
+    depth: Depth,
 ) -> Iterator[Finding]:
     """Everything but the segments, which say what there should be."""
-    numbers = intervals(directory)
-    for done, found in enumerate(check_indexes(directory, numbers, check.unsure, boot_id), start=1):
-        progress("index", min(done, len(numbers)), len(numbers))
-        yield from found
+    yield from _indexes(directory, check, boot_id, progress, depth)
     files = published(directory)
     begun = check.totals.segments > 0 or bool(check.unsure)
     if not begun and (files or (directory / "base.synced").exists()):
@@ -170,14 +215,39 @@ def _the_rest(
     for done, number in enumerate(files, start=1):
         if not base_point_path(directory, number).exists():
             continue  # merged away meanwhile: what was lost is missed by what stands on it
-        found_wrong = partial(check_base_point, state_dir, held, number, known, check.sizes.get(number))
-        yield from _still(directory, found_wrong)
+        place = (BASE_POINT, number, 0, 0)
+        found_wrong = partial(
+            check_base_point,
+            state_dir,
+            held,
+            number,
+            known,
+            check.sizes.get(number),
+            deep=depth.takes(place),
+        )
+        for finding in _still(directory, found_wrong):
+            depth.found(place)
+            yield finding
         if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
             named = (f"bp:{number}",)
             yield Finding(what, path, 0, 0, 0, 0, named=named, hint=_without_a_name(directory, number))
         progress("base points", done, len(files))
+
+
+def _indexes(
+    directory: Path, check: SegmentCheck, boot_id: str, progress: Progress, depth: Depth
+) -> Iterator[Finding]:
+    """The intervals' indexes, and then the merged ones."""
+    wanted = [number for number in intervals(directory) if depth.takes((INDEX, number, 0, 0))]
+    merged = depth.takes((INDEX, MERGED_INDEXES, 0, 0))
+    numbers = [*wanted, *([MERGED] if merged else [])]
+    for done, found in enumerate(check_indexes(directory, numbers, check.unsure, boot_id), start=1):
+        progress("index", done, len(numbers))
+        if found:
+            depth.found((INDEX, numbers[done - 1] or MERGED_INDEXES, 0, 0))
+        yield from found
 
 
 def _still(directory: Path, look: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -218,8 +288,13 @@ def _cuts(directory: Path, check: SegmentCheck, history: History | None) -> Cuts
     return {node.number: (node.seq, node.time_ns) for node in found} | check.cuts
 
 
-def _contents(history: History, known: Cuts, progress: Progress) -> Iterator[Finding]:
+def _contents(history: History, known: Cuts, progress: Progress, depth: Depth) -> Iterator[Finding]:
     files = [number for number in published(history.directory) if number in known]
     for done, number in enumerate(files, start=1):
-        yield from _still(history.directory, partial(compare_base_point, history, number, known[number]))
+        place = (CONTENT, number, 0, 0)
+        if not depth.takes(place):
+            continue
+        for finding in _still(history.directory, partial(compare_base_point, history, number, known[number])):
+            depth.found(place)
+            yield finding
         progress("content of base points", done, len(files))

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cdpserver import qemu, readback, timeline
+from cdpserver import qemu, readback, sums, timeline
 from cdpserver.check.damage import Finding
+from cdpserver.check.depth import BASE, Depth
 from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.firstcopy import base_lost
 from cdpserver.nodes import NUMBERED, base_point_path, published, read_header, without_note
@@ -61,12 +62,41 @@ def check_base(
                 yield Finding(what, state_dir / "timelines" / parent, 1, 0, hint="restore it")
 
 
+def check_base_content(state_dir: Path, timeline_: Timeline, depth: Depth) -> Iterator[Finding]:
+    """Is the file that a timeline stands on as it was when its sums were written?"""
+    path = base_file(state_dir, timeline_)
+    if path is None:
+        return
+    blocks = sums.wrong(path, takes=lambda number: depth.takes((BASE, number + 1, 0, 0)))
+    for number in blocks:
+        depth.found((BASE, number + 1, 0, 0))
+        start = number * sums.BLOCK
+        end = min(start + sums.BLOCK, path.stat().st_size)
+        what = f"bytes {start} to {end} of {path.name} are not what they were"
+        hint = "restore the file from a backup; instants after the guest wrote there again are whole"
+        yield Finding(what, path, 1, timeline_.created_ns, extents=((start, end),), hint=hint)
+
+
+def base_file(state_dir: Path, timeline_: Timeline) -> Path | None:
+    """The file that a timeline's history stands on, once nothing writes to it; None for a fork."""
+    directory = state_dir / "timelines" / timeline_.id
+    match timeline_.base:
+        case EmptyBase():
+            path = directory / "base.raw"
+            begun = (directory / timeline.INTERVALS).is_dir() and (directory / "base.synced").exists()
+            return path if begun and path.exists() else None
+        case ImageBase(file):
+            return state_dir / file if (state_dir / file).exists() else None
+        case PointBase():
+            return None
+
+
 def check_base_point(
-    state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS, wanted: int | None
+    state_dir: Path, timeline_: Timeline, number: int, cuts: CUTS, wanted: int | None, *, deep: bool = True
 ) -> Iterator[Finding]:
     """What is wrong with a published base point, of a disk that had `wanted` bytes then, if anybody knows.
 
-    BrokenError if qemu-img cannot be run.
+    Without `deep` QEMU is not asked, who reads all of its tables. BrokenError if qemu-img cannot be run.
     """
     directory = state_dir / "timelines" / timeline_.id
     path = base_point_path(directory, number)
@@ -98,6 +128,8 @@ def check_base_point(
     if _stands_on_itself(path):
         yield finding(f"base point {number} stands on itself")
         return
+    if not deep:
+        return
     if shutil.which("qemu-img") is None:
         raise BrokenError(
             "qemu-img is not installed, so base points cannot be checked", hint="run tools/setup"
@@ -106,6 +138,10 @@ def check_base_point(
         qemu.check(path)
     except CorruptError as error:
         yield finding(f"qemu-img does not find base point {number} whole: {error.message}")
+        return
+    blocks = list(sums.wrong(path, takes=lambda _: True))
+    if blocks:
+        yield finding(f"{len(blocks)} MiB of the file of base point {number} are not what was written")
 
 
 def _is_backing(state_dir: Path, timeline_: Timeline, number: int, backing: str) -> bool:

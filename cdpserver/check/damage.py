@@ -179,6 +179,10 @@ class Effects:
         """A bookmark or base point."""
         self._named.append(Place(seq, time_ns, name))
 
+    def reach(self, seq: int, time_ns: int) -> None:
+        """History goes on to here at least, though its records cannot be followed."""
+        self.last_seq, self.last_time_ns = max(self.last_seq, seq), max(self.last_time_ns, time_ns)
+
     def feed(self, records: npt.NDArray[np.void]) -> None:
         """Whole records that follow, of any kind."""
         if not len(records):

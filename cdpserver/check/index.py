@@ -23,7 +23,7 @@ from cdpserver.check.damage import Finding
 from cdpserver.errors import CorruptError
 from cdpserver.index.build import merge_rows, piece_entries, point_rows, split_at_controls
 from cdpserver.index.pieces import LEVEL_BITS, SHIFTS, record_pieces
-from cdpserver.index.store import CLOSED_NAME, SEQ, IndexFile, PointRow, find_index
+from cdpserver.index.store import CLOSED_NAME, SEQ, IndexFile, PointRow, find_index, may_lock
 from cdpserver.journal import control
 from cdpserver.journal.log import Run, interval_path, segments
 from cdpserver.journal.record import Kind
@@ -76,6 +76,8 @@ def start_of(path: Path, numbers: Sequence[int]) -> tuple[int, int]:
 def check_interval(directory: Path, interval: int, boot_id: str, *, whole: bool) -> list[Finding]:
     """What is wrong with the index of one interval, whose records are all `whole` or not."""
     path = interval_path(directory, interval)
+    if not _may_read(path, boot_id):
+        return []
     file = _open(path, boot_id)
     if file is None:
         return []
@@ -91,6 +93,15 @@ def check_interval(directory: Path, interval: int, boot_id: str, *, whole: bool)
         return [Finding(what, file.path, first_seq, first_time_ns, hint=REBUILD)]
     finally:
         file.env.close()
+
+
+def _may_read(path: Path, boot_id: str) -> bool:
+    """Not where another user may be writing: that index cannot be looked at, and no view of ours reads it."""
+    found = find_index(path, boot_id)
+    try:
+        return found is None or isinstance(may_lock(found), bool)
+    except lmdb.Error:
+        return False
 
 
 def _open(path: Path, boot_id: str) -> IndexFile | Finding | None:

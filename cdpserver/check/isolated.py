@@ -1,6 +1,6 @@
 """Runs the check of indexes in a process of its own: LMDB may crash on damaged pages rather than fail.
 
-A process goes through the intervals in turn, and then the merged indexes. Where a signal ends it, that interval's index is the
+A process goes through the intervals in turn, and the merged indexes. Where a signal ends it, that interval's index is the
 finding, and another one goes on after it.
 """
 
@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def check_indexes(
     directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
 ) -> Iterator[list[Finding]]:
-    """The findings of each interval in turn, last those of merged indexes. Runs a process; it ends with the iterator.
+    """The findings of each interval in turn; MERGED stands for the merged indexes. Runs a process; it ends with the iterator.
 
     Of the intervals `unsure` not every record is known, so only what the others say is held against their index.
     BrokenError if the process cannot be run; what it raised is raised here.
     """
-    left = [*numbers, MERGED]
+    left = list(numbers)
     while left:
         worker = _start(directory, left, unsure, boot_id)
         assert worker.stdout is not None

@@ -24,6 +24,16 @@ def whole_records(raw: bytes, header: Header, first: int) -> npt.NDArray[np.bool
     return whole
 
 
+def last_whole(raw: bytes, salt: int) -> tuple[int, int] | None:
+    """(seq, time) of the last whole record of a segment, whatever became of its header page; None without one."""
+    records = np.frombuffer(raw, DTYPE, count=len(raw) // RECORD_SIZE)
+    for number in np.flatnonzero(records["magic"] == MAGIC)[::-1].tolist():
+        at = number * RECORD_SIZE
+        if zlib.crc32(raw[at : at + BODY.size], salt) == int(records["crc"][number]):
+            return int(records["seq"][number]), int(records["time"][number])
+    return None
+
+
 def wrong_fields(records: npt.NDArray[np.void], *, disk_size: int | None) -> Iterator[tuple[int, int, str]]:
     """(seq, time, what is wrong) of whole records that no writer of ours would write."""
     kinds, seqs, places = records["kind"], records["seq"], records["place"]

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cdpserver.check.damage import Effects, Extents, Finding
-from cdpserver.check.records import runs, whole_records, wrong_fields
+from cdpserver.check.depth import PAYLOAD, Depth, Everything
+from cdpserver.check.records import last_whole, runs, whole_records, wrong_fields
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, disk_size, interval_path, intervals, segments
-from cdpserver.journal.record import BODY, DIGEST_SIZE, DTYPE, RECORD_SIZE, Kind, payload_digest
+from cdpserver.journal.record import BODY, DIGEST_SIZE, DTYPE, RECORD_SIZE, Kind, payload_digest, salt
 from cdpserver.journal.segment import (
     CLOSED,
     OPEN,
@@ -70,6 +71,7 @@ class SegmentCheck:
     boot_id: str
     effects: Effects
     progress: Callable[[int], None]
+    depth: Depth = field(default_factory=Everything)
     totals: Totals = field(default_factory=Totals)
     cuts: dict[int, tuple[int, int]] = field(default_factory=dict)
     sizes: dict[int, int | None] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class SegmentCheck:
         except CorruptError as error:
             if not self._is_yet_to_come(number):
                 self._say(error.message.removeprefix(f"{self._where}").lstrip(": "))
+                self._reach(number)
                 self._lose()
             return
         with contextlib.closing(reader):
@@ -180,6 +183,14 @@ class SegmentCheck:
             count = self._count(reader)
             for first in range(0, count, CHUNK):
                 self._chunk(reader, first, min(first + CHUNK, count))
+
+    def _reach(self, number: int) -> None:
+        """What is damaged shows to the end of the segment at least."""
+        if self.timeline is not None:
+            mark = salt(self.timeline.uuid, self._interval, number)
+            found = last_whole(self._where.read_bytes()[PAGE:], mark)
+            if found is not None:
+                self.effects.reach(*found)
 
     def _is_yet_to_come(self, number: int) -> bool:
         """Was this segment made, but never written before the host went down? Nothing that is kept comes after it."""
@@ -290,7 +301,7 @@ class SegmentCheck:
         self._times(records)
         for seq, time_ns, what in wrong_fields(records, disk_size=self._disk_size(reader)):
             self._say(f"record {seq} {what}", seq=seq, time_ns=time_ns)
-        bad = self._payloads(reader, raw, np.flatnonzero(whole).tolist())
+        bad = self._payloads(reader, raw, np.flatnonzero(whole).tolist(), first)
         self._damaged_payloads(reader, np.frombuffer(raw, DTYPE)[bad])
         self.effects.feed(records)
         self.totals.records += len(records)
@@ -324,14 +335,20 @@ class SegmentCheck:
             self._say(f"the time of record {seq} is before that of the one before it", seq=seq, extents=())
         self._time_ns = int(times.max())
 
-    def _payloads(self, reader: SegmentReader, raw: bytes, numbers: list[int]) -> list[int]:
-        """Numbers, within the chunk, of the records whose payload is not what their digest says."""
+    def _payloads(self, reader: SegmentReader, raw: bytes, numbers: list[int], first: int) -> list[int]:
+        """Numbers, within the chunk, of the records whose payload is not what their digest says.
+
+        That of control records is always looked at: the records after them mean nothing without it.
+        """
         bad = []
+        takes, interval, segment = self.depth.takes, self._interval, reader.segment
         records = np.frombuffer(raw, DTYPE)
         kinds, places = records["kind"].tolist(), records["place"].tolist()
         lengths, offsets = records["length"].tolist(), records["offset"].tolist()
         for number in numbers:
             if kinds[number] == Kind.DATA:
+                if not takes((PAYLOAD, interval, segment, first + number)):
+                    continue
                 size = lengths[number] * SECTOR
             elif kinds[number] == Kind.CONTROL:
                 size = min(offsets[number], MAX_CONTROL_BYTES + 1)
@@ -345,6 +362,7 @@ class SegmentCheck:
             self.totals.bytes += len(payload)
             if len(payload) != size or payload_digest(payload) != raw[at : at + DIGEST_SIZE]:
                 bad.append(number)
+                self.depth.found((PAYLOAD, interval, segment, first + number))
             elif kinds[number] == Kind.CONTROL:
                 self._control(reader, records[number], payload)
         return bad

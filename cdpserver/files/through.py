@@ -50,7 +50,7 @@ def history(
             told.add(said)
             remark(f"{disk}@{names.format_when(Seq(seq))}: {said}")
 
-    now_ns = Clock.load(state.clock).now_ns()
+    now_ns = Clock.for_reading(state.clock).now_ns()
     with Catalog.open(state, writable=False) as catalog:
         line = open_history(catalog, state.path, disk)
     with contextlib.closing(line):

@@ -20,12 +20,13 @@ import lmdb
 
 from cdpserver import events
 from cdpserver.clock import boot_id
-from cdpserver.errors import CorruptError, RefusedError
+from cdpserver.errors import CdpError, CorruptError, RefusedError
 from cdpserver.index.build import catch_up, close_index
 from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.index.merger import Merger
 from cdpserver.index.rest import Newest, Rest
 from cdpserver.index.store import CLOSED_NAME, IndexFile, open_name
+from cdpserver.journal.links import Chain
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.limits import INDEX_BATCH
 from cdpserver.state import StateDir
@@ -52,6 +53,9 @@ M_MMAP_THRESHOLD = -3
 """mallopt(3)."""
 
 LARGE_BLOCK = 256 << 10
+
+LINKS = 4
+"""Segments linked at a look: 10 ms each."""
 
 NAP_S = 0.02
 """Shortest pause of the process: looks at many timelines come together."""
@@ -85,6 +89,9 @@ class TimelineIndexer:
         self.looked = 0.0
         """When its files were used last."""
         self.damage = ""
+        self.unproven = ""
+        """Why the hash chain does not go on."""
+
         self.closed = False
         """Has it closed an interval, whose index may be merged with others?"""
         self._boot = boot
@@ -93,6 +100,8 @@ class TimelineIndexer:
         self._open: IndexFile | None = None
         self._interval = 0
         self._rest: Rest | None = None
+        self._linked: Path | None = None
+        """The newest header log when all before it had their links."""
 
     def step(self, now: float) -> int:
         """Index at most one batch; how many records. Sets when to look again."""
@@ -112,9 +121,29 @@ class TimelineIndexer:
         newest = Newest.of(self._journal)
         with index_lock(self.timeline) as mine:
             added = self._advance() if mine else 0
+            if mine:
+                self._link()
         if mine and not added:
             self._rest = Rest.of(newest, self._journal, self._open)
         return added
+
+    def _link(self) -> None:
+        """Let the hash chain go on over what has been sealed. Where it cannot, indexing goes on all the same."""
+        if self._journal is None or self._journal.empty:
+            return
+        newest = self._journal.newest()[1]
+        if newest.path == self._linked:
+            return
+        try:
+            with Chain.open(self.timeline, newest.header.timeline) as chain:
+                all_linked = chain.catch_up(LINKS)
+            self.unproven = ""
+        except FileNotFoundError:
+            return  # dropped or thinned meanwhile: the next look knows
+        except (CdpError, OSError) as error:
+            self.unproven, all_linked = str(error), True
+        if all_linked:
+            self._linked = newest.path
 
     def _next_pause(self, added: int) -> float:
         if added >= FEW:
@@ -208,15 +237,16 @@ class TimelineIndexer:
             self._journal = None
 
 
-def rebuild(timeline: Path, boot: str) -> int:
-    """Throw every index of a timeline away and make it anew from the segments; records indexed.
+def rebuild(timeline: Path, boot: str, *, only: int | None = None) -> int:
+    """Throw every index of a timeline away, or that of one interval, and make it anew from the segments; records indexed.
 
     Raises CorruptError at damage, with everything before it indexed.
     """
     with index_lock(timeline) as mine:
         if not mine:
             raise RefusedError(f"the index of {timeline.name} is being written", hint="try again in a moment")
-        for path in (*(timeline / "intervals").glob("[0-9]*/*.mdb*"), *(timeline / MERGED).glob("[0-9]*")):
+        which = "[0-9]*" if only is None else f"{only:06d}"
+        for path in (*(timeline / "intervals").glob(f"{which}/*.mdb*"), *(timeline / MERGED).glob("[0-9]*")):
             path.unlink()
         indexer = TimelineIndexer(timeline, boot)
         total = 0
@@ -277,9 +307,12 @@ def _close_some(timelines: dict[str, TimelineIndexer]) -> None:
 
 
 def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog) -> None:
+    unproven = indexer.unproven
     try:
         indexer.step(now)
         indexer.damage = ""
+        if indexer.unproven not in ("", unproven):
+            log.emit("chain.damaged", level="error", timeline=name, reason=indexer.unproven)
     except FileNotFoundError:
         indexer.due = now + IDLE_S  # being removed: a listing drops it when it is gone
         indexer.close()

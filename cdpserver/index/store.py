@@ -7,6 +7,7 @@ index is synced and renamed into place.
 LMDB lets a process open an environment once: `open_index` shares them.
 """
 
+import os
 import struct
 import threading
 from collections import OrderedDict
@@ -69,12 +70,25 @@ def open_name(boot_id: str) -> str:
     return f"{OPEN_PREFIX}{boot_id[:8]}.mdb"
 
 
+def may_lock(path: Path) -> bool:
+    """May a reader note itself beside an index? False where nobody writes it: a closed one, or one on read-only media."""
+    if os.access(path.parent, os.W_OK) or os.access(f"{path}-lock", os.W_OK):
+        return True
+    if path.name.startswith(OPEN_PREFIX) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise lmdb.Error(f"{path}: it may be written by another user")
+    return False
+
+
 class IndexFile:
     """An open environment. Use `open_index`."""
 
     def __init__(self, path: Path, *, writable: bool, lock: bool = True) -> None:
-        """Without `lock` no reader is noted beside the file: only for one that nobody writes any more."""
+        """Without `lock` no reader is noted beside the file: only for one that nobody writes any more.
+
+        Where nothing may be written there is no lock. lmdb.Error for an open interval's index that others may be writing.
+        """
         self.path = path
+        lock = lock and (writable or may_lock(path))
         self.env = lmdb.open(
             str(path),
             subdir=False,

@@ -4,6 +4,7 @@ A reader never writes and needs no lock: segments only grow until they are seale
 Cost: finding a seq or a time bisects header pages, so it does not depend on how long the journal is.
 """
 
+import contextlib
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -234,9 +235,10 @@ class Journal:
 
     def at_seq(self, seq: int) -> Position:
         """The newest record with a seq at or below `seq`; its own seq differs where seqs were jumped over."""
-        last = self.last()
-        if seq >= last.seq:
-            return last
+        with contextlib.suppress(CorruptError):  # a newest segment that is damaged must not hide what is not
+            last = self.last()
+            if seq >= last.seq:
+                return last
         place = self._bisect(seq, lambda reader: reader.first_seq)
         if place is None:
             raise CorruptError(f"{self.timeline.name}: no record at or before seq {seq}")
@@ -296,7 +298,8 @@ class Journal:
         left = limit if limit is not None else 1 << 62
         if after >= upto:
             return
-        self.newest()
+        with contextlib.suppress(CorruptError):  # met below, if it is among those that are asked for
+            self.newest()
         start = self._bisect(after + 1, lambda reader: reader.first_seq) or (0, 0)
         for interval, segment in self.places(start):
             reader = self.reader(interval, segment)
@@ -307,7 +310,8 @@ class Journal:
                     end = reader.count_to(reader.seq_of(end - 1))  # parts of one record stay together
                 yield Run(reader, interval, reader.records(first, end))
                 left -= end - first
-            if reader.first_seq > upto or left <= 0:
+            # What comes behind is not looked at, so that damage there harms nothing that is asked for.
+            if max(reader.first_seq, reader.last_seq + 1) > upto or left <= 0:
                 return
 
     def state_at(self, seq: int) -> control.State:

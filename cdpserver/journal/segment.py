@@ -357,6 +357,10 @@ class SegmentReader:
             return max(0, min(self.count, seq - self.header.first_seq + 1))
         return bisect_right(range(self.count), seq, key=self.seq_of)
 
+    def page(self) -> bytes:
+        """The header page as it is."""
+        return os.pread(self._log_fd, PAGE, 0)
+
     def raw(self, first: int, end: int) -> bytes:
         """The bytes of records number [first, end)."""
         return os.pread(self._log_fd, (end - first) * RECORD_SIZE, PAGE + first * RECORD_SIZE)

@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, leases, messages
+from cdpserver import durable, leases, messages, timeline
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.chain import merge as chain
 from cdpserver.chain.lock import alone, intervals_alone
 from cdpserver.clock import Clock
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, NotFoundError, RefusedError
+from cdpserver.journal.links import Chain
 from cdpserver.journal.log import interval_path
 from cdpserver.names import show
 from cdpserver.retention import thin
@@ -173,6 +174,8 @@ def _prune_one(
                         f"history of timeline {directory.name} is being verified or thinned",
                         hint="nothing is lost: a pass after that drops it",
                     )
+                with Chain.open(directory, timeline.load(directory).uuid) as links:
+                    links.drop(decision.number, reason=decision.reason)
                 durable.remove_tree(interval_path(directory, decision.number))
                 done.dropped.append(decision)
     for run in merges(decisions):

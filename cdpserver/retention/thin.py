@@ -28,6 +28,7 @@ from cdpserver.index.indexer import index_lock
 from cdpserver.index.store import CLOSED_NAME, IndexFile
 from cdpserver.journal.control import State
 from cdpserver.journal.instants import Instants
+from cdpserver.journal.links import Chain
 from cdpserver.journal.log import Journal, Run, fold_controls, interval_path
 from cdpserver.journal.record import RECORD_SIZE, Kind, payload_digest
 from cdpserver.journal.recovery import payload_whole
@@ -96,7 +97,7 @@ def thin(timeline: Path, thinning: Thinning, needed: Needed) -> int:
         with durable.io_errors("thin", path):
             _write(timeline, thinning, new)
         with needed() as seqs:
-            _swap(timeline, path, new, inode, seqs)
+            _swap(timeline, path, new, inode, seqs, thinning.reason)
     finally:
         # What was thinned is there now, or what was not finished.
         durable.remove_tree(new)
@@ -238,14 +239,14 @@ def _index(new: Path, interval: int) -> None:
             path.unlink()
 
 
-def _swap(timeline: Path, path: Path, new: Path, inode: int, needed: frozenset[int]) -> None:
+def _swap(timeline: Path, path: Path, new: Path, inode: int, needed: frozenset[int], reason: str) -> None:
     with index_lock(timeline) as mine:
         if not mine or path.stat().st_ino != inode or not (path / CLOSED_NAME).exists():
             raise RefusedError(
                 f"the index of {timeline.name} is being written", hint="the next pass thins the interval"
             )
         with contextlib.closing(SegmentReader(new, _segments(new)[0])) as reader:
-            instants = reader.instants
+            instants, uuid = reader.instants, reader.header.timeline
         assert instants is not None
         if any(seq not in instants for seq in needed):
             raise RefusedError(
@@ -253,6 +254,9 @@ def _swap(timeline: Path, path: Path, new: Path, inode: int, needed: frozenset[i
                 hint="the next pass thins it around that",
             )
         with durable.io_errors("thin", path):
+            with Chain.open(timeline, uuid) as links:
+                links.thin(int(path.name), new, reason=reason)
+            durable.fsync_dir(new)
             exchange(new, path)
         durable.fsync_dir(path.parent)
 

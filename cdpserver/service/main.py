@@ -51,6 +51,7 @@ from cdpserver.service.recoveries import Recoveries
 from cdpserver.service.roles import Roles
 from cdpserver.service.sampler import Sampler
 from cdpserver.service.schedule import Schedule
+from cdpserver.service.scrubbing import Scrubbing
 from cdpserver.service.trials import Trials
 from cdpserver.state import StateDir, default_state_dir
 
@@ -115,6 +116,7 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 await nursery.start(recoveries.keep_running)
                 nursery.start_soon(Schedule(core, marks).keep_marking)
                 nursery.start_soon(sampler.keep_sampling)
+                nursery.start_soon(Scrubbing(core).keep_scrubbing)
                 app = api.build(core, parts, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)

@@ -63,6 +63,7 @@ class _Seen(Collector):
         disks = self._found["disks"]
         yield from _disks(disks)
         yield from _base_points(disks)
+        yield from _scrubs(disks)
         yield from _counts([disk for disk in disks if disk["counts"] is not None])
 
 
@@ -192,6 +193,24 @@ def _base_points(disks: list[dict[str, Any]]) -> Iterator[Metric]:
         "The instant of the newest published base point, since 1970.",
         ("disk",),
         [(name, point["time_ns"] / 1e9) for name, point in held if point["time_ns"] is not None],
+    )
+
+
+def _scrubs(disks: list[dict[str, Any]]) -> Iterator[Metric]:
+    held = [(disk["name"], disk["scrub"]) for disk in disks if disk["scrub"] is not None]
+    yield _labelled(
+        GaugeMetricFamily,
+        "cdp_disk_scrub_time_seconds",
+        "When the newest whole round of the scrub ended, since 1970.",
+        ("disk",),
+        [(name, scrub["ended_ns"] / 1e9) for name, scrub in held if scrub["ended_ns"] is not None],
+    )
+    yield _labelled(
+        GaugeMetricFamily,
+        "cdp_disk_damaged_places",
+        "Places that the scrub found damaged.",
+        ("disk",),
+        [(name, scrub["damaged"]) for name, scrub in held],
     )
 
 

@@ -14,6 +14,7 @@ import trio
 import cdpserver
 from cdpserver import timeline
 from cdpserver.catalog import Entry
+from cdpserver.check.scrub import Progress
 from cdpserver.clock import wall_difference_ns
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.control import Grade
@@ -48,6 +49,7 @@ NO_RECORDS: dict[str, Any] = {
     "tail_records": 0,
     "index_lag_ns": 0,
     "last_base_point": None,
+    "scrub": None,
 }
 
 
@@ -175,6 +177,7 @@ class Overview:
             "tail_records": tail.records,
             "index_lag_ns": 0 if tail.oldest_ns is None else max(0, now_ns - tail.oldest_ns),
             "last_base_point": self._base_point(entry, history),
+            "scrub": Progress.load(history.directory).as_dict(),
         }
 
     def _base_point(self, entry: Entry, history: History) -> dict[str, Any] | None:
@@ -281,6 +284,11 @@ def _disk_warnings(disk: dict[str, Any]) -> list[str]:
     if disk["tail_records"] > TAIL_RECORDS:
         said.append(
             f"{name}: the index is {disk['tail_records']:,} records behind, so writes are slowed down"
+        )
+    if disk["scrub"] is not None and (places := disk["scrub"]["damaged"]):
+        said.append(
+            f"{name} is damaged in {places} place{'s' if places > 1 else ''}: "
+            f"cdp check {name} says which points that touches, cdp repair {name} what can be made anew"
         )
     mirror = disk["mirror"]
     if mirror is not None and mirror["state"] != "synced":

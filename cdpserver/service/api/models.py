@@ -175,6 +175,15 @@ class Resync(Answer):
     pause_ns: Count = Field(description="For how long the guest was held.")
 
 
+class Scrub(Answer):
+    """The scrub of a disk: it verifies everything at rest, round by round."""
+
+    under_way: bool
+    ended_ns: Count | None = Field(description="When the newest whole round ended.")
+    bytes: Count = Field(description="Read in this round, or in the last one.")
+    damaged: Count = Field(description="Places that are damaged; `cdp check` says what they touch.")
+
+
 class SeenMirror(Answer):
     """What the service, or an agent, sees of the mirror of a protected disk."""
 
@@ -209,6 +218,7 @@ class SeenDisk(Answer):
     tail_records: Count = Field(description="Records that the index lacks.")
     index_lag_ns: Count = Field(description="Age of the oldest of them.")
     last_base_point: LastBasePoint | None
+    scrub: Scrub | None = Field(description="None of a disk that has no history yet.")
     counts: dict[str, Count] | None = Field(
         description="What the target did for the disk since it opened it; none while it has not."
     )

@@ -1,0 +1,95 @@
+"""Sums: digests of the blocks of a file that is never changed in place, so that what rots in it is found.
+
+Records have digests of their own; base images and base points have none. The sums of a file are written when it is published, or
+when a scrub first sees it. They say nothing of a file of another length or time of change, and can be removed: then the file is
+taken as it is at the next scrub.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from cdpserver import durable
+
+DIRECTORY = "sums"
+"""In a timeline; the sums of an imported image are beside it, `bases/ID.sums`."""
+
+BLOCK = 1 << 20
+"""Bytes that have one digest."""
+
+DIGEST_SIZE = 16
+HEAD = struct.Struct("<8sQQ")
+"""Magic, length and time of change (ns) of the file; then a digest for each block, and BLAKE3 of all of that."""
+
+MAGIC = b"cdpsums1"
+CHECK_SIZE = 32
+
+
+def sums_path(path: Path) -> Path:
+    """Where the sums of a file of a timeline, or of an imported image, are."""
+    if path.parent.name == "bases":
+        return path.with_suffix(".sums")
+    return path.parent / DIRECTORY / path.name
+
+
+def write(path: Path, *, spend: Callable[[int], None] = lambda _: None) -> int:
+    """Read a file and keep its sums; bytes read. FileNotFoundError."""
+    with open(path, "rb") as file:
+        head = _head(file.fileno())
+        digests = []
+        while part := file.read(BLOCK):
+            digests.append(_digest(part))
+            spend(len(part))
+        if _head(file.fileno()) != head:
+            return 0  # it was not at rest after all
+        size = os.fstat(file.fileno()).st_size
+    target = sums_path(path)
+    target.parent.mkdir(mode=0o755, exist_ok=True)
+    data = head + b"".join(digests)
+    durable.write_whole(target, data + blake3(data).digest())
+    return size
+
+
+def read(path: Path) -> list[bytes] | None:
+    """The digests of a file's blocks; None where there are none, or none of this very file."""
+    try:
+        data = sums_path(path).read_bytes()
+        with open(path, "rb") as file:
+            head = _head(file.fileno())
+    except FileNotFoundError:
+        return None
+    body = data[:-CHECK_SIZE]
+    if len(body) < HEAD.size or blake3(body).digest() != data[-CHECK_SIZE:] or body[: HEAD.size] != head:
+        return None
+    return [body[at : at + DIGEST_SIZE] for at in range(HEAD.size, len(body), DIGEST_SIZE)]
+
+
+def wrong(
+    path: Path, *, takes: Callable[[int], bool], spend: Callable[[int], None] = lambda _: None
+) -> Iterator[int]:
+    """Numbers, from 0, of the blocks that `takes` wants and that are not as they were. None without sums."""
+    digests = read(path)
+    if digests is None:
+        return
+    with open(path, "rb") as file:
+        for number, digest in enumerate(digests):
+            if takes(number):
+                try:
+                    part = os.pread(file.fileno(), BLOCK, number * BLOCK)
+                except OSError:
+                    part = b""  # the device cannot read it
+                spend(len(part))
+                if _digest(part) != digest:
+                    yield number
+
+
+def _digest(part: bytes) -> bytes:
+    return blake3(part).digest(DIGEST_SIZE)
+
+
+def _head(fd: int) -> bytes:
+    found = os.fstat(fd)
+    return HEAD.pack(MAGIC, found.st_size, found.st_mtime_ns)

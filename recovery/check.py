@@ -1,0 +1,302 @@
+"""`cdp check`: what is wrong with a disk's history, in an operator's terms. Works on the files; needs no service."""
+
+import contextlib
+import hashlib
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdpserver import durable
+from cdpserver.catalog import Catalog
+from cdpserver.clock import boot_id
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, UsageError
+from cdpserver.names import format_bytes
+from cdpserver.state import StateDir, default_state_dir
+from recovery.local import timeline_of
+from recovery.output import answer, answer_json, say, show_time
+
+if TYPE_CHECKING:
+    from cdpserver.check import Damage, Depth, Progress, Report
+
+FILES_NAMED = 20
+"""Files of one damaged place that are named; nobody reads more, and the JSON says when there were others."""
+
+
+def disks_of(state: StateDir, name: str) -> dict[str, str]:
+    """Ids of timelines by the disk's name: of a disk, or of each disk of a VM or group."""
+    from cdpserver import groups
+    from cdpserver.vm import instant
+
+    with Catalog.open(state, writable=False) as catalog:
+        if groups.is_several(catalog, name):
+            return {entry.name: entry.id for entry in instant.disks_of(state, catalog, name)}
+    return {name: timeline_of(state, name)}
+
+
+def check(options: Namespace) -> None:
+    """Verify a disk, or each disk of a VM or group. CorruptError after the answer if anything is damaged."""
+    from cdpserver.check import check_timeline, lost
+
+    _refuse_what_excludes(options)
+    state = StateDir.open(default_state_dir(options.state_dir))
+    disks = disks_of(state, options.disk)
+    deadline = None if options.within is None else time.monotonic() + options.within / 1e9
+    anchors = _Anchors(Path(options.anchor)) if options.anchor is not None else None
+    told = []
+    reports: dict[str, Report] = {}
+    for disk, id in disks.items():
+        note = _note(state, id)
+        depth = _depth(options, note, deadline)
+        with _progress() as progress:
+            try:
+                report = check_timeline(
+                    state.path, id, boot_id=boot_id(), depth=depth, chain=options.chain, progress=progress
+                )
+            except NotFoundError:
+                # It was removed just now, which this says, or its directory is lost.
+                report = lost(state.timeline(timeline_of(state, disk)))
+        _keep(note, depth, report)
+        reports[disk] = report
+        files = _files(state, disk, report) if options.files else None
+        told.append(_as_dict(disk, state, report, depth, files))
+        if not options.json:
+            _answer_report(disk, report, state.path, files)
+        if anchors is not None:
+            anchors.take(disk, state.timeline(id), report)
+    if options.json:
+        answer_json(told if list(disks) != [options.disk] else told[0])
+    for disk, report in reports.items():
+        if not report.whole:
+            places = len(report.damage) + report.untold
+            raise CorruptError(
+                f"{disk} is damaged in {places} place{'s' if places > 1 else ''}",
+                hint=report.damage[0].finding.hint,
+            )
+    if anchors is not None:
+        anchors.save()
+
+
+class _Anchors:
+    """The heads in an anchor, and those that are to replace them when all agree."""
+
+    def __init__(self, path: Path) -> None:
+        from cdpserver.check import anchor
+
+        self._path = path
+        self._held = anchor.load(path)
+        self._wrong: list[str] = []
+
+    def take(self, disk: str, directory: Path, report: "Report") -> None:
+        """Compare a chain with what was kept of it, and take its head."""
+        from cdpserver.check import anchor
+
+        head = report.chain
+        if head is None:
+            uuids = [uuid for uuid, row in self._held.items() if row.get("disk") == disk]
+            self._wrong += [f"{disk} has no hash chain, and had one when it was anchored"] if uuids else []
+            return
+        held = self._held.get(head.uuid.hex())
+        if held is not None and (wrong := anchor.compare(directory, head, held)):
+            self._wrong.append(f"{disk}: {wrong}")
+        self._held[head.uuid.hex()] = {"disk": disk, "links": head.links, "head": head.digest.hex()}
+
+    def save(self) -> None:
+        """Keep the new heads. CorruptError if any chain is not what it was; the anchor stays as it is then."""
+        from cdpserver.check import anchor
+
+        if self._wrong:
+            raise CorruptError(
+                "; ".join(self._wrong), hint="history was rewritten: compare it with a copy or a backup"
+            )
+        anchor.save(self._path, self._held)
+
+
+def _refuse_what_excludes(options: Namespace) -> None:
+    given = [
+        flag
+        for flag, value in (
+            ("--quick", options.quick),
+            ("--full", options.full),
+            ("--sample", options.sample is not None),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one of them")
+    if options.anchor is not None and not options.chain:
+        raise UsageError("--anchor is of the hash chain", hint="cdp check DISK --chain --anchor FILE")
+    if options.seed is not None and options.sample is None:
+        raise UsageError("--seed is of a sample", hint="cdp check DISK --sample 5 --seed 1")
+    if (options.resume or options.within is not None) and (options.quick or options.sample is not None):
+        raise UsageError(
+            "a check in parts verifies everything",
+            hint="leave out --quick and --sample, or --within and --resume",
+        )
+
+
+def _depth(options: Namespace, note: Path, deadline: float | None) -> "Depth":
+    from cdpserver.check.depth import Everything, Part, Quick, Sample
+
+    def ends() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    if options.quick:
+        return Quick()
+    if options.sample is not None:
+        seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+        return Sample(percent=options.sample, seed=seed)
+    if options.resume:
+        try:
+            return Part.from_json(durable.read_json(note), ends)
+        except FileNotFoundError:
+            say("no check of it is under way: this one begins anew")
+    if options.resume or options.within is not None:
+        return Part(content=options.full, ends=ends)
+    return Everything(content=options.full)
+
+
+# --- checks in parts
+
+
+def _note(state: StateDir, id: str) -> Path:
+    """Where it is written how far a check has come: of the operator's, since a store may be one that cannot be written."""
+    from recovery.unfinished import state_home
+
+    key = hashlib.sha256(f"{state.path}\0{id}".encode(errors="surrogateescape")).hexdigest()
+    return state_home() / "checks" / f"{key}.json"
+
+
+def _keep(note: Path, depth: "Depth", report: "Report") -> None:
+    from cdpserver.check.depth import Part
+
+    if not isinstance(depth, Part):
+        return
+    if report.complete:
+        note.unlink(missing_ok=True)
+        return
+    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.write_json(note, depth.as_json())
+
+
+# --- the answer
+
+
+def _as_dict(
+    disk: str, state: StateDir, report: "Report", depth: "Depth", files: list[list[str]] | None
+) -> dict[str, Any]:
+    from cdpserver.check.depth import Sample
+
+    found = report.as_dict(disk, state.path)
+    if isinstance(depth, Sample):
+        found["sample"] = {"percent": depth.percent, "seed": depth.seed}
+    if files is not None:
+        for damage, named in zip(found["damage"], files, strict=True):
+            damage["files"] = named
+    return found
+
+
+def _answer_report(disk: str, report: "Report", root: Path, files: list[list[str]] | None) -> None:
+    word = "whole" if report.whole else "damaged"
+    so_far = "" if report.complete else " so far"
+    answer(
+        f"{disk} is {word}{so_far}: {report.records:,} records in {report.segments:,} segments, "
+        f"{format_bytes(report.bytes)} verified"
+    )
+    if report.chain is not None:
+        answer(f"its hash chain has {report.chain.links:,} links; head {report.chain.digest.hex()}")
+    if not report.complete:
+        say(f"the time is over; to go on: cdp check {disk} --within 10m --resume")
+    for number, damage in enumerate(report.damage):
+        for line in _damage_lines(damage, root):
+            answer(line)
+        for name in files[number] if files is not None else ():
+            answer(f"  file     {name}")
+    if report.untold:
+        answer(f"and {report.untold:,} more places that are not listed")
+
+
+def _damage_lines(damage: "Damage", root: Path) -> Iterator[str]:
+    found = damage.finding
+    path = found.path.relative_to(root) if found.path.is_relative_to(root) else found.path
+    yield ""
+    yield f"{found.what}"
+    yield f"  in       {path}"
+    start = (
+        f"{show_time(found.from_time_ns)} (seq:{found.from_seq})" if found.from_time_ns else "the beginning"
+    )
+    end = f"{show_time(damage.to_time_ns)} (seq:{damage.to_seq})" if damage.to_time_ns else "the end"
+    yield f"  shows    from {start} to {end}"
+    named = f": {', '.join(damage.named)}" if damage.named else ""
+    yield f"  touches  {damage.affected:,} point{'' if damage.affected == 1 else 's'}{named}"
+    for side, place in (("before", damage.before), ("after", damage.after)):
+        if place is not None:
+            name = f" {place.name}" if place.name else ""
+            yield f"  intact   {side}: {show_time(place.time_ns)} (seq:{place.seq}){name}"
+    if found.hint:
+        yield f"  next     {found.hint}"
+
+
+# --- files
+
+
+def _files(state: StateDir, disk: str, report: "Report") -> list[list[str]]:
+    """For each damage the files of the guest that it is in, by the last instant that shows it."""
+    return [_files_of(state, disk, damage) for damage in report.damage]
+
+
+def _files_of(state: StateDir, disk: str, damage: "Damage") -> list[str]:
+    from cdpserver.files.browser import Browser
+    from cdpserver.held import HeldPoint
+    from cdpserver.names import Seq
+
+    extents = damage.finding.extents
+    if not extents:
+        return []
+    found: list[str] = []
+    try:
+        with (
+            contextlib.closing(HeldPoint(state, disk, Seq(damage.to_seq))) as held,
+            Browser(held.view) as browser,
+        ):
+            for volume in browser.volumes():
+                with contextlib.suppress(CdpError):  # one without a file system that is known
+                    browser.open(volume.name)
+                    found += _inside(browser, volume.name, extents)
+    except (CdpError, OSError) as error:
+        say(f"which files of {disk}@seq:{damage.to_seq} it is in cannot be told: {error}")
+    return found[:FILES_NAMED]
+
+
+def _inside(browser: Any, volume: str, extents: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    for file in browser.walk(volume, b"/"):
+        if file.type == "file" and any(
+            place >= 0 and place < high and low < place + end - start
+            for start, end, place in browser.extents(file)
+            for low, high in extents
+        ):
+            path = "/" + b"/".join(file.path).decode(errors="replace")
+            yield f"{volume}:{path}" if volume else path
+
+
+@contextlib.contextmanager
+def _progress() -> "Iterator[Progress]":
+    """A bar on a terminal's stderr, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance

@@ -1,0 +1,210 @@
+"""The hash chain: what was sealed stays what it was, what was dropped or thinned says so, and rewritten history is found."""
+
+import contextlib
+import json
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cdpserver import durable
+from cdpserver.check import Report, check_timeline
+from cdpserver.check.depth import Quick
+from cdpserver.errors import CorruptError
+from cdpserver.index.indexer import TimelineIndexer
+from cdpserver.journal import links
+from cdpserver.journal.links import HEAD, LINK, Chain, Kind, stamped
+from cdpserver.journal.log import interval_path
+from cdpserver.journal.record import BODY, CHECK, RECORD_SIZE, payload_digest
+from cdpserver.journal.record import Kind as RecordKind
+from cdpserver.journal.segment import PAGE, SegmentReader, data_path, log_path
+from tests.test_check import BLOCK, BOOT, Disk, disk, flip, template
+from tests.test_check_depth import cdp, named
+
+__all__ = ["disk", "named", "template"]  # fixtures
+
+
+def chained(disk: Disk) -> Disk:
+    """Three sealed intervals, their links, and a fourth one that is open."""
+    writer = disk.open()
+    for number in range(2):
+        disk.write(number, 7)
+        writer.cut()
+    disk.write(3, 9)
+    writer.commit()
+    link(disk)
+    return disk
+
+
+def link(disk: Disk) -> None:
+    with Chain.open(disk.directory, disk.timeline.uuid) as chain:
+        assert chain.catch_up(100)
+
+
+def look(disk: Disk) -> Report:
+    return check_timeline(disk.state.path, "t1", boot_id=BOOT, depth=Quick(), chain=True)
+
+
+def said(disk: Disk) -> list[str]:
+    return [damage.finding.what for damage in look(disk).damage]
+
+
+def test_each_sealed_segment_has_a_link_and_carries_both_digests(disk: Disk) -> None:
+    chained(disk)
+    report = look(disk)
+    uuid, found = links.read(disk.directory)
+    assert report.whole and uuid == disk.timeline.uuid and report.chain is not None
+    places = [(link.kind, link.interval, link.segment) for link in found]
+    assert places == [(Kind.SEALED, 1, 1), (Kind.SEALED, 2, 1), (Kind.SEALED, 3, 1)]
+    before = links.NONE
+    for one in found:
+        page = log_path(interval_path(disk.directory, one.interval), one.segment).read_bytes()[:PAGE]
+        assert stamped(page) == (one.new, before)
+        before = one.new
+    assert report.chain.as_dict() == {"uuid": uuid.hex(), "links": 3, "head": found[-1].digest.hex()}
+
+
+def test_the_indexer_links_what_is_sealed_and_the_newest_when_it_is(disk: Disk) -> None:
+    indexer = TimelineIndexer(disk.directory, BOOT)
+    writer = disk.open()
+    for number in range(3):
+        disk.write(number, 7)
+        writer.cut()
+        indexer.step(float(number))
+    indexer.close()
+    assert len(links.read(disk.directory)[1]) == 4 and look(disk).whole and indexer.unproven == ""
+
+
+def test_a_segment_that_is_only_followed_by_another_waits_for_its_seal(disk: Disk) -> None:
+    chained(disk)
+    with disk.writer._lock:  # type: ignore[union-attr]
+        disk.writer._roll(new_interval=False)  # type: ignore[union-attr]
+    with Chain.open(disk.directory, disk.timeline.uuid) as chain:
+        assert not chain.catch_up(100) and len(chain.links) == 3
+    disk.write(5, 5)
+    disk.writer.commit()  # type: ignore[union-attr]
+    link(disk)
+    assert len(links.read(disk.directory)[1]) == 4 and look(disk).whole
+
+
+def forge(disk: Disk, interval: int, number: int) -> None:
+    """Rewrite a block of history as who knows the formats would: payload, digest and check agree."""
+    path = interval_path(disk.directory, interval)
+    with contextlib.closing(SegmentReader(path, number)) as reader:
+        records = reader.records(0, reader.count)
+        at = int(np.flatnonzero(records["kind"] == RecordKind.DATA)[0])
+        record = records[at]
+        salt, place = reader.header.salt, int(record["place"])
+    payload = bytes([66]) * BLOCK
+    with open(data_path(path, number), "r+b") as data:
+        data.seek(place)
+        data.write(payload)
+    with open(log_path(path, number), "r+b") as log:
+        log.seek(PAGE + at * RECORD_SIZE)
+        fields = list(BODY.unpack(log.read(BODY.size)))
+        fields[-1] = payload_digest(payload)
+        body = BODY.pack(*fields)
+        log.seek(PAGE + at * RECORD_SIZE)
+        log.write(body + CHECK.pack(zlib.crc32(body, salt)))
+
+
+def test_history_that_was_rewritten_is_found_though_every_check_of_its_own_agrees(disk: Disk) -> None:
+    chained(disk)
+    forge(disk, 3, 1)
+    assert disk.check().whole
+    assert said(disk) == ["segment 1 is not what it was when it was sealed"]
+
+
+def test_an_interval_or_segment_that_is_gone_or_came_in_later_is_found(disk: Disk) -> None:
+    chained(disk)
+    shutil.rmtree(interval_path(disk.directory, 1))
+    assert "interval 1 is gone, and no link says that it was dropped" in said(disk)
+    for path in (log_path, data_path):
+        path(interval_path(disk.directory, 3), 1).unlink()
+    assert "segment 1 is gone, and no link says that it was dropped" in said(disk)
+    shutil.copy(log_path(interval_path(disk.directory, 2), 1), log_path(interval_path(disk.directory, 2), 7))
+    assert "segment 7 came in later" in said(disk)
+
+
+def test_dropping_is_a_link_of_its_own(disk: Disk) -> None:
+    chained(disk)
+    with Chain.open(disk.directory, disk.timeline.uuid) as chain:
+        chain.drop(1, reason="older than keep_rp")
+        chain.drop(1, reason="once is enough")
+    assert "is gone" not in str(said(disk))  # a pass that ended here drops it the next time
+    durable.remove_tree(interval_path(disk.directory, 1))
+    last = links.read(disk.directory)[1][-1]
+    assert (last.kind, last.interval, last.reason, last.new) == (
+        Kind.DROPPED,
+        1,
+        "older than keep_rp",
+        links.NONE,
+    )
+    assert not [what for what in said(disk) if "interval 1" in what and "link" in what]
+
+
+def test_any_change_of_the_chain_itself_is_found_and_a_torn_end_is_none(disk: Disk) -> None:
+    chained(disk)
+    path = disk.directory / links.FILE
+    whole = path.read_bytes()
+    used = HEAD.size + 3 * LINK.size
+    dice = random.Random(9)
+    for _ in range(60):
+        at = dice.randrange(used - LINK.size)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << dice.randrange(8)]) + whole[at + 1 :])
+        assert HEAD.size - 32 <= at < HEAD.size or said(disk)  # reserved bytes of the head count, too
+    path.write_bytes(whole[: used - 5] + bytes(5))  # torn in its last link
+    assert len(links.read(disk.directory)[1]) == 2
+    link(disk)
+    assert path.read_bytes()[:used] == whole[:used] and look(disk).whole
+    path.unlink()
+    assert said(disk) == ["the hash chain is missing"] == [d.finding.what for d in disk.check().damage]
+
+
+def test_a_broken_chain_does_not_keep_the_indexer_from_indexing(disk: Disk) -> None:
+    chained(disk)
+    flip(disk.directory / links.FILE, HEAD.size + 3 * 8)
+    disk.write(9, 9)
+    indexer = TimelineIndexer(disk.directory, BOOT)
+    assert indexer.step(0.0) > 0
+    indexer.close()
+    assert "link 1 of" in indexer.unproven
+    with pytest.raises(CorruptError), Chain.open(disk.directory, disk.timeline.uuid):
+        pass
+
+
+def test_an_anchor_elsewhere_shows_a_history_that_was_made_anew(
+    named: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chained(named)
+    anchor = tmp_path / "anchor.json"
+    words = (
+        "check",
+        "d",
+        "--state-dir",
+        str(named.state.path),
+        "--quick",
+        "--chain",
+        "--anchor",
+        str(anchor),
+    )
+    assert cdp(monkeypatch, capsys, *words)[0] == 0
+    assert named.writer is not None
+    named.write(9, 9)
+    named.writer.cut()
+    link(named)
+    code, out = cdp(monkeypatch, capsys, *words)
+    assert code == 0 and "its hash chain has 4 links; head" in out
+    kept = anchor.read_bytes()
+    (row,) = json.loads(kept)["disks"].values()
+    assert (row["disk"], row["links"]) == ("d", 4)
+    # Whoever may write everything in the state directory makes a chain that agrees with what he wrote.
+    forge(named, 3, 1)
+    (named.directory / links.FILE).unlink()
+    link(named)
+    assert look(named).whole
+    assert cdp(monkeypatch, capsys, *words)[0] == 4 and anchor.read_bytes() == kept
+    assert cdp(monkeypatch, capsys, "check", "d", "--anchor", str(anchor))[0] == 2
