@@ -90,8 +90,8 @@ class _Agent:
         """Begin what is wanted, and end what is no more."""
         rows = await self._target.call(self._client.agent_vms, self._name)
         found = [(record.read(Row("", record.SCHEMA, row)), row["coming"]) for row in rows]
-        self._wait_for(nursery, {vm.name: vm for vm, coming in found if coming})
         wanted = {vm.name: vm for vm, coming in found if not coming}
+        self._wait_for(nursery, {vm.name: vm for vm, coming in found if coming}, arrived=wanted)
         for name, running in list(self._running.items()):
             if wanted.get(name) != running.controller.vm:
                 running.scope.cancel()
@@ -103,12 +103,16 @@ class _Agent:
             if name not in self._running:
                 await self._begin(nursery, vm)
 
-    def _wait_for(self, nursery: trio.Nursery, wanted: dict[str, ProtectedVm]) -> None:
+    def _wait_for(
+        self, nursery: trio.Nursery, wanted: dict[str, ProtectedVm], *, arrived: dict[str, ProtectedVm]
+    ) -> None:
         """Wait for the VMs that are to move here, and for no others."""
         for name, coming in list(self._coming.items()):
             if wanted.get(name) != coming.arrival.vm:
-                coming.scope.cancel()
                 del self._coming[name]
+                # One that is here ends by itself when it hears so; cancelled it would let a guest go too early.
+                if arrived.get(name) != coming.arrival.vm:
+                    coming.scope.cancel()
         for name, vm in wanted.items():
             if name not in self._coming:
                 hand_over = partial(self._hand_over, name)
@@ -116,14 +120,17 @@ class _Agent:
                 nursery.start_soon(self._await_vm, self._coming[name])
 
     async def _await_vm(self, coming: _Coming) -> None:
-        try:
-            with coming.scope:
-                await coming.arrival.run()
-                # Its controller begins now, not in a second.
-                self._arrived.set()
-        except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
-            name = coming.arrival.vm.name
-            self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
+        with coming.scope:
+            while True:
+                try:
+                    await coming.arrival.run()
+                    # Its controller begins now, not in a second.
+                    self._arrived.set()
+                    return
+                except Exception as error:  # noqa: BLE001 - one VM's rim: the others go on
+                    name = coming.arrival.vm.name
+                    self._target.emit("vm.failed", level="error", vm=name, reason=repr(error)[:2000])
+                await trio.sleep(AGAIN_S)
 
     async def _hand_over(self, vm: str) -> None:
         await self._target.call(self._client.agent_vm_arrived, self._name, vm)

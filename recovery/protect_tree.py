@@ -9,7 +9,7 @@ def add_protect(commands: Commands) -> None:
     protect = commands.leaf(
         "protect",
         lazy("protect", "protect"),
-        "Protect a running VM, through every restart, until --remove. Again, it changes how.",
+        "Protect a running VM, through every restart, until --remove. Again, it changes how, or where the VM migrates to.",
         "cdp protect web --qmp /run/qemu/web.qmp --wait-synced\n  cdp protect web --libvirt qemu:///system --disk vda",
     )
     protect.add_argument(
@@ -38,7 +38,9 @@ def add_protect(commands: Commands) -> None:
     )
     protect.add_argument("--drive-mirror", action="store_true", help="use drive-mirror, not blockdev-mirror")
     protect.add_argument(
-        "--agent", metavar="PATH", help="the socket of its guest agent, for cdp point mark --freeze"
+        "--agent",
+        metavar="PATH",
+        help="the socket of its guest agent, for cdp point mark --freeze; else libvirt's, with --libvirt",
     )
     protect.add_argument("--wait-synced", action="store_true", help="return when all disks are in sync")
     protect.add_argument(

@@ -157,7 +157,7 @@ def new_vm(world: World) -> Iterator[Callable[..., Vm]]:
         yield make
 
 
-def test_from_the_service_to_an_agent_and_on_to_another(world: World, new_vm: Callable[..., Vm]) -> None:
+def test_from_the_service_to_an_agent(world: World, new_vm: Callable[..., Vm]) -> None:
     vm = new_vm()
     vm.protect(vm.here)
     vm.in_sync()
@@ -165,6 +165,9 @@ def test_from_the_service_to_an_agent_and_on_to_another(world: World, new_vm: Ca
     body = {"qmp": str(vm.there.monitor2), "disks": [found]}
     with pytest.raises(ApiError, match="is in sync where it is looked after by this service"):
         vm.server.request("PUT", f"/v1/agents/hv1/vms/{vm.name}", body)
+    strange = body | {"disks": [found | {"name": "other"}], "waits": True}
+    with pytest.raises(ApiError, match=rf"the new QEMU of {vm.name} has not {vm.name}/drive0"):
+        vm.server.request("PUT", f"/v1/agents/hv1/vms/{vm.name}", strange)
     shown = vm.protect(vm.there, "hv1")
     assert shown["by"] is None and shown["moves_to"]["by"] == "hv1"
     vm.waits("on its way into this QEMU")

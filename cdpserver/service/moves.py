@@ -15,6 +15,9 @@ from cdpserver.vm.arrival import Arrival
 from cdpserver.vm.connect import connect
 from cdpserver.vm.record import ProtectedVm, as_shown
 
+AGAIN_S = 5.0
+"""Pause before somebody goes on waiting who met what he does not know."""
+
 
 @dataclass
 class Coming:
@@ -62,9 +65,14 @@ class Moves:
         assert coming.arrival is not None
         try:
             with coming.scope:
-                await coming.arrival.run()
-        except Exception as error:  # noqa: BLE001 - one VM's rim: the others and the service go on
-            self._core.log.emit("vm.failed", level="error", vm=coming.vm.name, reason=repr(error)[:2000])
+                while True:
+                    try:
+                        await coming.arrival.run()
+                        return
+                    except Exception as error:  # noqa: BLE001 - one VM's rim: the others and the service go on
+                        reason = repr(error)[:2000]
+                        self._core.log.emit("vm.failed", level="error", vm=coming.vm.name, reason=reason)
+                    await trio.sleep(AGAIN_S)
         finally:
             coming.ended.set()
 

@@ -58,9 +58,11 @@ class Protection(Controllers):
                 if agent is not None or before is not None:
                     vm = replace(vm, guest_agent=agent or (before.guest_agent if before else None))
                 vm = replace(vm, machine=await read_machine(monitor))
+                waits = await arrival.run_state(monitor) in arrival.AWAY
+                if before is not None and moving and waits:
+                    _check_same(before, vm)
                 for disk in found:
                     await self._register(name, disk)
-                waits = await arrival.run_state(monitor) in arrival.AWAY
                 if not moving:
                     await self._change(before, vm, monitor)
             if before is not None and moving:
@@ -107,6 +109,8 @@ class Protection(Controllers):
                     f"{name} is mirrored in another way by the agent {agent}",
                     hint=f"end that first, while the agent runs: cdp protect {name} --remove",
                 )
+            if before is not None and moving and waits:
+                _check_same(before, vm)
             for disk in found:
                 await self._register(name, disk)
             if before is not None and moving:
@@ -216,3 +220,13 @@ class Protection(Controllers):
             if name in running.controller.states:
                 return running.controller.states[name]
         return None
+
+
+def _check_same(before: ProtectedVm, vm: ProtectedVm) -> None:
+    """RefusedError if a VM that is on its way is not to have all of its disks there: their protection would end with the move."""
+    lacking = {disk.name for disk in before.disks} - {disk.name for disk in vm.disks}
+    if lacking:
+        raise RefusedError(
+            f"the new QEMU of {vm.name} has not {', '.join(sorted(lacking))}",
+            hint="give its disks the ids that they have where it runs, or choose the same ones: --disk",
+        )
