@@ -38,7 +38,7 @@ _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,18}))?(?:([KMGTP])(?:i?B)?|B)?",
 _DURATION = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,18}))?(ns|us|ms|s|m|h|d)")
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _VOLUME = re.compile(r"p[1-9][0-9]{0,3}|lv/[A-Za-z0-9+_.-]{1,127}/[A-Za-z0-9+_.-]{1,127}")
-_MIRROR = re.compile(r"([^:]*):([0-9a-f]{32})(?::([0-9]{1,19}))?")
+_MIRROR = re.compile(r"([^:]*):([0-9a-f]{32})(:wait)?(?::([0-9]{1,19}))?")
 _RFC3339 = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})[Tt]([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
     r"(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))"
@@ -117,12 +117,14 @@ class DiskExport:
 class MirrorExport:
     """`NAME:UUID`: the disk, for the one mirror of a running VM, and only if its timeline is this one.
 
+    `:wait` after it: a write for which there is no room waits until there is.
     `:BORN` after it, from one worker to another, is when the client connected, in nanoseconds of the host's monotonic clock.
     """
 
     name: str
     uuid: str
     born_ns: int | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +400,8 @@ def _parse_mirror(text: str) -> MirrorExport:
     match = _MIRROR.fullmatch(text)
     if match is None:
         raise UsageError(f"not an export: {show(text)}", hint="a mirror's name is NAME:UUID")
-    return MirrorExport(check_disk_name(match[1]), match[2], int(match[3]) if match[3] else None)
+    born_ns = int(match[4]) if match[4] else None
+    return MirrorExport(check_disk_name(match[1]), match[2], born_ns, bool(match[3]))
 
 
 def format_export(export: Export) -> str:
@@ -406,8 +409,8 @@ def format_export(export: Export) -> str:
     match export:
         case DiskExport(name):
             return name
-        case MirrorExport(name, uuid, born_ns):
-            return f"{name}:{uuid}" + ("" if born_ns is None else f":{born_ns}")
+        case MirrorExport(name, uuid, born_ns, waits):
+            return f"{name}:{uuid}" + (":wait" if waits else "") + ("" if born_ns is None else f":{born_ns}")
         case PointExport(name, when, volume):
             return f"{name}@{format_when(when)}" + ("" if volume is None else f"/{volume}")
         case DeltaExport(name, number):

@@ -40,6 +40,7 @@ class Forward:
         """Connect to the worker at socket `owner` for `export`. Raises what it refuses with."""
         self.name = export
         self.thread_state = 0
+        self.waits = False  # its owner does
         self._owner = owner
         self._handle = self._connect()
         self.size = int(self._handle.get_size())

@@ -7,6 +7,7 @@ The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
 
 import builtins
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -27,6 +28,9 @@ from nbdplugin.forward import DIRECT, Forward
 API_VERSION = 2
 
 Handle: TypeAlias = Connection | Forward
+
+ROOM_S = 0.2
+"""Between two looks whether there is room now."""
 
 MAX_REQUEST = 32 << 20
 """Largest request that we advertise; QEMU's own limit."""
@@ -140,7 +144,9 @@ def _connect(export: DiskExport | MirrorExport, *, direct: bool) -> Handle:
     found = registry().catalog.get(name)
     owner = worker_of(found.id, _workers) if found is not None else _worker
     if owner == _worker:
-        return registry().disk(name).connect(mirror)
+        connection = registry().disk(name).connect(mirror)
+        connection.waits = mirror is not None and mirror.waits
+        return connection
     if direct:
         # The number of workers is being changed, and the one that asks belongs to the others: its client connects again.
         raise RemovedError(f"{name} is with worker {owner} now", hint="connect again")
@@ -215,13 +221,32 @@ def pread(h: Handle, buf: bytearray, offset: int, flags: int) -> None:
         raise
 
 
+def _no_room(h: Handle, error: CdpError, where: str, again: Callable[[], None]) -> None:
+    """A change failed for want of room: where the guest is to wait, it is made once there is. Else its error is the client's.
+
+    No lock is held, so that whoever closes the disk, or asks for its state, does not wait as well.
+    """
+    said = False
+    while h.waits and isinstance(error, NoSpaceError):
+        if not said:
+            fields = {"where": where, "disk": h.name, "waits": True}
+            registry().log.emit("target.no-space", level="warning", reason=str(error), **fields)
+            said = True
+        time.sleep(ROOM_S)
+        try:
+            return again()
+        except CdpError as later:
+            error = later
+    _fail(error, where, disk=h.name)
+    raise error
+
+
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     """Acknowledged when it would survive a kill of this process; with FUA when it is durable."""
     try:
         h.write(memoryview(buf), offset, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "write", disk=h.name)
-        raise
+        _no_room(h, error, "write", lambda: h.write(memoryview(buf), offset, fua=bool(flags & FUA)))
 
 
 def zero(h: Handle, count: int, offset: int, flags: int) -> None:
@@ -229,8 +254,7 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     try:
         h.zero(offset, count, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "zero", disk=h.name)
-        raise
+        _no_room(h, error, "zero", lambda: h.zero(offset, count, fua=bool(flags & FUA)))
 
 
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
@@ -238,8 +262,7 @@ def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     try:
         h.zero(offset, count, trim=True, fua=bool(flags & FUA))
     except CdpError as error:
-        _fail(error, "trim", disk=h.name)
-        raise
+        _no_room(h, error, "trim", lambda: h.zero(offset, count, trim=True, fua=bool(flags & FUA)))
 
 
 def flush(h: Handle, flags: int) -> None:

@@ -32,7 +32,7 @@ ANSWER_S = 20.0
 """A service that answers later than this is taken for gone; a worker that restarts is waited for there up to 15 s."""
 
 AGAIN_S = 5.0
-LET_GO_S = 10.0
+LET_GO_S = 20.0
 
 
 @dataclass

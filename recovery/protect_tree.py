@@ -34,7 +34,7 @@ def add_protect(commands: Commands) -> None:
     protect.add_argument(
         "--wait",
         action="store_true",
-        help="the guest waits for a target that is gone, rather than leave a gap",
+        help="the guest waits for a target that is gone, or has no room, rather than leave a gap",
     )
     protect.add_argument("--drive-mirror", action="store_true", help="use drive-mirror, not blockdev-mirror")
     protect.add_argument(

@@ -156,11 +156,6 @@ class Judged:
         """The guest's writes are done, and said to be."""
         self.guest.wait_acks(acks)
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """Of this name, but for a line that a full store cut."""
-        lines = (self.server.state_dir / "events.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines if f'"event": "{name}"' in line and line.endswith("}")]
-
     def saw_no_error(self) -> None:
         for guest in self.guests:
             failed = [n for n, line in enumerate(guest.console) if re.search("failed|rror", line)]
@@ -245,7 +240,7 @@ class Judged:
                     kept = root / f"data/ledger.db{suffix}"
                     if kept.exists():
                         database.with_name(f"ledger.db{suffix}").write_bytes(kept.read_bytes())
-        told = f"{point}; gaps: {self.events('disk.gap')}"
+        told = f"{point}; gaps: {server.events('disk.gap')}"
         assert lines == [str(n + 1) for n in range(len(lines))], told
         assert len(lines) >= counted, f"{counted} was said to be durable, {len(lines)} is the newest: {told}"
         with sqlite3.connect(database) as ledger:

@@ -16,7 +16,7 @@ from cdpserver import messages
 from cdpserver.catalog import Catalog
 from cdpserver.clock import fix_clock
 from cdpserver.config import Config
-from cdpserver.errors import UnreachableError
+from cdpserver.errors import RefusedError, UnreachableError
 from cdpserver.events import EventLog
 from cdpserver.service.children import Child
 from cdpserver.service.control import Targets
@@ -28,6 +28,7 @@ from cdpserver.vm.controller import HUNG_S, Controller
 from cdpserver.vm.probe import Probe
 from cdpserver.vm.qmp import Event, QmpRefusedError
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
+from cdpserver.vm.release import release
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
 from tests.test_later_qemu import NAME, URI, UUID, KeptTarget
@@ -240,8 +241,10 @@ class MirroredQemu:
 
     version = (7, 2, 0)
 
-    def __init__(self, *, yanks: bool) -> None:
+    def __init__(self, *, yanks: bool, held: bool = False) -> None:
         self.yanks, self.runs, self.objects = yanks, False, dict[str, str]()
+        self.held = held
+        """A write waits, and a job that is cancelled for it."""
         self.asked: list[str] = []
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
@@ -253,8 +256,9 @@ class MirroredQemu:
                 raise QmpRefusedError(command, "CommandNotFound", "a storage daemon")
             case "yank":
                 assert more == {"instances": [{"type": "block-node", "node-name": NAME}]}
+                self.held = False
             case "block-job-cancel":
-                self.runs = False
+                self.runs = self.held
             case "blockdev-mirror":
                 self.runs = True
             case "query-block-jobs":
@@ -326,3 +330,15 @@ async def test_a_guest_is_freed_of_a_target_that_hangs(
             assert not target.lost_said, "it waited"
         assert state() == "synced"
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("yanks", [True, False])
+async def test_an_operator_ends_a_mirror_that_a_write_waits_in(
+    autojump_clock: trio.testing.MockClock, yanks: bool
+) -> None:
+    """A guest that is to wait waits for room, or for a target that hangs; to take its protection back lets it go on."""
+    qemu = MirroredQemu(yanks=yanks, held=True)
+    qemu.runs = True
+    with contextlib.nullcontext() if yanks else pytest.raises(RefusedError, match="does not end the job"):
+        await release(qemu, [UUID])
+    assert qemu.runs != yanks

@@ -111,5 +111,5 @@ def test_a_vm_that_moved_without_a_word_is_said_to_have_moved(short_path: Path) 
             assert qmp.call("query-block-jobs") == []
         vm.protect()
         vm.in_sync()
-        assert vm.events("disk.gap"), "it wrote before its new QEMU was named"
+        assert vm.server.events("disk.gap"), "it wrote before its new QEMU was named"
         vm.judge()

@@ -323,6 +323,7 @@ def test_what_is_no_export_is_refused(text: str) -> None:
             disk_names,
             st.from_regex("[0-9a-f]{32}", fullmatch=True),
             st.none() | st.integers(0, (1 << 63) - 1),
+            st.booleans(),
         ),
         st.builds(PointExport, disk_names, whens, st.sampled_from((None, "p3", "lv/vg0/root"))),
         st.builds(DeltaExport, disk_names, numbers),

@@ -197,13 +197,13 @@ class Far(Judged):
 
     def struck(self, what: str, hit: Callable[[], None], mend: Callable[[], None]) -> None:
         self.goes_on()
-        gaps = len(self.events("disk.gap"))
+        gaps = len(self.server.events("disk.gap"))
         with self.waits_no_longer_than_the_bound(what):
             hit()
             until(self.freed, "yank of all mirrors")
             self.goes_on(20)
             mend()
-            until(lambda: len(self.events("disk.gap")) == gaps + len(DISKS), "gaps on record")
+            until(lambda: len(self.server.events("disk.gap")) == gaps + len(DISKS), "gaps on record")
             self.points_go_on()
             self.in_sync()
 
@@ -235,7 +235,7 @@ def test_only_yank_frees_a_guest_from_a_server_far_away(short_path: Path) -> Non
                 waters.struck("freeze", server.freeze, server.thaw)
                 waters.struck("freeze and reset", waters.freeze_and_reset, server.thaw)
                 until(
-                    lambda: len(waters.events("disk.guest-freed")) == 3 * len(DISKS), "word of what was freed"
+                    lambda: len(server.events("disk.guest-freed")) == 3 * len(DISKS), "word of what was freed"
                 )
                 waters.check_points(random.Random(os.environ.get("CDP_SEED")))
         finally:

@@ -18,6 +18,7 @@ import pytest
 
 from tests.test_cli import at_a_terminal
 from tests.test_service import ApiError, Server, until
+from tools.kit.processes import run
 from tools.kit.qmp import Qmp
 from tools.kit.source import Source, make_image
 
@@ -370,6 +371,56 @@ def test_a_monitor_that_another_program_holds(short_path: Path) -> None:
         pytest.raises(ApiError, match="another program holds this monitor"),
     ):
         protect(server, source)
+
+
+def test_a_guest_that_is_to_wait_waits_for_room(short_path: Path) -> None:
+    """Also where the worker dies meanwhile: QEMU sends the write again, and it waits again."""
+    store = short_path / "store"
+    store.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=100m,mode=700", "cdp-room", store)
+    try:
+        with Server(store / "s") as server, Source(short_path, SIZE) as source, guest(source) as writes:
+            source.qmp.close()
+            protect(server, source, wait=True)
+            in_sync(server)
+            filler = store / "filler"
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+            enough = threading.Event()
+            done_at = [time.monotonic()]
+
+            def write() -> None:
+                while not enough.is_set():
+                    writes.pwrite(os.urandom(1 << 20), len(done_at) % 8 << 20)
+                    done_at.append(time.monotonic())
+
+            def waits() -> bool:
+                """Longer than a guest waits that is not to."""
+                return time.monotonic() - done_at[-1] > 3
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            try:
+                until(waits, "write without room")
+                os.kill(server.pids()["target-0"], signal.SIGKILL)
+                before = len(done_at)
+                writer.join(3)
+                assert len(done_at) == before, "it waits for the next worker, too"
+            finally:
+                enough.set()
+                filler.unlink()
+                writer.join(60)
+            assert not writer.is_alive()
+            in_sync(server)
+            all_arrives(server, source)
+            assert not server.events("disk.gap")
+            print(
+                server.events("target.hung"), server.events("disk.degraded"), server.events("target.no-space")
+            )
+            assert server.delete("/v1/vms/web")["left"] == ""
+    finally:
+        run("umount", "--lazy", store)
 
 
 def test_a_guest_that_is_to_wait_leaves_no_gap(short_path: Path) -> None:

@@ -115,8 +115,10 @@ class Server:
         return str(self.get(f"/v1/uri?point={urllib.parse.quote(point)}")["uri"])
 
     def events(self, name: str) -> list[dict[str, Any]]:
+        """Of this name, but for a line that a full store cut."""
         lines = (self.state_dir / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] == name]
+        whole = (json.loads(line) for line in lines if line.endswith("}"))
+        return [event for event in whole if event["event"] == name]
 
     def pids(self) -> dict[str, int]:
         return {name: child["pid"] for name, child in self.get("/v1/status")["children"].items()}

@@ -24,11 +24,11 @@ def test_a_guest_in_a_storm(short_path: Path) -> None:
     print("seed", seed, [strike.__name__ for strike, _ in strikes])
     with sea(short_path) as waters:
         for strike, leaves_gap in strikes:
-            gaps = len(waters.events("disk.gap"))
+            gaps = len(waters.server.events("disk.gap"))
             with waters.waits_no_longer_than_the_bound(strike.__name__):
                 strike(waters)
                 waters.goes_on()
                 waters.points_go_on()
                 waters.in_sync()
-            assert not leaves_gap or len(waters.events("disk.gap")) > gaps, strike.__name__
+            assert not leaves_gap or len(waters.server.events("disk.gap")) > gaps, strike.__name__
         waters.check_points(dice)

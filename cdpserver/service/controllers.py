@@ -29,7 +29,7 @@ from cdpserver.vm.release import release
 AGAIN_S = 5.0
 """Pause before a controller goes on that met what it does not know."""
 
-LET_GO_S = 10.0
+LET_GO_S = 20.0
 """How long removing waits for QEMU to end its mirrors."""
 
 LEFT_S = 5.0

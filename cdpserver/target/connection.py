@@ -44,7 +44,7 @@ class Disk(Protocol):
 class Connection:
     """One client of one disk. All requests of a connection come from one thread at a time."""
 
-    __slots__ = ("_disk", "born_ns", "counts", "lock", "replaced", "size", "thread_state", "wrote")
+    __slots__ = ("_disk", "born_ns", "counts", "lock", "replaced", "size", "thread_state", "waits", "wrote")
 
     def __init__(self, disk: Disk, born_ns: int | None = None) -> None:
         self._disk = disk
@@ -57,6 +57,8 @@ class Connection:
         self.lock = threading.Lock()
         self.counts = Counts()
         self.wrote = False
+        self.waits = False
+        """Its guest is to wait for room, rather than hear that there is none."""
         self.thread_state = 0
         """What the plugin must give back when the connection ends."""
 

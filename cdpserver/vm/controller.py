@@ -25,7 +25,7 @@ from cdpserver.vm.changes import CannotError, Changes
 from cdpserver.vm.connect import Connect
 from cdpserver.vm.copies import Copy, How
 from cdpserver.vm.marks import Mark
-from cdpserver.vm.mirror import Job, Mirror
+from cdpserver.vm.mirror import Job, Mirror, waiting_uri
 from cdpserver.vm.qmp import Event, Monitor, QmpClosedError, QmpGoneError, QmpRefusedError
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.target import Ago, SeenJob, Target, TargetState
@@ -246,8 +246,7 @@ class _Follower:
             if self._target.hung_s(self._name) < HUNG_S:
                 self._freed = False
             elif not self._freed and self._mirror is not None:
-                self._freed = True
-                now = trio.current_time()
+                self._freed, now = True, trio.current_time()
                 if await self._mirror.free_guest():
                     self._seen.freed_at = self._seen.freed_at or now
                     self._lose("the guest went on without a target that did not answer")
@@ -255,7 +254,8 @@ class _Follower:
 
     async def _step(self) -> None:
         if self._mirror is None:
-            uuid, self._uri = await self._target.identity(self._name)
+            uuid, uri = await self._target.identity(self._name)
+            self._uri = waiting_uri(uri, uuid) if self._vm.wait else uri
             found = Mirror(self._monitor, uuid)
             self._changes = Changes(self._monitor, found, self._holding)
             await self._changes.clean()

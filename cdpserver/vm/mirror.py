@@ -106,6 +106,11 @@ def mirror_uri(uri: str, uuid: str) -> str:
     return f"{place}:{uuid}{query}{rest}"
 
 
+def waiting_uri(uri: str, uuid: str) -> str:
+    """Of such a URI the one of a mirror whose guest waits for room rather than leave a gap."""
+    return uri.replace(f":{uuid}", f":{uuid}:wait", 1)
+
+
 def disk_uri(uri: str, uuid: str) -> str:
     """Of such a URI the disk's own, which may be opened beside its mirror."""
     return uri.replace(f":{uuid}", "", 1)
