@@ -78,32 +78,53 @@ def test_an_empty_state_directory_takes_nothing(short_path: Path) -> None:
             assert qmp.call("query-block-jobs") == []
 
 
+VMS = ("web", "db")
+
+
+def shows(server: Server, vm: str, key: str, text: str) -> None:
+    """A VM's disk says that of itself, in the end."""
+    until(lambda: text in server.get(f"/v1/vms/{vm}")["disks"][0][key], f"{text} in {key} of {vm}")
+
+
+def swap(state: Path) -> None:
+    """Each of the two disks' names leads to the other's timeline."""
+    first, second = sorted((state / "timelines").iterdir())
+    first.rename(state / "swap")
+    second.rename(first)
+    (state / "swap").rename(second)
+
+
 def test_disks_that_were_swapped_are_not_mixed(short_path: Path) -> None:
+    """Nothing of the one is served, or taken, as the other; put right, each goes on with what is its own."""
     (short_path / "b").mkdir()
     with in_protection(short_path) as (source, state, writes), Source(short_path / "b", SIZE) as other:
         other.qmp.close()
         with guest(other) as others:
+            others.pwrite(b"x" * BLOCK, 0)
+            before: dict[str, bytes] = {}
             with Server(state) as server:
                 in_sync(server)
                 server.request("PUT", "/v1/vms/db", {"qmp": str(other.monitor), "disks": ["disk0"]})
-                until(lambda: server.get("/v1/vms/db")["disks"][0]["state"] == "synced", "second VM in sync")
+                shows(server, "db", "state", "synced")
+                for vm in VMS:
+                    server.post(f"/v1/disks/{vm}/disk0:mark", name="before")
+                    before[vm] = content(server.uri(f"{vm}/disk0@before"))
                 server.stop()
-            first, second = sorted((state / "timelines").iterdir())
-            first.rename(short_path / "swap")
-            second.rename(first)
-            (short_path / "swap").rename(second)
+            assert before["web"] != before["db"]
+            swap(state)
             with Server(state) as server:
-                for number in range(4):
-                    writes.pwrite(b"w" * BLOCK, number * BLOCK)
-                    others.pwrite(b"o" * BLOCK, number * BLOCK)
-
-                def answered() -> bool:
-                    """Refused with a reason, or copied anew: for both."""
-                    shown = [server.get(f"/v1/vms/{vm}")["disks"][0] for vm in ("web", "db")]
-                    return all(one["state"] == "synced" or one["reason"] for one in shown)
-
-                until(answered, "answer")
+                for handle, byte in ((writes, b"w"), (others, b"o")):
+                    for number in range(4):
+                        handle.pwrite(byte * BLOCK, number * BLOCK)
+                for vm in VMS:
+                    shows(server, vm, "reason", "is of timeline")
+                    for when in ("before", "latest"):
+                        with pytest.raises(ApiError, match="is of timeline"):
+                            server.uri(f"{vm}/disk0@{when}")
+                server.stop()
+            swap(state)
+            with Server(state) as server:
                 for vm, of in (("web", source), ("db", other)):
-                    if server.get(f"/v1/vms/{vm}")["disks"][0]["state"] == "synced":
-                        graded(server, "crash")
-                        assert content(server.uri(f"{vm}/disk0@latest")) == of.image.read_bytes()
+                    shows(server, vm, "state", "synced")
+                    assert content(server.uri(f"{vm}/disk0@before")) == before[vm]
+                    assert content(server.uri(f"{vm}/disk0@latest")) == of.image.read_bytes()
