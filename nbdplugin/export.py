@@ -188,7 +188,6 @@ def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
 
 def open(readonly: bool) -> Export:
     """The instant of the export name that the client asked for."""
-    _came.set()
     text = nbdkit.export_name()
     started = time.monotonic()
     try:
@@ -196,6 +195,7 @@ def open(readonly: bool) -> Export:
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
+    _came.set()  # who only failed to open a point has not come
     assert _log is not None
     _log.emit("export.opened", export=text, seconds=round(time.monotonic() - started, 4))
     export.thread_state = thread_state.keep()

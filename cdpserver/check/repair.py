@@ -24,7 +24,7 @@ from cdpserver.chain.holds import holds
 from cdpserver.check import Report, check_timeline
 from cdpserver.check.depth import Everything
 from cdpserver.cuts import find_cut
-from cdpserver.errors import CdpError, CorruptError, RefusedError
+from cdpserver.errors import CdpError, CorruptError
 from cdpserver.index.indexer import rebuild
 from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.journal import links
@@ -277,12 +277,3 @@ def _names(path: Path) -> Iterator[Path]:
     while True:
         yield path.with_name(f"{path.name}{ASIDE}-{number}")
         number += 1
-
-
-def check_digest(plan: Plan, digest: str) -> None:
-    """RefusedError unless it is this plan that was seen."""
-    if digest != plan.digest:
-        raise RefusedError(
-            f"{digest} is not the plan for what is damaged now; that is {plan.digest}",
-            hint=f"look at it: cdp repair {plan.disk}",
-        )
