@@ -26,7 +26,7 @@ from cdpserver.journal.record import CHANGES
 from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
-from cdpserver.timeline import ImageBase, PointBase
+from cdpserver.timeline import BackupBase, ImageBase, PointBase
 from cdpserver.view.chain import write_map
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
@@ -87,6 +87,7 @@ def _root(history: History) -> Backing:
         return _newest_before(history.parent, base.seq)
     if isinstance(base, ImageBase):
         return Backing(history.state_dir / base.file, "raw", history, 0)
+    check_ground(history)
     if not (history.directory / "base.synced").exists():
         raise RefusedError(
             f"the base of {history.timeline.full_name} is not durable yet", hint="try again in a moment"
@@ -123,6 +124,22 @@ def _cut(history: History, number: int) -> Cut:
         if found is not None:
             return found
     raise NotFoundError(f"{name} has no base point {number}", hint=f"cdp bp list {name}")
+
+
+def stands_on_backup(history: History) -> bool:
+    """Does its lineage begin with a backup? Then no base point can be published, so none is cut."""
+    if history.parent is not None:
+        return stands_on_backup(history.parent)
+    return isinstance(history.timeline.base, BackupBase)
+
+
+def check_ground(history: History) -> None:
+    """RefusedError where there is no file that a base point could stand on."""
+    if stands_on_backup(history):
+        raise RefusedError(
+            f"{history.timeline.full_name} stands on a backup, which is no file that a base point could stand on",
+            hint="cdp export writes it out; cdp backup run backs it up",
+        )
 
 
 def pending(history: History) -> list[Cut]:

@@ -89,6 +89,9 @@ class Config:
     policy_drill_command: str | None = _DEFAULT.drill_command
     policy_drill_marker: str | None = _DEFAULT.drill_marker
     policy_drill_check: str | None = _DEFAULT.drill_check
+    policy_backup: str | None = _DEFAULT.backup
+    policy_backup_to: str | None = _DEFAULT.backup_to
+    policy_backup_copy: str | None = _DEFAULT.backup_copy
 
     @property
     def policy(self) -> Layer:

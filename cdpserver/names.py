@@ -368,6 +368,32 @@ def parse_point(text: str) -> tuple[str, When]:
     return check_disk_name(disk), parse_when(when)
 
 
+BACKUP = "backup:"
+BACKUP_ID = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{8}")
+_BACKUP_TEXT = re.compile(r"[0-9TZ.a-f-]{1,32}|latest")
+
+
+def parse_backup(text: str) -> tuple[str, str]:
+    """`backup:ID` or `backup:ID/DISK`, with a volume of it or without: the id, its beginning or `latest`; and what follows."""
+    id_, _, inner = text.removeprefix(BACKUP).partition("/")
+    if not text.startswith(BACKUP) or not _BACKUP_TEXT.fullmatch(id_):
+        raise UsageError(
+            f"not a backup: {show(text)}", hint="write backup:ID; cdp backup list shows their ids"
+        )
+    return id_, inner
+
+
+def attached_name(backup_id: str) -> str:
+    """The VM as which a backup is attached: its disks are forks that stand on the backup."""
+    return f"backup-{backup_id}"
+
+
+def is_attached(name: str) -> bool:
+    """Is this such a VM, or a disk of one?"""
+    vm = name.partition("/")[0]
+    return vm.startswith("backup-") and BACKUP_ID.fullmatch(vm.removeprefix("backup-")) is not None
+
+
 def split_volume(text: str) -> tuple[str, str | None]:
     """`DISK@WHEN/p3` or `DISK@WHEN/lv/VG/LV`: the point, and the volume in it; None where none is named."""
     disk, at, rest = text.partition("@")

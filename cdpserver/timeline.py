@@ -16,7 +16,7 @@ from cdpserver import durable
 from cdpserver.durable import corrupt_json, take_int, take_keys, take_str
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
 from cdpserver.limits import MAX_DISK_SIZE, SECTOR
-from cdpserver.names import MAX_NUMBER, full_name
+from cdpserver.names import BACKUP_ID, MAX_NUMBER, check_disk_name, full_name
 from cdpserver.state import StateDir, check_timeline_id
 
 FORMAT = 1
@@ -25,6 +25,7 @@ INTERVALS = "intervals"
 LOCKS = ("writer.lock", "index.lock", "lease")
 
 # A name directly in bases/, without '..': it is joined to the state directory.
+_REPOSITORY = re.compile(r"[0-9a-f]{32}")
 _IMAGE_FILE = re.compile(r"bases/[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*\.raw")
 
 
@@ -49,7 +50,16 @@ class PointBase:
     time_ns: int
 
 
-Base: TypeAlias = EmptyBase | ImageBase | PointBase
+@dataclass(frozen=True, slots=True)
+class BackupBase:
+    """A disk that stands on `disk` of a backup, in a repository that the state directory knows by its id."""
+
+    repository: str
+    backup: str
+    disk: str
+
+
+Base: TypeAlias = EmptyBase | ImageBase | PointBase | BackupBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ class Timeline:
 
     @property
     def is_fork(self) -> bool:
-        """Whether it starts at a point of another timeline."""
-        return isinstance(self.base, PointBase)
+        """Whether it starts at a point of another timeline, or at a backup."""
+        return isinstance(self.base, PointBase | BackupBase)
 
     @property
     def full_name(self) -> str:
@@ -120,6 +130,8 @@ def _base_to_json(base: Base) -> dict[str, Any]:
             return {"kind": "image", "file": file}
         case PointBase(timeline, seq, time_ns):
             return {"kind": "point", "timeline": timeline, "seq": seq, "time_ns": time_ns}
+        case BackupBase(repository, backup, disk):
+            return {"kind": "backup", "repository": repository, "backup": backup, "disk": disk}
 
 
 def _base_from_json(value: Any, path: Path) -> Base:
@@ -138,6 +150,13 @@ def _base_from_json(value: Any, path: Path) -> Base:
                 take_str(value, "timeline", path),
                 take_int(value, "seq", path),
                 take_int(value, "time_ns", path),
+            )
+        case "backup":
+            take_keys(value, {"kind", "repository", "backup", "disk"}, path)
+            return BackupBase(
+                take_str(value, "repository", path),
+                take_str(value, "backup", path),
+                take_str(value, "disk", path),
             )
     raise corrupt_json(path, "the kind of 'base' is not known")
 
@@ -159,6 +178,10 @@ def _check(timeline: Timeline) -> None:
                 raise UsageError(
                     "the point to fork from cannot exist", hint="name a point of another timeline"
                 )
+        case BackupBase(repository, backup, disk):
+            check_disk_name(disk)
+            if not _REPOSITORY.fullmatch(repository) or not BACKUP_ID.fullmatch(backup):
+                raise UsageError("the backup to stand on cannot exist", hint="cdp backup list shows them")
 
 
 def load(directory: Path) -> Timeline:

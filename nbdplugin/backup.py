@@ -1,6 +1,7 @@
 """nbdkit plugin: disks of backups, read-only, by export name.
 
-ID/DISK    a disk of a backup; DISK as the backup knows it
+ID/DISK             a disk of a backup; DISK as the backup knows it
+ID/DISK@delta:ID    what it changes against the backup named last: unchanged ranges are holes, which `qemu-img convert -B` skips
 """
 
 import builtins
@@ -13,6 +14,7 @@ import nbdkit
 from cdpserver import events
 from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.repository.content import Content
+from cdpserver.repository.layer import Layer
 from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
 from nbdplugin import thread_state
@@ -33,7 +35,7 @@ _repository: Repository | None = None
 class Export:
     """One connection's disk."""
 
-    content: Content
+    content: Content | Layer
     name: str
     lock: threading.Lock
     thread_state: int = 0
@@ -84,16 +86,24 @@ def open(readonly: bool) -> Export:
     assert _repository is not None
     name = nbdkit.export_name()
     try:
-        backup_id, _, disk_name = name.partition("/")
-        disk = _repository.backup(backup_id).disk(disk_name or None)
-        if disk is None:
-            raise NotFoundError(f"backup {backup_id} has no disk of that name", hint="cdp backup show ID")
-        export = Export(Content(_repository, disk, ahead=AHEAD), name, threading.Lock())
+        where, delta, other = name.partition("@delta:")
+        backup_id, _, disk_name = where.partition("/")
+        content = _content(backup_id, disk_name)
+        layer = Layer(content, _content(other, disk_name)) if delta else None
+        export = Export(layer or content, name, threading.Lock())
     except CdpError as error:
         nbdkit.set_error(error.errno)
         raise
     export.thread_state = thread_state.keep()
     return export
+
+
+def _content(backup_id: str, disk_name: str) -> Content:
+    assert _repository is not None
+    disk = _repository.backup(backup_id).disk(disk_name or None)
+    if disk is None:
+        raise NotFoundError(f"backup {backup_id} has no disk of that name", hint="cdp backup show ID")
+    return Content(_repository, disk, ahead=AHEAD)
 
 
 def close(h: Export) -> None:
@@ -149,7 +159,10 @@ def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tup
     """Block status: data, or a hole that reads as zeros."""
     try:
         with h.lock:
-            runs = h.content.status(offset, offset + count, one=bool(flags & REQ_ONE))
+            one = bool(flags & REQ_ONE)
+            if isinstance(h.content, Layer):
+                return [(s, e - s, t) for s, e, t in h.content.status(offset, offset + count, one=one)]
+            runs = h.content.status(offset, offset + count, one=one)
     except CdpError as error:
         nbdkit.set_error(error.errno)
         raise

@@ -7,13 +7,18 @@ from cdpserver.errors import UsageError
 
 
 def point(text: str) -> str:
-    """`DISK@WHEN`, `VM@WHEN` or `GROUP@WHEN`"""
-    names.parse_point(text)
+    """`DISK@WHEN`, `VM@WHEN` or `GROUP@WHEN`; `backup:ID` or `backup:ID/DISK`"""
+    if text.startswith(names.BACKUP):
+        names.parse_backup(text)
+    else:
+        names.parse_point(text)
     return text
 
 
 def place(text: str) -> str:
-    """`DISK@WHEN`, `DISK@WHEN/p2` or `DISK@WHEN/lv/VG/LV`; `VM@WHEN/DISK` and the same after it."""
+    """`DISK@WHEN`, `DISK@WHEN/p2` or `DISK@WHEN/lv/VG/LV`; `VM@WHEN/DISK` or `backup:ID/DISK` and the same after it."""
+    if text.startswith(names.BACKUP):
+        return point(text)
     name, _, rest = text.partition("@")
     when, _, inner = rest.partition("/")
     names.parse_point(f"{name}@{when}" if "@" in text else text)
@@ -30,6 +35,14 @@ def when(text: str) -> str:
     """`WHEN`"""
     names.parse_when(text)
     return text
+
+
+def instant(text: str) -> str:
+    """`WHEN` or `backup:ID`"""
+    if text.startswith(names.BACKUP):
+        names.parse_backup(text)
+        return text
+    return when(text)
 
 
 def count(text: str) -> int:
@@ -50,7 +63,9 @@ def take_disk(*commands: ArgumentParser, metavar: str = "DISK", optional: bool =
 def take_point(*commands: ArgumentParser, help: str | None = None) -> None:
     """Each of them is about one point."""
     for command in commands:
-        command.add_argument("point", metavar="DISK@WHEN", type=point, help=help or "or VM@WHEN, GROUP@WHEN")
+        command.add_argument(
+            "point", metavar="DISK@WHEN", type=point, help=help or "or VM@WHEN, GROUP@WHEN, backup:ID"
+        )
 
 
 def take_place(*commands: ArgumentParser) -> None:
@@ -60,7 +75,7 @@ def take_place(*commands: ArgumentParser) -> None:
             "point",
             metavar="DISK@WHEN",
             type=place,
-            help="and where there are several: /p2 or /lv/VG/LV after it; VM@WHEN/DISK as well",
+            help="and where there are several: /p2 or /lv/VG/LV after it; VM@WHEN/DISK, backup:ID/DISK as well",
         )
 
 

@@ -1,43 +1,40 @@
 """`cdp backup`: points into a repository, and back."""
 
-import contextlib
 import json
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
-from pathlib import Path
 
 from cdpserver.errors import CorruptError, RefusedError, UsageError
-from cdpserver.names import format_bytes, parse_point
+from cdpserver.names import When, format_bytes, parse_point
 from cdpserver.repository import prune, sessions
 from cdpserver.repository.check import check_backup
-from cdpserver.repository.record import FULL, BackedUpDisk, Backup
+from cdpserver.repository.locks import locks
+from cdpserver.repository.record import FULL, Backup
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.source import held_points
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
 from cdpserver.state import default_state_dir
 from recovery.bar import moving
-from recovery.export import write_out
-from recovery.opened import Opened, alone
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
-from recovery.repo import DAMAGED, locks
-from recovery.repositories import find_backup, find_id, opened_repository, read_key
+from recovery.remote import client
+from recovery.repo import DAMAGED
+from recovery.repositories import find_backup, find_id, opened_repository
+from recovery.together import several
 
 
 def run(options: Namespace) -> None:
     """Make one. Killed, there is none, and the next one is right."""
-    name, when = parse_point(options.point)
+    points, name = _points(options)
     most = MAX_INCREMENTS if options.max_increments is None else options.max_increments
     state_dir = default_state_dir(options.state_dir)
     with (
         opened_repository(options) as repository,
-        held_points(state_dir, [(name, when)]) as sources,
+        held_points(state_dir, points) as sources,
         moving(f"backing up {options.point}", 1000) as bar,
     ):
         made = back_up(
             repository,
             sources,
-            f"{name}@seq:{sources[0].seq}",
+            name or f"{sources[0].name}@seq:{sources[0].seq}",
             full=options.full,
             max_increments=most,
             progress=lambda done: bar(int(done * 1000), 1000),
@@ -51,6 +48,23 @@ def run(options: Namespace) -> None:
         f" {format_bytes(made.stored_bytes)} stored"
     )
     say(f"{made.kind}, since {made.reason}" if made.kind == "full" else made.reason)
+
+
+def _points(options: Namespace) -> tuple[list[tuple[str, When]], str]:
+    """The disks of the point, all at one instant; and what a backup of several is called."""
+    found = several(options, options.point)
+    if found is None:
+        return [parse_point(options.point)], ""
+    return [parse_point(str(disk["point"])) for disk in found["disks"]], str(found["point"])
+
+
+def detach(options: Namespace) -> None:
+    """The service reads it no more."""
+    client(options).detach(options.id)
+    if options.json:
+        answer_json({"id": options.id, "detached": True})
+    else:
+        answer(f"detached backup:{options.id}")
 
 
 def list_(options: Namespace) -> None:
@@ -151,43 +165,3 @@ def _done(options: Namespace, backup: Backup, what: str) -> None:
         answer_json({"id": backup.id, what: True})
     else:
         answer(f"{what} backup:{backup.id}")
-
-
-def restore(options: Namespace) -> None:
-    """As `cdp export` does: sparse, with progress, resumed by the same command, verified."""
-    with opened_repository(options) as repository:
-        backup = find_backup(repository, options.id)
-        disk = _disk(backup, options.disk)
-        where = repository.place.where
-
-    @contextlib.contextmanager
-    def origin(_: object) -> Iterator[Opened]:
-        name = f"{backup.id}/{disk.name}"
-        with _served(options, where, name) as uri:
-            yield Opened(disk.name, f"backup:{backup.id}", disk.seq, disk.time_ns, uri)
-
-    options.point = f"backup:{backup.id}/{disk.name}"
-    write_out(options, origin)
-
-
-def _disk(backup: Backup, name: str | None) -> BackedUpDisk:
-    found = backup.disk(name)
-    if found is None:
-        there = ", ".join(disk.name for disk in backup.disks)
-        raise UsageError(f"backup {backup.id} is of {there}", hint=f"--disk {backup.disks[0].name}")
-    return found
-
-
-@contextlib.contextmanager
-def _served(options: Namespace, repo: str, name: str) -> Iterator[str]:
-    """An export of our own of one disk of a backup. The key goes by a file that only we can read, never by argv."""
-    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
-        room = Path(directory)
-        parameters = [f"repo={repo}"]
-        if (secret := read_key(options)) is not None:
-            path = room / "key"
-            path.touch(mode=0o600)
-            path.write_bytes(secret)
-            parameters.append(f"key_file={path}")
-        with alone("backup", parameters, room / "nbd"):
-            yield f"nbd+unix:///{name}?socket={room / 'nbd'}"

@@ -121,14 +121,43 @@ def _log_path(options: Namespace, script: str) -> Path:
 
 def _points(service: Client, options: Namespace) -> list[_Point]:
     """The points from the good one to the bad one. UsageError unless one is before the other."""
-    try:
-        service.disk(options.name)
-    except NotFoundError:
-        points = _of_vm(service, options)
+    if options.good.startswith(names.BACKUP) or options.bad.startswith(names.BACKUP):
+        points = _of_backups(service, options)
     else:
-        points = _of_disk(service, options)
+        try:
+            service.disk(options.name)
+        except NotFoundError:
+            points = _of_vm(service, options)
+        else:
+            points = _of_disk(service, options)
     say(f"{len(points)} points: about {max(len(points) - 2, 0).bit_length()} probes")
     return points
+
+
+def _of_backups(service: Client, options: Namespace) -> list[_Point]:
+    """Backups of the disk or VM, in the repositories that the service knows."""
+    held = service.backups(options.name)
+    places = []
+    for text in (options.good, options.bad):
+        if not text.startswith(names.BACKUP):
+            raise UsageError("one of them is a backup, the other is not", hint="write backup:ID for both")
+        wanted = names.parse_backup(text)[0]
+        found = [n for n, one in enumerate(held) if wanted == "latest" or one["id"].startswith(wanted)]
+        if not found or (len(found) > 1 and wanted != "latest"):
+            raise NotFoundError(
+                f"{len(found)} backups of {options.name} are {names.show(text)}",
+                hint="cdp backup list shows them; their repository must be known: cdp repo add",
+            )
+        places.append(found[-1])
+    good, bad = places
+    _check_order(options, good, bad)
+    searched = [
+        one
+        for number, one in enumerate(held[good : bad + 1], start=good)
+        if number in places or options.force or one["grade"] != "unordered"
+    ]
+    disk = "" if searched[0]["name"].partition("@")[0] == options.name else f"/{options.name}"
+    return [_Point(f"{names.BACKUP}{one['id']}{disk}", one["time"]) for one in searched]
 
 
 def _of_disk(service: Client, options: Namespace) -> list[_Point]:
@@ -181,7 +210,10 @@ def _check_order(options: Namespace, good: int, bad: int) -> None:
 
 def _probe(service: Client, point: _Point, script: str, force: bool) -> Verdict:
     """What the script says of one point."""
-    lent = service.lend(point.name, force=force)
+    name = point.name
+    if name.startswith(names.BACKUP):
+        name = service.attach(name, None)["point"]
+    lent = service.lend(name, force=force)
     try:
         status = subprocess.run([script], env=os.environ | _environment(point, lent), check=False).returncode
     finally:

@@ -295,6 +295,32 @@ class Client:
         """Remove a fork with what was written to it."""
         return self._long("DELETE", f"forks/{quote(name)}")
 
+    # -- repositories --------------------------------------------------------------------------------------------
+
+    def repositories(self) -> list[Object]:
+        """Those that the service knows."""
+        return self._list("GET", "repositories")
+
+    def add_repository(self, path: str, key_file: str) -> Object:
+        """Register a repository."""
+        return self._object("PUT", "repositories", body={"path": path, "key_file": key_file})
+
+    def remove_repository(self, which: str) -> Object:
+        """Forget one, by its id or path."""
+        return self._object("DELETE", f"repositories/{quote(which, safe='')}")
+
+    def backups(self, name: str) -> list[Object]:
+        """Those of a disk, VM or group in the repositories that the service knows."""
+        return self._list("GET", "backups", query={"name": name})
+
+    def attach(self, backup: str, repository: str | None) -> Object:
+        """A backup as a point."""
+        return self._object("POST", "backups:attach", body={"backup": backup, "repository": repository})
+
+    def detach(self, backup: str) -> Object:
+        """An attached backup is let go."""
+        return self._object("POST", f"backups/{quote(backup, safe='')}:detach")
+
     # -- recoveries ----------------------------------------------------------------------------------------------
 
     def start_recovery(self, body: Object) -> Object:

@@ -1,7 +1,7 @@
 """`cdp drill`, `cdp bisect` and `cdp point drills` in the tree of commands."""
 
 from cdpserver import names
-from recovery.arguments import point, when
+from recovery.arguments import instant, point
 from recovery.tree import Commands, Group, lazy
 
 DRILL_FIELDS = """
@@ -64,9 +64,13 @@ def add_bisect(commands: Commands) -> None:
     )
     bisect.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
     bisect.add_argument(
-        "--good", required=True, metavar="WHEN", type=when, help="an instant that is known to be good"
+        "--good",
+        required=True,
+        metavar="WHEN",
+        type=instant,
+        help="an instant that is known to be good; or backup:ID, then backups are searched",
     )
-    bisect.add_argument("--bad", required=True, metavar="WHEN", type=when, help="a later one that is not")
+    bisect.add_argument("--bad", required=True, metavar="WHEN", type=instant, help="a later one that is not")
     bisect.add_argument("--run", required=True, metavar="SCRIPT", dest="script", help="what tells them apart")
     bisect.add_argument(
         "--log", metavar="FILE", help="where the probes are noted; else in $XDG_STATE_HOME/cdp"

@@ -46,7 +46,7 @@ Origin: TypeAlias = Callable[[Unfinished | None], AbstractContextManager[Opened]
 def export(options: Namespace) -> None:
     """Copy, and verify if asked. NoSpaceError, RefusedError, CorruptError; the same command goes on."""
     found = several(options, options.point)
-    _answer(options, _one(options) if found is None else export_several(options, found, _one))
+    tell(options, _one(options) if found is None else export_several(options, found, _one))
 
 
 def _one(options: Namespace) -> dict[str, Any]:
@@ -58,15 +58,11 @@ def _one(options: Namespace) -> dict[str, Any]:
             return opened(options, f"{parse_point(options.point)[0]}@seq:{left.seq}")
         return opened(options, options.point)
 
-    return _written(options, origin)
+    return written(options, origin)
 
 
-def write_out(options: Namespace, origin: Origin) -> None:
-    """What `origin` opens, to `options.output`, as `export` does."""
-    _answer(options, _written(options, origin))
-
-
-def _answer(options: Namespace, result: dict[str, Any]) -> None:
+def tell(options: Namespace, result: dict[str, Any]) -> None:
+    """The answer of an export."""
     if options.json:
         answer_json(result)
         return
@@ -74,7 +70,8 @@ def _answer(options: Namespace, result: dict[str, Any]) -> None:
         answer(_told(one))
 
 
-def _written(options: Namespace, origin: Origin) -> dict[str, Any]:
+def written(options: Namespace, origin: Origin) -> dict[str, Any]:
+    """What `origin` opens, at `options.output`: copied, gone on with or compared."""
     output = Output.parse(options.output)
     if options.format != "raw" and output.kind != "file":
         raise UsageError("a device or an NBD server takes raw content", hint="leave --format out")
@@ -119,8 +116,8 @@ class _Export:
         """Compare what is there."""
         path = self._output.path
         with self._origin(self._left) as point, moving(f"comparing {path.name}") as bar:
-            with _serving(path, self._options.format) as uri:
-                compared = _verify(point.uri, uri, self._output.text, bar)
+            with serving(path, self._options.format) as uri:
+                compared = verify_same(point.uri, uri, self._output.text, bar)
             return self._result(point, "compared") | {"compared_bytes": compared, "verified": True}
 
     def run(self) -> dict[str, Any]:
@@ -219,13 +216,13 @@ class _Export:
         if self._output.kind == "nbd":
             yield self._output.text
         elif self._output.kind == "device":
-            with _serving(self._output.path, "raw", writable=True) as uri:
+            with serving(self._output.path, "raw", writable=True) as uri:
                 yield uri
         elif begin.format == "qcow2":
             assert partial is not None
             if begin.copied:
                 qemu.drop_leaks(partial.path)
-            with _serving(partial.path, "qcow2", writable=True) as uri:
+            with serving(partial.path, "qcow2", writable=True) as uri:
                 yield uri
         else:
             yield None
@@ -241,7 +238,7 @@ class _Export:
         with contextlib.ExitStack() as stack:
             if uri is None:
                 assert partial is not None
-                uri = stack.enter_context(_serving(partial.path, "raw"))
+                uri = stack.enter_context(serving(partial.path, "raw"))
             different = Compare(point.uri, uri, looked, lambda _: None).run().different
         if not different:
             say(
@@ -318,14 +315,14 @@ class _Export:
             if uri is None:
                 assert partial is not None
                 partial.forget_pages()
-                uri = stack.enter_context(_serving(partial.path, "raw"))
+                uri = stack.enter_context(serving(partial.path, "raw"))
             bar = stack.enter_context(moving(f"comparing {self._output.text}"))
-            _verify(point.uri, uri, self._output.text, bar)
+            verify_same(point.uri, uri, self._output.text, bar)
         return True
 
 
 @contextlib.contextmanager
-def _serving(path: Path, format: str, *, writable: bool = False) -> Iterator[str]:
+def serving(path: Path, format: str, *, writable: bool = False) -> Iterator[str]:
     """An image over NBD, on a socket that nobody else finds."""
     with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
         at = Path(directory) / "nbd"
@@ -333,7 +330,7 @@ def _serving(path: Path, format: str, *, writable: bool = False) -> Iterator[str
             yield uri
 
 
-def _verify(left: str, right: str, name: str, bar: Bar) -> int:
+def verify_same(left: str, right: str, name: str, bar: Bar) -> int:
     """Bytes compared; CorruptError unless everything is the same."""
     ends = []
     try:

@@ -3,6 +3,7 @@
 from cdpserver import names
 from recovery.arguments import count, take_place, take_point, when
 from recovery.drill_tree import add_drills
+from recovery.repo_tree import take_repo
 from recovery.retention_tree import add_locks
 from recovery.tree import Commands, lazy
 
@@ -58,6 +59,7 @@ def add_points(commands: Commands) -> None:
         "nbdinfo $(cdp uri web/vda@-90s)",
     )
     take_place(uri)
+    take_repo(uri)
 
 
 def add_groups(commands: Commands) -> None:

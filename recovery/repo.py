@@ -1,21 +1,24 @@
 """`cdp repo`: repositories made, shown, verified, pruned and swept."""
 
-import json
-import time
+import re
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from cdpserver.errors import CdpError
+from cdpserver.errors import CdpError, UsageError
 from cdpserver.names import format_bytes
 from cdpserver.repository import gc as collecting
 from cdpserver.repository import prune as pruning
 from cdpserver.repository.check import check as verify
+from cdpserver.repository.copy import copy as copying
+from cdpserver.repository.locks import locks
 from cdpserver.repository.places import open_place
-from cdpserver.repository.repository import DEFAULT_CHUNK, Repository, create, load_config
+from cdpserver.repository.repository import DEFAULT_CHUNK, create, load_config
 from cdpserver.retention.slots import parse_slots
 from recovery.bar import moving
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
+from recovery.remote import answer_one, client
 from recovery.repositories import known, location_of, note, opened_repository, read_key
 
 DAMAGED = 4
@@ -43,11 +46,27 @@ def init(options: Namespace) -> None:
         say("keep a copy of the key elsewhere: without it nothing can be restored")
 
 
+def add(options: Namespace) -> None:
+    """Register one with the service."""
+    service, where = client(options), open_place(location_of(options)).where
+    if options.key_command is not None:
+        raise UsageError("the service reads keys from files", hint="give --key-file FILE")
+    key_file = str(Path(options.key_file).absolute()) if options.key_file is not None else ""
+    answer_one(options, service.add_repository(where, key_file))
+
+
+def forget(options: Namespace) -> None:
+    """The service knows it no more."""
+    which = options.path if re.fullmatch("[0-9a-f]{32}", options.path) else open_place(options.path).where
+    answer_one(options, client(options).remove_repository(which))
+
+
 def list_(options: Namespace) -> None:
-    """Those that were used here, and whether they are there."""
+    """Those that the service knows and those that were used here, and whether they are there."""
+    registered = _registered(options)
     rows = []
-    for path, id_ in sorted(known().items()):
-        row: dict[str, Any] = {"path": path, "id": id_, "state": "there"}
+    for path, id_ in sorted({**known(), **registered}.items()):
+        row: dict[str, Any] = {"path": path, "id": id_, "state": "there", "registered": path in registered}
         try:
             config = load_config(open_place(path))
             row |= {"chunk_size": config.chunk_size, "cipher": config.cipher}
@@ -60,10 +79,19 @@ def list_(options: Namespace) -> None:
         answer_json(rows)
         return
     answer_table(
-        (Column("path"), Column("state"), Column("cipher"), Column("id")),
+        (Column("path"), Column("state"), Column("registered"), Column("cipher"), Column("id")),
         rows,
-        nothing="no repository was used here",
+        nothing="no repository was used here; cdp repo init makes one",
     )
+
+
+def _registered(options: Namespace) -> dict[str, str]:
+    """Path -> id of those that the service knows; none while it does not run."""
+    try:
+        return {str(one["path"]): str(one["id"]) for one in client(options).repositories()}
+    except CdpError as error:
+        say(f"without those that the server knows: {error.message}")
+        return {}
 
 
 def show(options: Namespace) -> None:
@@ -114,7 +142,6 @@ def prune(options: Namespace) -> None:
         verdicts = pruning.plan(
             list(repository.backups()),
             rules,
-            time.time_ns(),
             locked=locks(repository),
             immutable_ns=repository.config.immutable_ns,
             lived_ns=repository.now_ns(),
@@ -176,13 +203,31 @@ def gc(options: Namespace) -> None:
         say(f"{result['waiting']} packs wait for backups that are under way: run it again later")
 
 
-def locks(repository: Repository) -> dict[str, str]:
-    """Id of each locked backup, and the reason. A lock that cannot be read holds."""
-    found = {}
-    for name, _ in repository.place.names("locks"):
-        try:
-            reason = str(json.loads(repository.place.get(name)).get("reason", ""))
-        except (FileNotFoundError, ValueError, AttributeError):
-            reason = "the lock cannot be read"
-        found[name.removeprefix("locks/")] = reason
-    return found
+def copy(options: Namespace) -> int:
+    """Exit code 4 if a backup could not be copied for damage."""
+    name = options.name
+    with opened_repository(options) as source:
+        to = Namespace(path=options.to, key_file=options.to_key_file, key_command=None)
+        with opened_repository(to) as target, moving(f"copying to {target.place.where}", 1000) as bar:
+            if source.config.id == target.config.id:
+                raise UsageError("both are the same repository", hint="name another one")
+            done = copying(
+                source,
+                target,
+                wanted=lambda backup: name in (None, backup.name.partition("@")[0]),
+                progress=lambda part: bar(int(part * 1000), 1000),
+            )
+    result = {
+        "copied": [backup.id for backup in done.copied],
+        "there": done.there,
+        "stored_bytes": sum(backup.stored_bytes for backup in done.copied),
+        "damaged": [{"id": id_, "reason": reason} for id_, reason in done.damaged],
+    }
+    if options.json:
+        answer_json(result)
+    else:
+        stored = format_bytes(sum(backup.stored_bytes for backup in done.copied))
+        answer(f"{len(done.copied)} backups copied, {stored} stored; {done.there} were there")
+        for id_, reason in done.damaged:
+            say(f"backup {id_} is damaged: {reason}")
+    return DAMAGED if done.damaged else 0

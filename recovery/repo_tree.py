@@ -42,10 +42,22 @@ def _add_repo(commands: Commands) -> None:
         help="nobody removes a backup that is younger, such as 30d (docs/backup.md says how far that holds)",
     )
     take_key(init)
+    add = repo.leaf(
+        "add",
+        lazy("repo", "add"),
+        "Register a repository with the server, or where it is now: backup:ID is a point then, and policies may name it.",
+        "cdp repo add /mnt/nas/backups --key-file /etc/cdp/backup.key",
+    )
+    forget = repo.leaf(
+        "forget",
+        lazy("repo", "forget"),
+        "Take a repository out of the server's list; nothing in it is touched.",
+        "cdp repo forget /mnt/nas/backups",
+    )
     repo.leaf(
         "list",
         lazy("repo", "list_"),
-        "List the repositories that were used on this machine.",
+        "List the repositories that the server knows, and those that were used on this machine.",
         "cdp repo list",
     )
     show = repo.leaf(
@@ -70,7 +82,7 @@ def _add_repo(commands: Commands) -> None:
         "--keep",
         required=True,
         metavar="RULE",
-        help="one of each hour, day, week, month, year: '7d 4w 12m 5y'",
+        help="one of each of so many hours, days, weeks, months, years that have any: '7d 4w 12m 5y'",
     )
     prune.add_argument("--keep-last", type=count, default=1, metavar="N", help="and the newest N; default: 1")
     prune.add_argument("--dry-run", action="store_true", help="only say what would happen, and why")
@@ -96,7 +108,17 @@ def _add_repo(commands: Commands) -> None:
         "Read such a stream from stdin (< /dev/nst0) into an empty place, or the repository that it is of.",
         "cdp repo import /mnt/new/backups",
     )
-    for command in (show, check, prune, gc, export, import_):
+    copy = repo.leaf(
+        "copy",
+        lazy("repo", "copy"),
+        "Copy the backups that another repository lacks to it; they keep their ids.",
+        "cdp repo copy /mnt/nas/backups --to /mnt/vault/backups",
+    )
+    copy.add_argument("--to", required=True, metavar="PATH", help="the repository that they go to")
+    copy.add_argument("--to-key-file", metavar="FILE", help="holds its key; each has a key of its own")
+    copy.add_argument("--name", metavar="DISK|VM", help="only those of this disk or VM")
+    forget.add_argument("path", metavar="PATH")
+    for command in (add, show, check, prune, gc, copy, export, import_):
         command.add_argument("path", metavar="PATH")
         take_key(command)
 
@@ -109,7 +131,7 @@ def _add_backup(commands: Commands) -> None:
         "Back up a point; only what changed since an earlier backup is read. Works without the server.",
         "cdp backup run web/vda@latest --repo /mnt/nas/backups",
     )
-    take_point(run, help="of one disk")
+    take_point(run, help="or VM@WHEN, GROUP@WHEN: all disks at one instant, in one backup")
     run.add_argument("--full", action="store_true", help="read everything, whatever is known of changes")
     run.add_argument(
         "--max-increments",
@@ -152,7 +174,7 @@ def _add_backup(commands: Commands) -> None:
     )
     restore = backup.leaf(
         "restore",
-        lazy("backup", "restore"),
+        lazy("restore", "restore"),
         "Write a disk of a backup to a file, a device or an NBD server; interrupted, the same command goes on.",
         "cdp backup restore latest --repo /mnt/nas/backups --output vda.qcow2 --format qcow2 --verify",
     )
@@ -163,7 +185,25 @@ def _add_backup(commands: Commands) -> None:
         metavar="OUTPUT",
         help="a file, a block device, nbd://... or nbd+unix://...",
     )
-    restore.add_argument("--format", choices=("raw", "qcow2"), default="raw", help="of a file; default: raw")
+    restore.add_argument(
+        "--format", choices=("raw", "qcow2"), help="of a file; default: raw, of a chain qcow2"
+    )
+    restore.add_argument(
+        "--as",
+        choices=("image", "chain"),
+        default="image",
+        dest="shape",
+        help="image (default): all in one. chain: a QCOW2 file for the full backup and one on top of it for each incremental one,"
+        " each with what that backup held",
+    )
+    restore.add_argument(
+        "--in-place",
+        action="store_true",
+        help="onto the image, device or export that is there, with --force: only the blocks that differ are written",
+    )
+    restore.add_argument(
+        "--base", metavar="IMAGE", help="let the image stand on this one, and hold what differs from it"
+    )
     restore.add_argument(
         "--sparse", action="store_true", help="also look for zeros inside chunks, and leave them out"
     )
@@ -171,13 +211,25 @@ def _add_backup(commands: Commands) -> None:
     restore.add_argument(
         "--force", action="store_true", help="replace what is there; begin an interrupted one anew"
     )
+    detach = backup.leaf(
+        "detach",
+        lazy("backup", "detach"),
+        "Take away the forks by which the server reads a backup as a point; else it does so a day after their last use.",
+        "cdp backup detach 20261122T201805.250000Z-0badcafe",
+    )
+    detach.add_argument("id", metavar="ID", type=_id)
     for command in (show, verify, remove, lock, unlock, restore):
         command.add_argument(
             "id", metavar="ID", type=_id, help="of cdp backup list, its beginning, or latest"
         )
     for command in (run, listing, show, verify, remove, lock, unlock, restore):
-        command.add_argument("--repo", metavar="PATH", help=f"the repository; else ${REPO_VARIABLE}")
-        take_key(command)
+        take_repo(command)
+
+
+def take_repo(command: ArgumentParser) -> None:
+    """Which repository is meant, and its key."""
+    command.add_argument("--repo", metavar="PATH", help=f"the repository of a backup; else ${REPO_VARIABLE}")
+    take_key(command)
 
 
 def take_key(command: ArgumentParser) -> None:

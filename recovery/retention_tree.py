@@ -18,6 +18,13 @@ POLICY_OPTIONS = (
     ("drill_command", "FILE", "the QEMU command line that drills start, or none"),
     ("drill_marker", "REGEX", "the serial line that they wait for, or none"),
     ("drill_check", "SCRIPT", "the program that has to end with 0, or none"),
+    (
+        "backup",
+        "WHEN",
+        "when the newest good point is backed up, and how many are kept: 'daily 02:00 keep 7d 4w 12m', or none",
+    ),
+    ("backup_to", "PATH", "the repository, which cdp repo add has registered, or none"),
+    ("backup_copy", "PATH", "a second one, to which backups are copied, or none"),
 )
 """As in cdpserver.retention.policy, which is loaded only when it is needed."""
 

@@ -40,6 +40,8 @@ def lazy(module: str, name: str) -> Run:
     def run(options: argparse.Namespace) -> int | None:
         from importlib import import_module
 
+        if str(getattr(options, "point", "")).startswith(names.BACKUP):
+            import_module("recovery.attached").attach(options)
         command: Run = getattr(import_module(f"recovery.{module}"), name)
         return command(options)
 

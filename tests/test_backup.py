@@ -103,6 +103,119 @@ def test_into_a_repository_and_back(
         assert len(cdp(server, capsys, "backup", "list", *by_command)) == 3
 
 
+def test_a_backup_is_a_point(server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`backup:ID` opens at once, is forked, booted from and browsed as any point is; it is held meanwhile, and let go."""
+    repo, key = short_path / "repo", short_path / "key"
+    key.write_bytes(b"correct horse battery staple\n")
+    options = ("--key-file", key)
+    cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K", *options)
+    id_ = cdp(server, capsys, "backup", "run", "d@latest", *options)["id"]
+    before = read(server.uri("d@latest"))
+    write(server, bytes(MIB), 0)
+    with pytest.raises(RefusedError, match="is encrypted"):
+        cdp(server, capsys, "uri", f"backup:{id_}")
+    uri = cdp(server, capsys, "uri", f"backup:{id_}", *options)["uri"]
+    assert read(uri) == before
+    assert cdp(server, capsys, "uri", "backup:latest/d")["uri"] == uri, "it is known by now, with its key"
+    with pytest.raises(NotFoundError, match="no backup"):
+        cdp(server, capsys, "uri", "backup:1999")
+    with connected(uri) as client:
+        assert client.is_read_only()
+    fork = cdp(server, capsys, "fork", "add", f"backup:{id_}", "again")
+    with connected(fork["uri"]) as client:
+        client.pwrite(b"x" * 4096, 0)
+    assert read(fork["uri"]) == b"x" * 4096 + before[4096:]
+    assert read(uri) == before
+    output = short_path / "out.raw"
+    cdp(server, capsys, "export", f"backup:{id_}", "--output", output, "--verify")
+    assert output.read_bytes() == before
+    assert [row["base"] for row in cdp(server, capsys, "fork", "list")] == [
+        f"backup-{id_}/d@seq:1", f"backup:{id_}/d",
+    ]  # fmt: skip
+    with pytest.raises(RefusedError, match="is locked: it is attached"):
+        cdp(server, capsys, "backup", "remove", id_, "--yes", *options)
+    with pytest.raises(RefusedError, match="stand"):
+        cdp(server, capsys, "backup", "detach", id_)
+    with pytest.raises(RefusedError, match="stands on a backup"):
+        cdp(server, capsys, "bp", "cut", "again")
+    server.stop()
+    with Server(server.state_dir) as again:
+        assert read(fork["uri"])[:8192] == b"x" * 4096 + before[4096:8192], "after a restart, too"
+        assert cdp(again, capsys, "repo", "list")[0]["registered"]
+        with pytest.raises(RefusedError, match="stand on backups"):
+            cdp(again, capsys, "repo", "forget", repo)
+        cdp(again, capsys, "fork", "remove", "again", "--yes")
+        cdp(again, capsys, "backup", "detach", id_)
+        cdp(again, capsys, "repo", "forget", repo)
+    cdp(server, capsys, "backup", "remove", id_, "--yes", *options)
+
+
+def test_backups_are_searched_for_the_last_good_one(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is lent as forks that a script may write to; what is not asked for stays as it is."""
+    cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
+    ids = []
+    for mark in (b"good", b"good", b"bad!", b"bad!"):
+        write(server, mark * 1024, 0)
+        server.post("/v1/disks/d:synced", write_blocking=True)
+        ids.append(cdp(server, capsys, "backup", "run", "d@latest")["id"])
+    script = short_path / "is-it-good"
+    script.write_text('#!/bin/sh\nnbdcopy "$CDP_URI" - | head -c 4 | grep -q good\n')
+    script.chmod(0o755)
+    search = ("bisect", "d", "--good", f"backup:{ids[0]}", "--bad", "backup:latest", "--run", script)
+    with pytest.raises(NotFoundError, match="0 backups of d"):
+        cdp(server, capsys, *search)
+    cdp(server, capsys, "repo", "add", short_path / "repo")
+    found = cdp(server, capsys, *search)
+    assert (found["good"], found["bad"]) == (f"backup:{ids[1]}", f"backup:{ids[2]}")
+    with pytest.raises(UsageError, match="is not before"):
+        cdp(
+            server,
+            capsys,
+            "bisect",
+            "d",
+            "--good",
+            "backup:latest",
+            "--bad",
+            f"backup:{ids[0]}",
+            "--run",
+            script,
+        )
+    with pytest.raises(UsageError, match="one of them is a backup"):
+        cdp(server, capsys, "bisect", "d", "--good", "-1h", "--bad", f"backup:{ids[0]}", "--run", script)
+
+
+def test_all_disks_of_a_vm_are_one_backup(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At one instant; attached they are a VM, and the next backup is incremental in each disk."""
+    contents = {}
+    for number, disk in enumerate(("vda", "vdb")):
+        with connected(server.add(disk, vm="web")) as client:
+            client.pwrite(os.urandom(MIB), number * MIB)
+        server.post(f"/v1/disks/web/{disk}:synced", write_blocking=True)
+        contents[disk] = read(server.uri(f"web/{disk}@latest"))
+    cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
+    made = cdp(server, capsys, "backup", "run", "web@latest")
+    assert (made["kind"], made["name"].partition("@")[0]) == ("full", "web")
+    assert [(disk["name"], disk["size"]) for disk in made["disks"]] == [("web/vda", SIZE), ("web/vdb", SIZE)]
+    found = cdp(server, capsys, "uri", "backup:latest")
+    assert [read(disk["uri"]) for disk in found["disks"]] == list(contents.values())
+    assert read(cdp(server, capsys, "uri", "backup:latest/vdb")["uri"]) == contents["vdb"]
+    with connected(str(server.get("/v1/disks/web/vdb")["uri"])) as client:
+        client.pwrite(os.urandom(4096), 3 * MIB)
+    server.post("/v1/disks/web/vdb:synced", write_blocking=True)
+    again = cdp(server, capsys, "backup", "run", "web@latest")
+    assert (again["kind"], again["read_bytes"], again["parent"]) == ("incremental", 64 << 10, made["id"])
+    with pytest.raises(UsageError, match="is of web/vda, web/vdb"):
+        cdp(server, capsys, "backup", "restore", "latest", "--output", short_path / "o")
+    told = cdp(
+        server, capsys, "backup", "restore", "latest", "--disk", "vdb", "--output", short_path / "o", "--verify"
+    )  # fmt: skip
+    assert told["verified"]
+
+
 def test_locks_removal_prune_and_gc(
     server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +256,7 @@ def test_an_immutable_repository(
     cdp(server, capsys, "backup", "run", "d@latest")
     write(server, os.urandom(4096), 0)
     cdp(server, capsys, "backup", "run", "d@latest")
-    with pytest.raises(RefusedError, match="immutable for"):
+    with pytest.raises(RefusedError, match="immutable for 30d more"):
         cdp(server, capsys, "backup", "remove", "latest", "--yes")
     rows = cdp(server, capsys, "repo", "prune", short_path / "repo", "--keep", "none")
     assert [row["what"] for row in rows] == ["keep", "keep"]
@@ -240,6 +353,79 @@ def test_a_restore_goes_on_and_damage_is_never_given_out(
     cdp(server, capsys, "repo", "gc", repo)
     assert cdp(server, capsys, "backup", "restore", "latest", "--output", output, "--verify")["verified"]
     assert output.read_bytes() == content
+
+
+def content_of(path: Path, work: Path, format: str = "qcow2") -> bytes:
+    """What stock qemu-img makes of an image."""
+    subprocess.run(["qemu-img", "convert", "-f", format, "-O", "raw", path, work], check=True)
+    return work.read_bytes()
+
+
+def test_a_chain_and_onto_what_is_there(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each layer holds what its backup held; killed on the way, the same command goes on; only what differs is written."""
+    cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
+    contents = {}
+    for number in range(3):
+        write(server, os.urandom(98_304), (2 + 2 * number) * MIB - 4096)
+        contents[cdp(server, capsys, "backup", "run", "d@latest")["id"]] = read(server.uri("d@latest"))
+    ids = list(contents)
+    server.stop()
+    output, work = short_path / "v.qcow2", short_path / "plain"
+    chain = ("backup", "restore", ids[2], "--as", "chain", "--output", output)
+    script = (
+        "import sys, os, signal; from cdpserver import qemu;"
+        "qemu.convert_delta = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL);"
+        "from recovery import cli; sys.exit(cli.main())"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, *map(str, chain)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    bottom = short_path / f"v.full-{ids[0]}.qcow2"
+    assert bottom.exists() and not output.exists()
+    written = bottom.stat().st_mtime_ns
+    told = cdp(server, capsys, *chain, "--verify")
+    assert bottom.stat().st_mtime_ns == written, "what was whole was not written again"
+    assert [(layer["backup"], layer["kind"]) for layer in told["layers"]] == [
+        (ids[0], "full"), (ids[1], "incremental"), (ids[2], "incremental"),
+    ]  # fmt: skip
+    for layer in told["layers"]:
+        assert content_of(Path(layer["path"]), work) == contents[layer["backup"]]
+    assert told["layers"][2]["bytes"] < 1 * MIB, "the increment alone"
+    with pytest.raises(RefusedError, match="is there already"):
+        cdp(server, capsys, *chain)
+    moved = short_path / "elsewhere"
+    moved.mkdir()
+    for layer in told["layers"]:
+        os.rename(layer["path"], moved / Path(layer["path"]).name)
+    assert content_of(moved / "v.qcow2", work) == contents[ids[2]], "names in it are relative"
+
+    plain = short_path / "there.raw"
+    plain.write_bytes(contents[ids[0]])
+    onto = ("backup", "restore", ids[2], "--output", plain, "--in-place")
+    with pytest.raises(RefusedError, match="would be lost"):
+        cdp(server, capsys, *onto)
+    told = cdp(server, capsys, *onto, "--force", "--verify")
+    assert 196_608 <= told["copied_bytes"] <= 196_608 + 8 * 4096
+    assert plain.read_bytes() == contents[ids[2]]
+    assert cdp(server, capsys, *onto, "--force")["copied_bytes"] == 0
+
+    base, top = short_path / "base.raw", short_path / "top.qcow2"
+    base.write_bytes(contents[ids[0]])
+    told = cdp(server, capsys, "backup", "restore", ids[1], "--output", top, "--base", base, "--verify")
+    assert told["copied_bytes"] <= 100_000 + 4 * 4096
+    assert content_of(top, work) == contents[ids[1]]
+    assert (
+        json.loads(subprocess.check_output(["qemu-img", "info", "--output", "json", top]))["backing-filename"]
+        == "base.raw"
+    )
+    top.rename(short_path / "again.qcow2.partial")
+    again = ("backup", "restore", ids[1], "--output", short_path / "again.qcow2", "--base")
+    with pytest.raises(RefusedError, match="of another restore"):
+        cdp(server, capsys, *again, plain)
+    assert cdp(server, capsys, *again, base)["copied_bytes"] == 0, "all of it was there"
+    with pytest.raises(UsageError, match="does not go with"):
+        cdp(server, capsys, *chain, "--in-place")
 
 
 def test_what_is_refused(server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

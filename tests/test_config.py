@@ -27,6 +27,7 @@ from cdpserver.config_values import (
 )
 from cdpserver.errors import NotFoundError, UsageError
 from cdpserver.limits import MAX_DISK_SIZE
+from cdpserver.retention.backups import BackupValue, RepositoryValue
 from cdpserver.retention.policy import Policy, combine
 from cdpserver.retention.slots import Rule
 from cdpserver.retention.steps import Step
@@ -75,6 +76,9 @@ def test_every_key_is_read() -> None:
         drill_command = "/etc/cdp/web"
         drill_marker = "login:"
         drill_check = "none"
+        backup = "daily 02:00 keep 7d 4w 12m"
+        backup_to = "/mnt/nas/backups"
+        backup_copy = "s3://vault/site1?region=eu"
         mark_every = "1h"
         freeze = "yes"
         [freeze]
@@ -108,6 +112,9 @@ def test_every_key_is_read() -> None:
         policy_drill="03:00",
         policy_drill_command="/etc/cdp/web",
         policy_drill_marker="login:",
+        policy_backup="daily 02:00 keep 7d 4w 12m",
+        policy_backup_to="/mnt/nas/backups",
+        policy_backup_copy="s3://vault/site1?region=eu",
         policy_mark_every_ns=3600 * SECOND,
         policy_freeze="yes",
         freeze_before="/usr/bin/true",
@@ -133,7 +140,7 @@ def test_every_key_is_read() -> None:
         ("bp_every = '1h'", "unknown key 'bp_every' (write bp_every under [policy])"),
         ("size_cap = '1T'", "write size_cap under [policy] or [store]"),
         ("[policy]\nkeep_rp = '5m'", "[policy]: bp_every 20m is longer than keep_rp 5m"),
-        ("[policy]\nkeep_bp = '1x'", "policy.keep_bp: not how base points are kept: '1x'"),
+        ("[policy]\nkeep_bp = '1x'", "policy.keep_bp: not how many are kept: '1x'"),
         ("[policy]\nkeep_bp = 7", "policy.keep_bp is not a text"),
         ("[policy]\nat_cap = 'panic'", "it takes shorten or refuse"),
         ("[policy]\nsize_cap = '1M'", "it takes a size from 64M, or none"),
@@ -369,6 +376,12 @@ def text_values_of(key: Key) -> st.SearchStrategy[object]:
                 | st.times().map(lambda time: f"{time:%H:%M}")
                 | st.times().map("{:%H:%M:%S}".format)
             )
+        case BackupValue():
+            return st.none() | st.sampled_from(
+                ["hourly", "daily 02:00 keep 7d 4w", "weekly sun 23:59 keep none"]
+            )
+        case RepositoryValue():
+            return st.none() | st.sampled_from(['/mnt/nas/b "x"', "s3://b/p?region=eu", "0" * 32])
         case PathValue():
             return st.none() | st.from_regex(r"/[a-z/. #'é]{0,40}", fullmatch=True)
         case RegexValue():
@@ -377,7 +390,10 @@ def text_values_of(key: Key) -> st.SearchStrategy[object]:
 
 
 CONFIGS = st.builds(Config, **{key.attribute: values_of(key) for key in KEYS}).filter(
-    lambda config: config.listen is None or config.listen != config.listen_export
+    lambda config: (
+        (config.listen is None or config.listen != config.listen_export)
+        and (config.policy_backup is None or config.policy_backup_to is not None)
+    )
 )
 
 

@@ -37,6 +37,24 @@ EVERYTHING = FOUND | {
         {"what": "web", "state": "passed", "rto_ms": 4200, "ended_ns": 8 * 10**9, "reason": ""},
         {"what": "db", "state": "failed", "rto_ms": None, "ended_ns": 9 * 10**9, "reason": "no marker"},
     ],
+    "backups": [
+        {
+            "what": "web",
+            "state": "done",
+            "ended_ns": 7 * 10**9,
+            "stored_bytes": 4096,
+            "seconds": 0.5,
+            "reason": "",
+        },
+        {
+            "what": "db",
+            "state": "failed",
+            "ended_ns": 6 * 10**9,
+            "stored_bytes": 0,
+            "seconds": 0,
+            "reason": "full",
+        },
+    ],
     "disks": [DISK | {"counts": COUNTS}, DISK | {"name": 'a"\\\n', "counts": None, "clients": None}],
 }
 """A look in which every metric has a value."""

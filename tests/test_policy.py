@@ -119,6 +119,9 @@ def test_the_defaults_are_the_written_ones_and_sound() -> None:
         "drill_command": "none",
         "drill_marker": "none",
         "drill_check": "none",
+        "backup": "none",
+        "backup_to": "none",
+        "backup_copy": "none",
     }
     assert contradiction(Policy()) is None
     assert combine([Layer("x", parse_values(shown))]).policy == Policy()

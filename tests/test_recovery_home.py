@@ -366,6 +366,42 @@ def test_overwrite_of_a_protected_vm_changes_its_record_when_it_is_home_and_undo
     shared.delete(f"/v1/vms/{vm}")
 
 
+def test_a_vm_is_replaced_from_its_backup(
+    shared: Server, home: Path, short_path: Path, vm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record names the new QEMU when it is home; its disk's history goes on, and after the commit the backup is let go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(short_path / "xdg"))
+    content = protect(shared, vm=vm)
+    repo = short_path / "repo"
+    cdp = ["--state-dir", str(shared.state_dir)]
+    for command in (
+        ["repo", "init", str(repo), "--chunk-size", "64K"],
+        ["repo", "add", str(repo)],
+        ["backup", "run", f"{vm}/vda@good", "--repo", str(repo)],
+    ):
+        subprocess.run([BIN / "cdp", *cdp, *command], check=True, capture_output=True)
+    attached = shared.post("/v1/backups:attach", backup="backup:latest", repository=str(repo))
+    before = shared.get(f"/v1/disks/{vm}/vda")["id"]
+    body = {"overwrite": True, "protect": True}
+    begun = begin(shared, home, short_path / "vm.qmp", attached["point"], **body)
+    with Vm(short_path, [begun["uri"]]) as running:
+        assert read(running.uri(), SIZE) == content
+        write(running.uri(), pattern(11), 3 * MIB)
+        content[3 * MIB : 3 * MIB + 4096] = pattern(11)
+        shown = wait(shared, begun["id"], "done")
+        assert (shown["vm"], shown["overwrites"]) == (vm, True)
+        assert protected(shared, vm)["name"] == f"{vm}/vda"
+        assert shared.get(f"/v1/disks/{vm}/vda")["id"] == before
+        assert read(shared.uri(f"{vm}/vda@latest"), SIZE) == content
+        with pytest.raises(ApiError, match="stand"):
+            shared.post(f"/v1/backups/{attached['backup']}:detach")
+        shared.post(f"/v1/recoveries/{begun['id']}:commit")
+        shared.delete(f"/v1/forks/{begun['disks'][0]['fork']}")
+        shared.post(f"/v1/backups/{attached['backup']}:detach")
+        assert read(running.uri(), SIZE) == content
+    shared.delete(f"/v1/vms/{vm}")
+
+
 @pytest.mark.parametrize("mode", ["mirror", "stream"])
 def test_overwrite_keeps_the_old_disk_until_the_commit_and_goes_on_with_its_history(
     shared: Server, home: Path, short_path: Path, vm: str, mode: str

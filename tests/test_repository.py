@@ -18,15 +18,18 @@ from hypothesis import strategies as st
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.repository import clock, format, gc, prune, seal, sessions
 from cdpserver.repository.check import check
+from cdpserver.repository.content import Content
+from cdpserver.repository.copy import copy
 from cdpserver.repository.format import ZERO_ID, Entry, Kind
 from cdpserver.repository.index import Index
+from cdpserver.repository.layer import DATA, HOLE, HOLE_ZERO, Layer
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository, create, load_config
 from cdpserver.repository.source import PointSource
 from cdpserver.repository.take import back_up, chunks_of
-from cdpserver.retention.slots import DAY_NS, HOUR_NS, Rule, slot_of
+from cdpserver.retention.slots import DAY_NS, HOUR_NS, Rule, parse_slots, slot_of
 from tests.backed_up import CHUNK, SIZE, Case, with_history
 from tests.core import scratch
 from tests.model import BLOCK
@@ -153,6 +156,85 @@ def test_many_increments(case: Case) -> None:
 
 
 # --- keys, configuration, bad input
+
+
+def test_copies_have_the_same_ids_and_read_what_the_other_one_lacks(case: Case) -> None:
+    """Into a repository of another chunk size and key; what one backup lacks stops no other."""
+    other = DirectoryPlace(case.path / "other")
+    create(other, chunk_size=4 * CHUNK, secret=b"another key of enough length")
+
+    def opened() -> Repository:
+        return Repository(other, secret=b"another key of enough length", cache=case.path / "cache")
+
+    case.back_up()
+    case.write(600, 3)
+    case.back_up()
+    with case.repository() as source, opened() as target:
+        done = copy(source, target)
+        assert [backup.id for backup in done.copied] == source.backup_ids() == target.backup_ids()
+        assert [backup.kind for backup in done.copied] == [FULL, INCREMENTAL]
+        assert done.copied[1].read_bytes <= 3 * 4 * CHUNK, "what changed"
+        assert copy(source, target).there == 2
+    case.write(601, 1)
+    case.back_up()
+    case.write(602, 1)
+    last = case.back_up()
+    with case.repository() as source:
+        damaged = source.backup_ids()[2]
+    path = case.path / "repo" / "backups" / damaged
+    path.write_bytes(path.read_bytes()[:-1])
+    with case.repository() as source, opened() as target:
+        done = copy(source, target)
+        assert [backup.id for backup in done.copied] == [last.id]
+        assert done.copied[0].kind == INCREMENTAL
+        assert check(target).sound
+        for id_ in target.backup_ids():
+            case.compare(target, target.backup(id_))
+        named = copy(source, target, wanted=lambda backup: backup.name.startswith("other"))
+        assert (named.copied, named.there) == ((), 0)
+
+
+def test_no_clock_makes_a_backup_too_old() -> None:
+    """Slots count that have a backup, whatever the time is now; years are slots, too."""
+    backups = [backup_at(24.0 * day) for day in range(40)]
+    kept = [
+        v.backup.created_ns // DAY_NS for v in prune.plan(backups, parse_slots("3d 2m"), locked={}) if v.keep
+    ]
+    assert kept == [30, 37, 38, 39]
+    years = prune.plan(backups, parse_slots("5y"), locked={})
+    assert [v.keep for v in years] == [False] * 39 + [True]
+
+
+def test_a_layer_is_what_a_backup_changed(case: Case) -> None:
+    """Laid over the other backup it is this one; what did not change is left to that."""
+    first = case.back_up()
+    case.write(500, 12)
+    case.line.zero(3 * CHUNK, CHUNK)
+    case.line.write(4 * CHUNK, bytes(CHUNK))
+    second = case.back_up()
+    with case.repository() as repository:
+        new, old = (Content(repository, backup.disks[0]) for backup in (second, first))
+        layer = Layer(new, old)
+        assert layer.status(0, new.size, one=True)[0] == layer.status(0, new.size, one=False)[0]
+        runs = layer.status(777, new.size, one=False)
+        assert [run[0] for run in runs] == [777, *(run[1] for run in runs[:-1])]
+        assert runs[-1][1] == new.size
+        assert {kind for *_, kind in runs} == {DATA, HOLE, HOLE_ZERO}
+        for start, end, kind in runs:
+            length = end - start
+            wanted = {
+                DATA: layer_read(layer, start, length),
+                HOLE: old.read(start, length),
+                HOLE_ZERO: bytes(length),
+            }
+            assert wanted[kind] == new.read(start, length)
+        assert sum(end - start for start, end, kind in runs if kind == DATA) <= second.read_bytes
+
+
+def layer_read(layer: Layer, start: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    layer.read_into(buffer, start)
+    return bytes(buffer)
 
 
 def test_a_wrong_key_and_no_key(tmp_path: Path) -> None:
@@ -483,8 +565,7 @@ def test_what_is_kept(
     last: int,
     locked: set[int],
 ) -> None:
-    """The newest of each slot that a rule covers, the last few, and what is held; nothing else, for each disk by itself."""
-    now = 60_000 * HOUR_NS
+    """The newest of each of so many slots that have any, the last few, and what is held; nothing else, for each disk."""
     backups = [backup_at(hour, name) for hour, name in zip(hours, names, strict=False)]
     held = {backup.id: "" for number, backup in enumerate(backups) if number in locked}
 
@@ -492,7 +573,6 @@ def test_what_is_kept(
         planned = prune.plan(
             of,
             rules,
-            now,
             locked=held,
             immutable_ns=immutable * HOUR_NS,
             lived_ns=lived * HOUR_NS,
@@ -508,10 +588,8 @@ def test_what_is_kept(
         for rule in rules:
             slots: dict[int, str] = {}
             for b in mine:  # the newest of a slot comes first
-                if rule.covers(b.created_ns, now):
-                    slots.setdefault(slot_of(rule.unit, b.created_ns), b.id)
-            wanted |= set(slots.values())
-            assert len(slots) <= rule.count + 1
+                slots.setdefault(slot_of(rule.unit, b.created_ns), b.id)
+            wanted |= {slots[slot] for slot in sorted(slots, reverse=True)[: rule.count]}
         wanted |= {
             b.id
             for b in mine
@@ -583,13 +661,13 @@ def disk_of(repository: Repository) -> BackedUpDisk:
 
 def test_locked_ones_stay_and_names_don_t_share_slots() -> None:
     backups = [backup_at(1), backup_at(2), backup_at(1.5, "db/vda")]
-    verdicts = prune.plan(backups, (), 100 * HOUR_NS, locked={backups[0].id: "audit"})
+    verdicts = prune.plan(backups, (), locked={backups[0].id: "audit"})
     assert [(v.keep, v.reason) for v in verdicts] == [
         (True, "locked: audit"),
         (True, "the newest"),
         (True, "the newest"),
     ]
-    assert not prune.plan(backups, (), 100 * HOUR_NS, locked={})[0].keep
+    assert not prune.plan(backups, (), locked={})[0].keep
 
 
 def test_an_index_is_shared_by_processes(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import pytest
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
 from cdpserver.repository import clock, gc, packs, prune, sessions
 from cdpserver.repository.check import Damage, check
+from cdpserver.repository.locks import locks
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository, create
-from recovery.repo import locks
 from tests.backed_up import CHUNK, SIZE, Case, with_history
 from tests.core import scratch
 
@@ -190,7 +189,7 @@ class Dying(DirectoryPlace):
 
 def prune_all_but_the_newest(repository: Repository) -> None:
     """As `cdp repo prune` does."""
-    verdicts = prune.plan(list(repository.backups()), (), time.time_ns(), locked={})
+    verdicts = prune.plan(list(repository.backups()), (), locked={})
     for verdict in verdicts:
         if not verdict.keep:
             repository.place.delete(f"backups/{verdict.backup.id}")

@@ -48,6 +48,7 @@ FOUND: dict[str, Any] = {
     "time_ns": START_NS,
     "clock_ahead_ns": 250_000_000,
     "drills": [],
+    "backups": [],
     "started_ns": START_NS - 7384 * SECOND_NS,
     "children": {
         "target-0": {"pid": 11, "starts": 1},

@@ -14,10 +14,11 @@ from pathlib import Path
 from cdpserver import qemu, readback, sums, timeline
 from cdpserver.check.damage import Finding
 from cdpserver.check.depth import BASE, Depth
-from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.firstcopy import base_lost
 from cdpserver.nodes import NUMBERED, base_point_path, published, read_header, without_note
-from cdpserver.timeline import EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.repository.registered import content_of
+from cdpserver.timeline import BackupBase, EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.view.delta import Delta
 from cdpserver.view.history import History
 from cdpserver.view.view import View
@@ -53,6 +54,11 @@ def check_base(
                 yield Finding("the base image is missing", state_dir / file, 1, 0, hint="restore it")
             elif (state_dir / file).stat().st_size == 0:
                 yield Finding("the base image is empty", state_dir / file, 1, 0, hint="restore it")
+        case BackupBase():
+            try:
+                content_of(state_dir, timeline_.base).chunks.page(0)
+            except CdpError as error:
+                yield Finding(error.message, directory / timeline.FILE, 1, 0, hint=error.hint or "")
         case PointBase(parent, _, _):
             try:
                 below = timeline.load(state_dir / "timelines" / parent)
@@ -78,7 +84,7 @@ def check_base_content(state_dir: Path, timeline_: Timeline, depth: Depth) -> It
 
 
 def base_file(state_dir: Path, timeline_: Timeline) -> Path | None:
-    """The file that a timeline's history stands on, once nothing writes to it; None for a fork."""
+    """The file that a timeline's history stands on, once nothing writes to it; None for a fork, and on a backup."""
     directory = state_dir / "timelines" / timeline_.id
     match timeline_.base:
         case EmptyBase():
@@ -87,7 +93,7 @@ def base_file(state_dir: Path, timeline_: Timeline) -> Path | None:
             return path if begun and path.exists() else None
         case ImageBase(file):
             return state_dir / file if (state_dir / file).exists() else None
-        case PointBase():
+        case PointBase() | BackupBase():
             return None
 
 

@@ -1,13 +1,15 @@
-"""Compares two NBD exports by digests of their ranges."""
+"""Compares two NBD exports by digests of their ranges; if asked, it makes the second one like the first, and writes no more."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import blake3
 
 from cdpserver.copying.nbdend import Connection
 from cdpserver.copying.plan import CHUNK, Chunk
+from cdpserver.copying.target import NbdTarget, Writer
+from cdpserver.limits import BLOCK
 
 WORKERS = 2
 
@@ -17,6 +19,7 @@ class Compared:
     """Bytes read from each side, and the ranges that differ."""
 
     bytes: int = 0
+    written: int = 0
     different: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -24,9 +27,17 @@ class Compare:
     """`steps` of two exports."""
 
     def __init__(
-        self, left: str, right: str, steps: Iterable[Chunk], progress: Callable[[int], None]
+        self,
+        left: str,
+        right: str,
+        steps: Iterable[Chunk],
+        progress: Callable[[int], None],
+        *,
+        mend: bool = False,
     ) -> None:
+        """With `mend`, blocks of the right one that differ are written; durable when `run` returns."""
         self._uris = left, right
+        self._target = NbdTarget(right) if mend else None
         self._steps = iter(steps)
         self._progress = progress
         self._lock = threading.Lock()
@@ -49,6 +60,9 @@ class Compare:
         if self._failure is not None:
             raise self._failure
         self._compared.different.sort()
+        if self._target is not None:
+            self._target.flush()
+            self._target.end()
         return self._compared
 
     def _work(self) -> None:
@@ -56,10 +70,13 @@ class Compare:
             left = Connection(self._uris[0])
             try:
                 right = Connection(self._uris[1])
+                writer = self._target.writer() if self._target is not None else None
                 try:
-                    self._compare(left, right)
+                    self._compare(left, right, writer)
                 finally:
                     right.close()
+                    if writer is not None:
+                        writer.close()
             finally:
                 left.close()
         except BaseException as error:  # noqa: BLE001 - the rim of a thread; `run` raises it
@@ -67,7 +84,7 @@ class Compare:
                 self._failure = self._failure or error
             self._stop.set()
 
-    def _compare(self, left: Connection, right: Connection) -> None:
+    def _compare(self, left: Connection, right: Connection, writer: Writer | None) -> None:
         one, other = bytearray(CHUNK), bytearray(CHUNK)
         while not self._stop.is_set():
             with self._lock:
@@ -79,7 +96,13 @@ class Compare:
             left.wait(reads[0], chunk.start)
             right.wait(reads[1], chunk.start)
             same = _digest(one, length) == _digest(other, length)
+            written = 0
+            if not same and writer is not None:
+                for start, end in differing(memoryview(one)[:length], memoryview(other)[:length]):
+                    _put(writer, memoryview(one)[start:end], chunk.start + start)
+                    written += end - start
             with self._lock:
+                self._compared.written += written
                 self._compared.bytes += length
                 if not same:
                     self._compared.different.append((chunk.start, chunk.end))
@@ -87,3 +110,23 @@ class Compare:
 
 def _digest(buffer: bytearray, length: int) -> bytes:
     return blake3.blake3(memoryview(buffer)[:length]).digest()
+
+
+def differing(left: memoryview, right: memoryview, *, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Runs of blocks that differ."""
+    start = -1
+    for at in range(0, len(left), block):
+        if left[at : at + block] != right[at : at + block]:
+            start = at if start < 0 else start
+        elif start >= 0:
+            yield start, at
+            start = -1
+    if start >= 0:
+        yield start, len(left)
+
+
+def _put(writer: Writer, data: memoryview, offset: int) -> None:
+    if any(data):
+        writer.write(data, offset)
+    else:
+        writer.zero(offset, offset + len(data))

@@ -26,6 +26,7 @@ class ChunkList:
         """CorruptError if the backup has not the pages that a disk of this size has."""
         self._repository = repository
         self.disk = disk
+        self.step = repository.chunk_size
         self.count = chunk_count(disk.size, repository.chunk_size)
         if len(disk.pages) != page_count(disk.size, repository.chunk_size):
             raise CorruptError(f"the backup of {disk.name} has not the pages of its size")

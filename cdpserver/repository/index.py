@@ -2,10 +2,12 @@
 
 It is kept on this machine, not in the repository, since LMDB must not be on a network file system. What another machine stored or
 deleted is seen by comparing the list of packs.
-Threads: as LMDB; a write transaction begins and ends in one call.
+Threads: as LMDB; a write transaction begins and ends in one call. A process may open an index as often as it likes: LMDB may be
+opened once, and is shared.
 """
 
 import struct
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -24,23 +26,28 @@ NUMBER = struct.Struct(">I")
 TIME = struct.Struct("<Q")
 
 
+_shared: dict[str, tuple[lmdb.Environment, int]] = {}
+"""Environments by path, and how often each is open."""
+_sharing = threading.Lock()
+
+
 class Index:
     """Chunk id -> entry and pack."""
 
     def __init__(self, path: Path) -> None:
         """Makes it where there is none, and makes one that is damaged anew, empty."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            self._open(path)
-        except lmdb.Error:
-            for name in (path, Path(f"{path}-lock")):
-                name.unlink(missing_ok=True)
-            self._open(path)
+        self._path = str(path.absolute())
+        with _sharing:
+            if self._path in _shared:
+                env, users = _shared[self._path]
+            else:
+                env, users = _environment(path), 0
+            self._open(env)
+            _shared[self._path] = env, users + 1
 
-    def _open(self, path: Path) -> None:
-        self._env = lmdb.open(
-            str(path), subdir=False, map_size=MAP_BYTES, max_dbs=4, sync=False, mode=0o600, max_readers=512
-        )
+    def _open(self, env: lmdb.Environment) -> None:
+        self._env = env
         self._chunks = self._env.open_db(b"chunks", dupsort=True, dupfixed=True)
         """Two backups at once may store the same chunk, and `gc` moves some: a chunk can be in several packs."""
         self._packs = self._env.open_db(b"packs")
@@ -112,10 +119,36 @@ class Index:
 
     def close(self) -> None:
         """Nothing may be under way."""
-        self._env.close()
+        with _sharing:
+            env, users = _shared.pop(self._path)
+            if users > 1:
+                _shared[self._path] = env, users - 1
+            else:
+                env.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    try:
+        return _opened(path)
+    except lmdb.Error:
+        for name in (path, Path(f"{path}-lock")):
+            name.unlink(missing_ok=True)
+        return _opened(path)
+
+
+def _opened(path: Path) -> lmdb.Environment:
+    env = lmdb.open(
+        str(path), subdir=False, map_size=MAP_BYTES, max_dbs=4, sync=False, mode=0o600, max_readers=512
+    )
+    try:
+        env.open_db(b"chunks", dupsort=True, dupfixed=True)
+    except BaseException:
+        env.close()
+        raise
+    return env

@@ -1,6 +1,7 @@
-"""Which backups a rule keeps: one of each hour, day, week, month and year, as for base points; and the reason for each. Pure.
+"""Which backups a rule keeps: one of each of the newest N hours, days, weeks, months or years that have any; and why each. Pure.
 
-The newest of a slot is kept. A backup that is locked, or younger than the repository's immutable time, is kept whatever the
+The newest of a slot is kept. Slots without a backup do not count: neither a clock that is years ahead nor a machine that was off
+for a year makes all too old. A backup that is locked, or younger than the repository's immutable time, is kept whatever the
 rule says.
 """
 
@@ -26,7 +27,6 @@ class Verdict:
 def plan(
     backups: Sequence[Backup],
     rules: Sequence[Rule],
-    now_ns: int,
     *,
     locked: Mapping[str, str],
     immutable_ns: int = 0,
@@ -35,7 +35,7 @@ def plan(
 ) -> list[Verdict]:
     """A verdict for each backup, oldest first. Backups of different names (disks, VMs) don't take each other's slots.
 
-    Rules go by the calendar, up to `now_ns`; what is immutable by the repository's own time, which is `lived_ns`.
+    Rules go by the calendar; what is immutable by the repository's own time, which is `lived_ns`.
     """
     verdicts = []
     names = sorted({_of(backup) for backup in backups})
@@ -50,7 +50,7 @@ def plan(
                 reasons.append("the newest" if number == 0 else f"one of the newest {keep_last}")
             for rule in rules:
                 slot = (rule.unit, slot_of(rule.unit, backup.created_ns))
-                if rule.covers(backup.created_ns, now_ns) and slot not in taken:
+                if slot not in taken and sum(unit == rule.unit for unit, _ in taken) < rule.count:
                     taken.add(slot)
                     reasons.append(f"the newest of its {NAMES[rule.unit]}")
             held = hold(backup, lived_ns, locked=locked, immutable_ns=immutable_ns)
@@ -65,7 +65,7 @@ def hold(backup: Backup, lived_ns: int, *, locked: Mapping[str, str], immutable_
         return f"locked: {locked[backup.id]}" if locked[backup.id] else "locked"
     left_ns = (backup.since_ns or backup.created_ns) + immutable_ns - lived_ns
     if immutable_ns and left_ns > 0:
-        return f"immutable for {format_duration(max(left_ns, SECOND_NS))} more"
+        return f"immutable for {format_duration(-(-left_ns // SECOND_NS) * SECOND_NS)} more"
     return ""
 
 

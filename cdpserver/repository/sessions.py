@@ -26,6 +26,9 @@ GC = "gc"
 RANDOM = 8
 """Hexadecimal digits at the end of an id."""
 
+ID_LENGTH = 32
+"""`20261122T201805.250000Z-0badcafe`"""
+
 
 def new_id(time_ns: int) -> str:
     """An id for a backup and its session: sorts by time, and is nobody else's."""

@@ -111,6 +111,14 @@ def _parent(repository: Repository, sources: Sequence[Source], name: str) -> Bac
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The id and time that a backup has already, elsewhere."""
+
+    id: str
+    created_ns: int
+
+
 def back_up(
     repository: Repository,
     sources: Sequence[Source],
@@ -119,13 +127,14 @@ def back_up(
     full: bool = False,
     max_increments: int = MAX_INCREMENTS,
     tags: dict[str, str] | None = None,
+    known: Known | None = None,
     progress: Progress = nobody,
 ) -> Backup:
     """All `sources` as one backup called `name`. NoSpaceError, BrokenError: then there is no backup."""
     assert sources
     started = time.monotonic()
-    created_ns = time.time_ns()
-    id_ = sessions.new_id(created_ns)
+    created_ns = time.time_ns() if known is None else known.created_ns
+    id_ = sessions.new_id(created_ns) if known is None else known.id
     with sessions.session(repository.place, id_) as check_held:
         repository.refresh()
         choice = choose(repository, sources, name, full=full, max_increments=max_increments)

@@ -22,6 +22,7 @@ from cdpserver.config_values import (
 )
 from cdpserver.errors import UsageError
 from cdpserver.names import format_duration, format_size
+from cdpserver.retention.backups import BackupValue, RepositoryValue
 from cdpserver.retention.slots import Rule, SlotsValue, format_slots, parse_slots, span_ns
 from cdpserver.retention.steps import Step, StepsValue
 
@@ -68,6 +69,9 @@ class Policy:
     drill_command: str | None = None
     drill_marker: str | None = None
     drill_check: str | None = None
+    backup: str | None = None
+    backup_to: str | None = None
+    backup_copy: str | None = None
 
     @property
     def keep_rp_ns(self) -> int:
@@ -186,6 +190,27 @@ FIELDS = (
         "The program that has to end with 0 for a drill to pass.",
         absent="none",
     ),
+    Field(
+        "backup",
+        "backup",
+        BackupValue(),
+        "When the newest good point is backed up, on the host's clock, and how many backups are kept; of a VM all its disks.",
+        absent="none",
+    ),
+    Field(
+        "backup_to",
+        "backup_to",
+        RepositoryValue('"/mnt/nas/backups"'),
+        "The repository that it goes to: one that cdp repo add has registered.",
+        absent="none",
+    ),
+    Field(
+        "backup_copy",
+        "backup_copy",
+        RepositoryValue('"/mnt/vault/backups"'),
+        "A second repository, to which each backup is copied; kept there as long as in the first.",
+        absent="none",
+    ),
 )
 
 assert {field.attribute for field in FIELDS} == {field.name for field in fields(Policy)}
@@ -255,6 +280,10 @@ def contradiction(policy: Policy) -> UsageError | None:
         return UsageError(
             f"keep_bp {format_slots(policy.keep_bp)} ends before keep_rp {keep}",
             hint="make keep_bp reach further back, or say keep_bp none",
+        )
+    if policy.backup is not None and policy.backup_to is None:
+        return UsageError(
+            f"backup {policy.backup} says not where to", hint="name the repository with backup_to"
         )
     return None
 

@@ -82,12 +82,12 @@ def parse_slots(text: str) -> tuple[Rule, ...]:
     for word in words:
         match = _RULE.fullmatch(word)
         if match is None or int(match[1]) == 0:
-            raise UsageError(f"not how base points are kept: {show(word)}", hint=SLOT_FORMS)
+            raise UsageError(f"not how many are kept: {show(word)}", hint=SLOT_FORMS)
         if match[2] in found:
             raise UsageError(f"{show(text)} says twice how many {match[2]}", hint=SLOT_FORMS)
         found[match[2]] = Rule(int(match[1]), match[2])
     if not found:
-        raise UsageError(f"not how base points are kept: {show(text)}", hint=SLOT_FORMS)
+        raise UsageError(f"not how many are kept: {show(text)}", hint=SLOT_FORMS)
     return tuple(found[unit] for unit in UNITS if unit in found)
 
 

@@ -67,11 +67,16 @@ class BasePoints:
     async def cut(self, name: str) -> dict[str, Any]:
         """Cut a base point; its file is published on return. RefusedError if the chain is as long as it may be."""
         entry = self._core.entry(name)
+        await self._core.thread(self._check_ground, entry)
         await self._room.check(entry)
         number = await self._cut(entry)
         await self._room.asked_for(entry, number)
         await self._publish(entry, upto=number)
         return next(found for found in await self.list_published(name) if found["number"] == number)
+
+    def _check_ground(self, entry: Entry) -> None:
+        with self._core.history(entry) as history:
+            basepoint.check_ground(history)
 
     async def rebuild(self, name: str, number: int) -> dict[str, Any]:
         """Make the file of a damaged or lost base point anew from the journal."""
@@ -220,7 +225,7 @@ class BasePoints:
         now_ns = self._core.clock.now_ns()
         with self._core.history(entry) as history:
             journal = history.journal
-            if journal.empty:
+            if journal.empty or basepoint.stands_on_backup(history):
                 return now_ns + SECOND_NS, False, False
             cuts = basepoint.all_cuts(history)
             last_ns = cuts[-1].time_ns if cuts else journal.first().time_ns

@@ -10,6 +10,7 @@ from cdpserver.names import At, Latest, When
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
 from cdpserver.stretches import leads_to_gap
+from cdpserver.timeline import BackupBase
 
 UNORDERED = "unordered: what the guest wrote last may be there while what it wrote before is not"
 BEFORE_GAP = "the last before a gap: writes of the guest that were acknowledged after it are lost"
@@ -25,6 +26,13 @@ class Chosen:
     size: int
     warning: str = ""
     """What the point lacks; only when forced."""
+    of: str = ""
+    """The disk that was backed up, where this one stands on its backup."""
+
+    @property
+    def name(self) -> str:
+        """The disk whose content it is."""
+        return self.of or self.entry.name
 
     @property
     def short_name(self) -> str:
@@ -79,10 +87,12 @@ def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
         position = points.resolve(when, now_ns=core.clock.now_ns())
         size = points.history.size_at(position.seq)
         unordered = points.journal.state_at(position.seq).grade is Grade.UNORDERED
+        base = points.history.timeline.base
         warning = UNORDERED if unordered else BEFORE_GAP if leads_to_gap(points, position) else ""
     if warning and not force:
         raise RefusedError(
             f"{entry.name}@seq:{position.seq} is {warning}",
             hint=f"cdp point list {entry.name} shows graded points; to recover this one all the same, add --force",
         )
-    return Chosen(entry, position.seq, position.time_ns, size, warning)
+    of = base.disk if isinstance(base, BackupBase) else ""
+    return Chosen(entry, position.seq, position.time_ns, size, warning, of)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from cdpserver.service.core import Core
 from cdpserver.service.listeners import point_link
 from cdpserver.service.pruning import Pruning
 from cdpserver.target.placement import worker_of
-from cdpserver.timeline import Base, EmptyBase, ImageBase, PointBase, Timeline
+from cdpserver.timeline import BackupBase, Base, EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.vm.recovery import record
 
 STATUS_S = 5.0
@@ -41,6 +42,14 @@ FEW_RECORDS = 1000
 
 LEASE_S = 2.0
 """How long a removal waits for readers that are about to end (a request of our own, say)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How a history begins: since when, and what it stands on, as its first record says it."""
+
+    time_ns: int
+    mode: str
 
 
 class Disks:
@@ -96,7 +105,7 @@ class Disks:
         async with self._changing:
             return await self._core.thread(self._make, full, size, base)
 
-    def _make(self, full: str, size: int, base: Base) -> Entry:
+    def _make(self, full: str, size: int, base: Base, begun: Begun | None = None) -> Entry:
         core = self._core
         self._check_free(full)
         name, vm = names.split_name(full)
@@ -106,22 +115,25 @@ class Disks:
             core.state, id=id, name=name, vm=vm, size=size, base=base, now_ns=now_ns
         )
         try:
-            self._begin(made, now_ns)
+            self._begin(made, begun or Begun(now_ns, "image" if isinstance(base, ImageBase) else "point"))
             link_socket(core, id)
             return core.catalog.add(full, id, created_ns=now_ns)
         except BaseException:
             self._discard(id)
             raise
 
-    def _begin(self, made: Timeline, now_ns: int) -> None:
+    def _begin(self, made: Timeline, begun: Begun) -> None:
         """Disks on an image and forks have a history from the start."""
         if isinstance(made.base, EmptyBase):
             return
         directory = self._core.state.timeline(made.id)
-        mode = "image" if isinstance(made.base, ImageBase) else "point"
         with durable.io_errors("begin the history in", directory):
             start_history(
-                directory, uuid=made.uuid, boot_id=self._core.clock.boot_id, now_ns=now_ns, mode=mode
+                directory,
+                uuid=made.uuid,
+                boot_id=self._core.clock.boot_id,
+                now_ns=begun.time_ns,
+                mode=begun.mode,
             )
 
     def _discard(self, id: str) -> None:
@@ -186,6 +198,11 @@ class Disks:
             base = PointBase(parent.id, position.seq, position.time_ns)
             made = await core.thread(self._fork, parent, name, size, base)
         core.log.emit("fork.added", fork=name, id=made.id, base=facts.base_name(core, base))
+
+    async def stand_on_backup(self, name: str, size: int, base: BackupBase, begun: Begun) -> None:
+        """A fork that stands on a disk of a backup; durable on return."""
+        async with self._changing:
+            await self._core.thread(self._make, name, size, base, begun)
 
     def _fork(self, parent: Entry, name: str, size: int, base: PointBase) -> Any:
         """Make it while nothing of the parent is dropped; from then on it holds its point itself."""

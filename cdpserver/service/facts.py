@@ -12,10 +12,10 @@ from cdpserver.journal.control import Grade
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import RECORD_SIZE
 from cdpserver.journal.segment import PAGE, SEALED
-from cdpserver.names import format_time
+from cdpserver.names import BACKUP, format_time
 from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
-from cdpserver.timeline import PointBase, Timeline
+from cdpserver.timeline import BackupBase, PointBase, Timeline
 from cdpserver.view.history import History
 
 UNSEALED = 2
@@ -78,6 +78,8 @@ def _head(core: Core, entry: Entry, found: Timeline | None) -> dict[str, Any]:
     }
     if found is not None and isinstance(found.base, PointBase):
         facts["base"] = base_name(core, found.base)
+    if found is not None and isinstance(found.base, BackupBase):
+        facts["base"] = f"{BACKUP}{found.base.backup}/{found.base.disk}"
     return facts
 
 
@@ -89,7 +91,7 @@ def base_name(core: Core, base: PointBase) -> str:
 
 def state_of(found: Timeline, facts: dict[str, Any]) -> str:
     """The word for what a disk is doing, by what the target or its files say of it."""
-    if isinstance(found.base, PointBase):
+    if found.is_fork:
         return "fork"
     if facts["mode"] == "first-copy":
         return "first-copy" if facts["wrote"] else "empty"

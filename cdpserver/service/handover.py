@@ -29,9 +29,10 @@ class HandOver:
         if not one.overwrites:
             return
         for disk in one.disks:
-            if (await self._core.target_status(self._core.entry(disk.disk))).get("clients", 0):
+            replaced = one.protected_name(disk)
+            if (await self._core.target_status(self._core.entry(replaced))).get("clients", 0):
                 raise RefusedError(
-                    f"{disk.disk} is being written: {one.overwrites} runs",
+                    f"{replaced} is being written: {one.overwrites} runs",
                     hint="shut it down first, or recover beside it: without --overwrite",
                 )
 

@@ -100,7 +100,10 @@ def choose_base(core: Core, disk: str, base: str | None, size: int) -> str:
     """
     if base is not None:
         return _check_base(core, images.check_path(base), size)
-    found = timeline.load(core.state.timeline(core.entry(disk).id)).base
+    entry = core.catalog.get(disk)
+    if entry is None:  # what was backed up may be here no more
+        return ""
+    found = timeline.load(core.state.timeline(entry.id)).base
     source = images.source_of(core.state, found) if isinstance(found, ImageBase) else None
     return source if source is not None and Path(source).is_file() else ""
 

@@ -30,6 +30,8 @@ from cdpserver.clock import wall_difference_ns
 from cdpserver.config import SECOND_NS, Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.service import again, disks, inventory, keeper, nightly, notify, processes, tails
+from cdpserver.service.attached import Attached
+from cdpserver.service.backups import Backups
 from cdpserver.service.basepoints import BasePoints
 from cdpserver.service.browsing import Browsing
 from cdpserver.service.children import READY_S, Children
@@ -88,7 +90,8 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
     freezer = Freezer(core)
     marks = Marks(core, protection, freezer)
     sampler = Sampler(core, protection)
-    parts = Parts(children, all_disks, protection, jobs, recoveries, marks, sampler)
+    attached = Attached(core, all_disks)
+    parts = Parts(children, all_disks, protection, jobs, recoveries, marks, sampler, attached)
     roles = Roles.of(core.config)
     # Who may do what is asked of each connection.
     core.state.api_socket.chmod(0o666 if roles.groups else 0o600)
@@ -117,6 +120,8 @@ async def serve(core: Core, children: Children, listeners: Listeners, kept_by: k
                 nursery.start_soon(Schedule(core, marks).keep_marking)
                 nursery.start_soon(sampler.keep_sampling)
                 nursery.start_soon(Scrubbing(core).keep_scrubbing)
+                nursery.start_soon(attached.keep_tidy)
+                nursery.start_soon(Backups(core, jobs).keep_backing_up)
                 app = api.build(core, parts, roles, stop.asked)
                 async with trio.open_nursery() as requests:
                     await requests.start(_serve_api, api, app, core, roles, listeners, stop)

@@ -60,6 +60,7 @@ class _Seen(Collector):
         yield from _service(self._found)
         yield from _store(self._found["store"])
         yield from _drills(self._found["drills"])
+        yield from _backups(self._found["backups"])
         disks = self._found["disks"]
         yield from _disks(disks)
         yield from _base_points(disks)
@@ -155,6 +156,25 @@ def _drills(drills: list[dict[str, Any]]) -> Iterator[Metric]:
         ),
     ):
         yield _labelled(GaugeMetricFamily, f"cdp_drill_{name}", meaning, ("vm",), rows)
+
+
+def _backups(backups: list[dict[str, Any]]) -> Iterator[Metric]:
+    """Of the newest scheduled backup of each VM or disk."""
+    for name, meaning, rows in (
+        (
+            "ok",
+            "1 if the newest scheduled backup was made, and copied where that is asked for, else 0.",
+            [(one["what"], int(not one["reason"])) for one in backups],
+        ),
+        (
+            "end_time_seconds",
+            "When it ended, or failed, since 1970.",
+            [(one["what"], one["ended_ns"] / 1e9) for one in backups],
+        ),
+        ("stored_bytes", "What the newest one added.", [(o["what"], o["stored_bytes"]) for o in backups]),
+        ("seconds", "How long the newest one took.", [(o["what"], o["seconds"]) for o in backups]),
+    ):
+        yield _labelled(GaugeMetricFamily, f"cdp_backup_{name}", meaning, ("vm",), rows)
 
 
 def _disks(disks: list[dict[str, Any]]) -> Iterator[Metric]:

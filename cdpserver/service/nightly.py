@@ -1,5 +1,6 @@
 """Drills by the clock: at the time of day that a policy names, the newest good point of a VM or disk is booted."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -14,7 +15,6 @@ from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
 from cdpserver.service.trials import BY_OPERATOR
 from cdpserver.service.vms import Vms
-from cdpserver.timeline import PointBase
 from cdpserver.vm.trial import record
 from cdpserver.vm.trial.schedule import Planned, is_due, planned, slot_of
 
@@ -54,16 +54,20 @@ def _now() -> datetime:
 
 def _due(core: Core, before: datetime, now: datetime) -> list[Planned]:
     entries = [entry for entry in core.catalog.names().values() if entry.state == "live"]
-    forks = {entry.name for entry in entries if _is_fork(core, entry)}
-    found = planned(core.catalog.rows("policies"), core.config, entries, forks)
+    found = planned(core.catalog.rows("policies"), core.config, entries, forks_of(core, entries))
     trials = record.all_of(core.catalog)
     return [one for one in found if is_due(one, trials, after=before, now=now)]
+
+
+def forks_of(core: Core, entries: Iterable[Entry]) -> set[str]:
+    """The names of those that are forks. For threads."""
+    return {entry.name for entry in entries if _is_fork(core, entry)}
 
 
 def _is_fork(core: Core, entry: Entry) -> bool:
     """A disk that is damaged keeps no other from its drill; its own does not begin, and says why."""
     try:
-        return isinstance(timeline.load(core.state.timeline(entry.id)).base, PointBase)
+        return timeline.load(core.state.timeline(entry.id)).is_fork
     except CdpError:
         return False
 

@@ -20,7 +20,7 @@ from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.control import Grade
 from cdpserver.limits import TAIL_RECORDS
 from cdpserver.names import format_bytes, format_duration
-from cdpserver.service import behind, facts
+from cdpserver.service import backups, behind, facts
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
@@ -113,6 +113,7 @@ class Overview:
             ],
             "last_error": self._events.last_error,
             "drills": _drills(core),
+            "backups": _backups(core),
             "disks": disks,
         }
 
@@ -229,6 +230,23 @@ def _drills(core: Core) -> list[dict[str, Any]]:
     ]
 
 
+def _backups(core: Core) -> list[dict[str, Any]]:
+    """The newest scheduled backup of each VM or disk, with what came of it."""
+    return [
+        {
+            "what": subject,
+            "state": said["state"],
+            "id": said.get("id", ""),
+            "ended_ns": said["ended_ns"],
+            "stored_bytes": said.get("stored_bytes", 0),
+            "seconds": said.get("seconds", 0),
+            "reason": said.get("reason", ""),
+        }
+        for subject, said in sorted(backups.load(core.state).items())
+        if said.get("state")
+    ]
+
+
 # --- warnings
 
 
@@ -260,6 +278,11 @@ def warnings(found: dict[str, Any]) -> list[str]:
         f"the drill of {one['what']} has failed: {one['reason']} (cdp point drills {one['what']})"
         for one in found["drills"]
         if one["state"] == "failed"
+    ]
+    said += [
+        f"the backup of {one['what']} has failed: {one['reason']} (cdp event list --event backup)"
+        for one in found["backups"]
+        if one["reason"]
     ]
     for disk in found["disks"]:
         said += _disk_warnings(disk)

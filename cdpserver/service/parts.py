@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cdpserver.service.attached import Attached
 from cdpserver.service.children import Children
 from cdpserver.service.disks import Disks
 from cdpserver.service.jobs import Jobs
@@ -22,3 +23,4 @@ class Parts:
     recoveries: Recoveries
     marks: Marks
     sampler: Sampler
+    attached: Attached

@@ -136,11 +136,13 @@ def _check_monitor(core: Core, at: protected.Connection, held: list[Recovery], o
 
 def _overwritten(core: Core, chosen: list[Chosen]) -> str:
     """The VM whose disks are replaced. RefusedError unless these are all of them."""
-    short, vm = names.split_name(chosen[0].entry.name)
+    short, vm = names.split_name(chosen[0].name)
+    for disk in chosen:
+        core.entry(disk.name)
     if vm is None:
         return short
     others = {name for name in core.catalog.names() if name.startswith(f"{vm}/")}
-    if left := others - {disk.entry.name for disk in chosen}:
+    if left := others - {disk.name for disk in chosen}:
         raise RefusedError(
             f"{vm} also has {', '.join(sorted(left)[:5])}, which would stay as they are",
             hint=f"replace all disks at one instant: {vm}@WHEN, or recover this one beside it",
@@ -167,8 +169,9 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
         target=target,
         format=format,
         warning=chosen.warning,
+        of=chosen.of,
         chain=chain,
-        base=homes.choose_base(core, chosen.entry.name, asked.base, chosen.size) if chain else "",
+        base=homes.choose_base(core, chosen.name, asked.base, chosen.size) if chain else "",
         replaces=homes.check(target, size=chosen.size, overwrite=asked.overwrite, force=asked.force),
     )
 

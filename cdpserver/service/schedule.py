@@ -6,7 +6,7 @@ from typing import Any
 import trio
 
 from cdpserver.errors import CdpError
-from cdpserver.names import split_name
+from cdpserver.names import is_attached, split_name
 from cdpserver.retention import policies
 from cdpserver.service.core import Core
 from cdpserver.service.marks import Marks
@@ -61,7 +61,7 @@ class Schedule:
         rows = core.catalog.rows("policies")
         for entry in core.catalog.names().values():
             name = split_name(entry.name)[1] or entry.name
-            if entry.state == "live" and name not in found:
+            if entry.state == "live" and name not in found and not is_attached(name):
                 policy = policies.of_vm_or_disk(rows, core.config, entry)
                 if policy.mark_every_ns is not None:
                     found[name] = (policy.mark_every_ns, policy.freeze == FREEZE)

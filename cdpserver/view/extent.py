@@ -1,14 +1,14 @@
 """Extents of a view and the files that they point into.
 
-An extent is `(start, end, path, place)`: bytes [start, end) of the disk are at `place` in the file `path`, or read
-as zeros when `path` is None.
+An extent is `(start, end, path, place)`: bytes [start, end) of the disk are at `place` in the file `path`, or of the reader
+that is known by that name, or read as zeros when `path` is None.
 """
 
 import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from cdpserver.errors import CorruptError
 from cdpserver.limits import BLOCK
@@ -34,12 +34,21 @@ def coalesce(extents: Iterable[Extent]) -> list[Extent]:
     return merged
 
 
+class Reader(Protocol):
+    """Content that is in no file of its own, such as a disk of a backup."""
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill the buffer with the bytes from `offset` on."""
+
+
 class Files:
     """A few open files, least recently used closed first. Not thread-safe: one per view."""
 
     def __init__(self) -> None:
         self._fds: OrderedDict[str, int] = OrderedDict()
         self._kept: dict[str, int] = {}
+        self.readers: dict[str, Reader] = {}
+        """By the name that extents have for a path."""
 
     def fd(self, path: str) -> int:
         """The open file."""

@@ -21,7 +21,8 @@ from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.limits import BLOCK
 from cdpserver.nodes import Node, base_point_path
-from cdpserver.timeline import EmptyBase, ImageBase, PointBase
+from cdpserver.timeline import BackupBase, EmptyBase, ImageBase, PointBase
+from cdpserver.view.backed import backed_up
 from cdpserver.view.chain import Chain
 from cdpserver.view.extent import Extent, Files, coalesce, fill
 from cdpserver.view.history import History
@@ -283,6 +284,8 @@ class View:
         if isinstance(base, ImageBase):
             # An image may be smaller than the disk: beyond it are zeros. Of an empty one nothing was ever imported.
             return self._raw(f"{self.history.state_dir}/{base.file}", offset, end, least=1, holes=holes)
+        if isinstance(base, BackupBase):
+            return backed_up(self.files, self.history.state_dir, base, offset, end, holes=holes)
         assert isinstance(base, EmptyBase)
         path = f"{self.history.directory}/base.raw"
         return self._raw(path, offset, end, least=self.history.timeline.size, holes=holes)
@@ -345,10 +348,13 @@ class View:
             self._fill(target, offset)
 
     def _fill(self, target: memoryview, offset: int) -> None:
+        readers = self.files.readers
         for start, end, path, place in self.resolve(offset, offset + len(target)):
             part = target[start - offset : end - offset]
             if path is None:
                 part[:] = bytes(len(part))
+            elif path in readers:
+                readers[path].read_into(part, place)
             else:
                 fill(self.files.fd(path), part, place, path)
 

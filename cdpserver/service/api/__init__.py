@@ -29,6 +29,7 @@ from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import protection as protection_routes
 from cdpserver.service.api import pruning as pruning_routes
 from cdpserver.service.api import recoveries as recovery_routes
+from cdpserver.service.api import repositories as repository_routes
 from cdpserver.service.api import times as time_routes
 from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
@@ -71,6 +72,8 @@ ADMINS_ONLY = {
     "protect_vm",
     "protect_agent_vm",
     "say_mirror_size",
+    "add_repository",
+    "remove_repository",
     "unprotect_vm",
 }
 """What loses history, or lets a disk use the store."""
@@ -150,6 +153,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     app.include_router(time_routes.routes(core, answers, disks.browsing))
     app.include_router(download_routes.routes(core, disks.browsing))
     app.include_router(drill_routes.routes(answers, long, parts.recoveries.drills, roles))
+    app.include_router(repository_routes.routes(answers, parts.attached))
     app.include_router(job_routes.routes(answers, parts.jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -27,6 +27,9 @@ class SetPolicy(Body):
     drill_command: Text | None = Field(None, examples=["/etc/cdp/web.qemu"])
     drill_marker: Text | None = Field(None, examples=["login:"])
     drill_check: Text | None = Field(None, examples=["/etc/cdp/web-check"])
+    backup: Text | None = Field(None, examples=["daily 02:00 keep 7d 4w 12m"])
+    backup_to: Text | None = Field(None, examples=["/mnt/nas/backups"])
+    backup_copy: Text | None = Field(None, examples=["/mnt/vault/backups"])
 
 
 class Policy(Answer):
@@ -46,6 +49,9 @@ class Policy(Answer):
     drill_command: str
     drill_marker: str
     drill_check: str
+    backup: str
+    backup_to: str
+    backup_copy: str
     sources: dict[str, str] = Field(description="default, configuration, VM NAME, or disk.")
     problem: str | None = Field(description="Why the values do not go together; nothing is pruned then.")
 

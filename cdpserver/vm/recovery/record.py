@@ -57,6 +57,8 @@ class RecoveredDisk:
     """How QEMU names the disk that has arrived, for its protection."""
     warning: str = ""
     """What the point lacks; only with force."""
+    of: str = ""
+    """The disk whose content it is, where `disk` is a backup of it that is attached."""
     chain: bool = False
     """What is at home stands on an image of the point, and that on `base` if there is one."""
     base: str = ""
@@ -137,7 +139,7 @@ class Recovery:
 
     def protected_name(self, disk: RecoveredDisk) -> str:
         """The disk that goes on with its history once it is home."""
-        return disk.disk if self.overwrites else disk.fork
+        return (disk.of or disk.disk) if self.overwrites else disk.fork
 
     def row(self) -> Row:
         """The row that says it."""
@@ -177,6 +179,7 @@ class Recovery:
                     "replaces": one.replaces,
                     "device": one.device,
                     "warning": one.warning,
+                    "of": one.of,
                     "chain": one.chain,
                     "base": one.base,
                 }
@@ -274,6 +277,7 @@ def _read_disk(fields: dict[str, Any]) -> RecoveredDisk:
         replaces=bool(fields.get("replaces", False)),
         device=str(fields.get("device", "")),
         warning=str(fields.get("warning", "")),
+        of=str(fields.get("of", "")),
         chain=bool(fields.get("chain", False)),
         base=str(fields.get("base", "")),
     )

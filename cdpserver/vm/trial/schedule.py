@@ -1,4 +1,4 @@
-"""Which drills are due. Pure: the time of day is the host's, as people mean it."""
+"""What is to be drilled or backed up, and which drills are due. Pure: the time of day is the host's, as people mean it."""
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ MOST_TRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A VM or disk that is drilled each day, and what its policy says."""
+    """A VM or disk that something is done to by the clock, and what its policy says."""
 
     subject: str
     policy: Policy
 
 
 def planned(
-    rows: Mapping[str, Row], config: Config, entries: Iterable[Entry], forks: Set[str]
+    rows: Mapping[str, Row], config: Config, entries: Iterable[Entry], forks: Set[str], what: str = "drill"
 ) -> list[Planned]:
-    """What is to be drilled: VMs as their own policy says, disks as theirs. CorruptError for a row that cannot be read.
+    """Where the policy has a time for `what`: VMs as their own policy says, disks as theirs. CorruptError for an unreadable row.
 
     A disk of a VM only when its own policy names a time: else its VM is drilled as a whole. Forks, of which recoveries and trials
     are made, only when they or their VM are named.
@@ -35,12 +35,14 @@ def planned(
     for entry in entries:
         _, vm = split_name(entry.name)
         own = policies.texts_of(rows.get(policies.disk_row(entry.id)))
-        if "drill" in own or (vm is None and entry.name not in forks):
+        if what in own or (vm is None and entry.name not in forks):
             found[entry.name] = combine(policies.layers(rows, config, entry)).policy
         said = {} if vm is None else policies.texts_of(rows.get(policies.vm_row(vm)))
-        if vm is not None and ("drill" in said or entry.name not in forks):
+        if vm is not None and (what in said or entry.name not in forks):
             found[vm] = combine([config.policy, Layer(f"VM {vm}", parse_values(said))]).policy
-    return [Planned(subject, policy) for subject, policy in found.items() if policy.drill is not None]
+    return [
+        Planned(subject, policy) for subject, policy in found.items() if getattr(policy, what) is not None
+    ]
 
 
 def last_at(at: str, now: datetime) -> datetime:

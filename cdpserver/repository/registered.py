@@ -1,0 +1,115 @@
+"""The repositories that a state directory knows, and disks of backups in them as something to stand on.
+
+    repositories.json    id of a repository -> where it is, and the file that holds its key
+
+A timeline that stands on a backup names the repository by its id, so a repository may move: it is registered anew where it is.
+Keys stay in their files. Without this file nothing is lost but what it says; `cdp repo add` says it again.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cdpserver import durable
+from cdpserver.durable import corrupt_json, take_keys, take_str
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.names import show
+from cdpserver.repository.content import Content
+from cdpserver.repository.places import open_place
+from cdpserver.repository.repository import Repository
+from cdpserver.timeline import BackupBase
+
+FILE = "repositories.json"
+
+KEY_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """One repository; `key_file` is empty for one that is not encrypted."""
+
+    id: str
+    path: str
+    key_file: str = ""
+
+
+def load(state_dir: Path) -> dict[str, Registered]:
+    """By id. CorruptError for a file that says something else."""
+    path = state_dir / FILE
+    try:
+        value = durable.read_json(path)
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for id_, held in value.items():
+        if not isinstance(held, dict):
+            raise corrupt_json(path, f"{show(id_)} is not an object")
+        take_keys(held, {"path", "key_file"}, path)
+        found[id_] = Registered(id_, take_str(held, "path", path), take_str(held, "key_file", path))
+    return found
+
+
+def save(state_dir: Path, known: Mapping[str, Registered]) -> None:
+    """Durable on return."""
+    rows = {id_: asdict(one) for id_, one in sorted(known.items())}
+    for row in rows.values():
+        del row["id"]
+    durable.write_json(state_dir / FILE, rows)
+
+
+def read_key(key_file: str) -> bytes | None:
+    """What a key file holds; None for no file. RefusedError if it cannot be read."""
+    if not key_file:
+        return None
+    try:
+        with open(key_file, "rb") as file:
+            return file.read(KEY_BYTES)
+    except OSError as error:
+        raise RefusedError(
+            f"the key file {show(key_file)} cannot be read: {error.strerror}",
+            hint="name a file that cdpserver's user can read",
+        ) from None
+
+
+def open_registered(state_dir: Path, one: Registered) -> Repository:
+    """NotFoundError, RefusedError for a wrong key or another repository in its place, CorruptError."""
+    repository = Repository(open_place(one.path), secret=read_key(one.key_file), cache=state_dir / "run")
+    if repository.config.id.hex() != one.id:
+        repository.close()
+        raise RefusedError(
+            f"{one.path} is another repository than the one that was registered",
+            hint=f"cdp repo add {one.path} registers this one",
+        )
+    return repository
+
+
+# -- standing on a backup
+
+_open: dict[Registered, Repository] = {}
+_opening = threading.Lock()
+
+
+def _kept_open(state_dir: Path, id_: str) -> Repository:
+    """The repository, open for as long as this process lives: every view of a disk that stands on it reads through it."""
+    one = load(state_dir).get(id_)
+    if one is None:
+        raise NotFoundError(
+            f"the repository {id_} is not registered here", hint="cdp repo add PATH registers it"
+        )
+    with _opening:
+        if one not in _open:
+            _open[one] = open_registered(state_dir, one)
+        return _open[one]
+
+
+def content_of(state_dir: Path, base: BackupBase) -> Content:
+    """A disk of a backup. CorruptError that names the next step, whatever keeps it from being read."""
+    try:
+        repository = _kept_open(state_dir, base.repository)
+        disk = repository.backup(base.backup).disk(base.disk)
+    except (NotFoundError, RefusedError) as error:
+        raise CorruptError(f"backup {base.backup} cannot be read: {error.message}", hint=error.hint) from None
+    if disk is None:
+        raise CorruptError(f"backup {base.backup} has no {base.disk}", hint="cdp backup show lists its disks")
+    return Content(repository, disk)

@@ -1,0 +1,162 @@
+"""Backups by the clock: which are due, what catches up, and the service that makes, keeps and copies them."""
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpserver.errors import UsageError
+from cdpserver.retention.backups import parse_plan
+from cdpserver.retention.policy import Policy
+from cdpserver.service.backups import due
+from cdpserver.vm.trial.schedule import Planned
+from recovery import cli
+from tests.test_service import SIZE, Server, connected, until
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "now", "last"),
+    [
+        ("hourly", "2026-11-27 20:14", "2026-11-27 20:00"),
+        ("hourly :30", "2026-11-27 20:14", "2026-11-27 19:30"),
+        ("daily 02:00 keep 7d 4w 12m", "2026-11-27 20:14", "2026-11-27 02:00"),
+        ("daily 22:00", "2026-11-01 20:14", "2026-10-31 22:00"),
+        ("weekly sun 02:00", "2026-11-27 20:14", "2026-11-22 02:00"),
+        ("weekly fri 20:14 keep 4w", "2026-11-27 20:14", "2026-11-27 20:14"),
+        ("weekly fri 20:15", "2026-11-27 20:14", "2026-11-20 20:15"),
+        ("monthly 31 02:00 keep none", "2026-03-01 01:00", "2026-02-28 02:00"),
+        ("monthly 1 02:00", "2026-03-01 01:00", "2026-02-01 02:00"),
+    ],
+)
+def test_the_newest_time_that_came(text: str, now: str, last: str) -> None:
+    assert f"{parse_plan(text).last(datetime.fromisoformat(now)):%Y-%m-%d %H:%M}" == last
+
+
+@pytest.mark.parametrize(
+    "text", ["", "daily", "daily 24:00", "daily 2:00", "weekly 02:00", "weekly day 02:00", "monthly 0 02:00",
+             "monthly 32 02:00", "hourly :60", "daily 02:00 keep", "daily 02:00 keep 7x", "daily 02:00 7d", "x" * 9999],
+)  # fmt: skip
+def test_what_is_no_schedule(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_plan(text)
+
+
+def planned(schedule: str) -> list[Planned]:
+    return [Planned("web", Policy(backup=schedule, backup_to="/repo"))]
+
+
+def at(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def test_what_passed_is_made_up_for_once_and_clocks_may_jump() -> None:
+    daily = planned("daily 02:00")
+    found, noted = due({}, daily, at("2026-11-27 20:00"))
+    assert (found, noted["web"]["slot"]) == ([], "2026-11-27T02:00"), "it begins with the next time"
+    assert due(noted, daily, at("2026-11-28 01:59")) == ([], noted)
+    found, same = due(noted, daily, at("2026-12-24 09:00"))
+    assert [one.slot for one in found] == ["2026-12-24T02:00"], "one for a month that was missed"
+    assert same == noted, "until it is made"
+    done = {"web": noted["web"] | {"slot": found[0].slot, "state": "done"}}
+    assert due(done, daily, at("2026-12-25 01:59"))[0] == []
+    found, back = due(done, daily, at("2026-12-20 09:00"))
+    assert (found, back["web"]["slot"]) == ([], "2026-12-20T02:00"), (
+        "a clock that went back goes on from there"
+    )
+    assert [one.slot for one in due(back, daily, at("2026-12-21 02:00"))[0]] == ["2026-12-21T02:00"]
+    found, other = due(done, planned("hourly"), at("2026-12-24 20:30"))
+    assert (found, other["web"]["slot"]) == ([], "2026-12-24T20:00"), "so does another schedule"
+    assert due(done, [], at("2027-01-01 00:00")) == ([], {}), "nobody asks for it any more"
+
+
+# --- the service
+
+
+@pytest.fixture
+def server(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(short_path / "xdg"))
+    with Server(short_path / "s") as running:
+        with connected(running.add()) as client:
+            client.pwrite(os.urandom(MIB), 0)
+        running.post("/v1/disks/d:synced", write_blocking=True)
+        yield running
+
+
+def cdp(server: Server, capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    options = cli.parse(["--state-dir", str(server.state_dir), *map(str, arguments), "--json"])
+    options.run(options)
+    return json.loads(capsys.readouterr().out)
+
+
+def missed(server: Server) -> None:
+    """The service was down while times passed."""
+    path = server.state_dir / "backups.json"
+    noted = json.loads(path.read_text())
+    noted["d"]["slot"] = "2020-01-01T00:00"
+    path.write_text(json.dumps(noted))
+
+
+@pytest.mark.real
+def test_the_service_makes_keeps_and_copies_them(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several times missed are one backup; what fails is an event, a metric, and tried again; a copy that fails is said."""
+    repos = [short_path / name for name in ("repo", "second")]
+    for repo in repos:
+        cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+        cdp(server, capsys, "repo", "add", repo)
+    with pytest.raises(UsageError, match="says not where to"):
+        cdp(server, capsys, "policy", "set", "d", "--backup", "hourly keep none")
+    cdp(
+        server, capsys, "policy", "set", "d", "--backup", "hourly keep none",
+        "--backup-to", repos[0], "--backup-copy", repos[1],
+    )  # fmt: skip
+    by_hand = cdp(server, capsys, "backup", "run", "d@latest", "--repo", repos[0])["id"]
+    until((server.state_dir / "backups.json").exists, "look at the schedule")
+    server.stop()
+    missed(server)
+    with Server(server.state_dir) as again:
+        made = until(lambda: again.events("backup.done"), "backup")
+        assert len(made) == 1
+        assert (made[0]["what"], made[0]["kind"], made[0]["read_bytes"]) == ("d", "incremental", 0)
+        first = made[0]["backup"]
+        assert [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[0])] == [by_hand, first]
+        assert [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[1])] == [first]
+        assert 'cdp_backup_ok{vm="d"} 1.0' in again_metrics(again)
+        point = cdp(again, capsys, "uri", f"backup:{first}")
+        with connected(point["uri"]) as client:
+            assert client.get_size() == SIZE, "in both repositories, and the same"
+        again.stop()
+    missed(server)
+    repos[1].rename(short_path / "away")
+    with Server(server.state_dir) as again:
+        made = until(lambda: again.events("backup.done")[1:], "second backup")
+        assert made[0]["removed"] == 1, (
+            "the first one: none but the newest is kept, and what was made by hand"
+        )
+        assert again.events("backup.copy-failed")[0]["backup"] == made[0]["backup"]
+        listed = [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[0])]
+        assert listed == [by_hand, made[0]["backup"]]
+        assert "the backup of d has failed" in str(again.get("/v1/overview")["warnings"])
+        again.stop()
+    missed(server)
+    repos[0].rename(short_path / "gone")
+    with Server(server.state_dir) as again:
+        failed = until(lambda: again.events("backup.failed"), "failure")
+        assert "there is no repository" in failed[0]["reason"]
+        assert 'cdp_backup_ok{vm="d"} 0.0' in again_metrics(again)
+        assert "2020-01-01" in (server.state_dir / "backups.json").read_text(), "it stays due"
+
+
+def again_metrics(server: Server) -> str:
+    from cdpserver.state import StateDir
+    from recovery.client import Client
+
+    return Client(StateDir(server.state_dir)).metrics()
