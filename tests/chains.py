@@ -144,7 +144,7 @@ class Forest:
                 qemu.check(line.path(number))
                 assert raw(line.path(number)) == content, f"bp:{number} of {line.name}"
             known = {"timeline.json", "intervals", "base.raw", "base.synced", "chain.lock"}
-            known |= {"manual.json", "writer.lock", "index.lock", "lease", "leases"}
+            known |= {"manual.json", "writer.lock", "index.lock", "lease", "leases", "sums", "links"}
             known |= {f"bp-{n}.{suffix}" for n in line.content for suffix in ("qcow2", "json", "map")}
             assert set(os.listdir(line.directory)) <= known
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import socket
 import subprocess
 import sys
@@ -207,6 +208,18 @@ def pages(server: Server, path: str, size: int) -> Iterator[list[dict[str, Any]]
         token = page["next_page_token"]
         if token is None:
             return
+
+
+def test_an_answer_waits_for_the_end_of_the_request(server: Server) -> None:
+    """Else a client that sends its body after the head of its request finds the connection closed, and no answer."""
+    with contextlib.closing(UnixConnection(server.state_dir / "api.sock")) as connection:
+        connection.putrequest("POST", "/v1/recoveries/nobody:retry")
+        connection.putheader("Content-Length", "2")
+        connection.endheaders()
+        assert select.select([connection.sock], [], [], 0.5)[0] == []
+        connection.send(b"{}")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]) == (404, "not-found")
 
 
 @pytest.mark.parametrize(

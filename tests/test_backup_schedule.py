@@ -133,6 +133,7 @@ def test_the_service_makes_keeps_and_copies_them(
         point = cdp(again, capsys, "uri", f"backup:{first}")
         with connected(point["uri"]) as client:
             assert client.get_size() == SIZE, "in both repositories, and the same"
+        cdp(again, capsys, "backup", "detach", first)  # what is attached is kept
         again.stop()
     missed(server)
     repos[1].rename(short_path / "away")

@@ -143,7 +143,7 @@ EVERY_DISK = ["db", "rescue", "web/vda", "web/vdb"]
         ("cdp recover start web@mo", ["web@monday"]),
         ("cdp recover start s", []),
         ("cdp snapshot pull web", ["web/vda", "web/vdb"]),
-        ("cdp backup run web", ["web/vda", "web/vdb"]),
+        ("cdp backup run web", ["web", "web/vda", "web/vdb"]),
         ("cdp point mark ", [*EVERY_DISK, "shop", "web"]),
         ("cdp point list s", ["shop"]),
         ("cdp rpo w", ["web", "web/vda", "web/vdb"]),
@@ -184,7 +184,7 @@ def test_without_the_service_disks_come_from_the_copy_of_the_catalog(
     environment: dict[str, str], state: StateDir
 ) -> None:
     copy_of_catalog(state)
-    assert offered("cdp check ", environment, state) == ["alone", "web/vda"]
+    assert offered("cdp check ", environment, state) == ["alone", "web", "web/vda"]
     assert "alone@latest" in offered("cdp uri al", environment, state)
 
 

@@ -207,7 +207,7 @@ def test_a_session_has_a_limit_of_memory(server: Server) -> None:
 
 
 def kill(*pids: int) -> None:
-    """SIGKILL them; they are dead on return, and whoever asks after them hears so."""
+    """SIGKILL them; they are dead on return, with all their threads, and whoever asks after them hears so."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     until(lambda: all(map(is_dead, pids)), "end of the processes")
@@ -215,7 +215,8 @@ def kill(*pids: int) -> None:
 
 def is_dead(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) < 2
     except (FileNotFoundError, ProcessLookupError):
         return True
 

@@ -23,7 +23,7 @@ from cdpserver.retention.slots import slot_of
 ANYTHING = -1
 """A cutoff before every time: nothing is shortened."""
 
-SLOT_WORDS = {"h": "hour", "d": "day", "w": "week", "m": "month"}
+SLOT_WORDS = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class Browsing:
             while True:
                 with trio.move_on_after(LOOK_S):
                     await self._wanted.wait()
-                    await self._make_spare()
+                await self._make_spare()  # a host under load takes its time for it
                 await self._look()
         finally:
             for session in [*self._open.values(), *filter(None, [self._spare])]:

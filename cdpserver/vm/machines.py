@@ -28,7 +28,7 @@ async def read_machine(monitor: Monitor) -> Machine | None:
         blocks = await monitor.execute("query-block")
         buses = [(disk.name, await _bus(monitor, disk.device, blocks)) for disk in guest_disks(blocks)]
         direct = await _direct(monitor)
-    except QmpRefusedError:
+    except (QmpRefusedError, KeyError):
         return None
     return Machine(
         program=f"qemu-system-{arch}",

@@ -32,7 +32,7 @@ from cdpserver.service.api import recoveries as recovery_routes
 from cdpserver.service.api import repositories as repository_routes
 from cdpserver.service.api import times as time_routes
 from cdpserver.service.api import vms as vm_routes
-from cdpserver.service.api.answers import ERRORS, Answers, Rim, add_error_handlers
+from cdpserver.service.api.answers import ERRORS, Answers, Rim, WholeBody, add_error_handlers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
 from cdpserver.service.capacity import Capacity
@@ -131,6 +131,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     answers, instants = Answers(core), Instants(core)
     long = Long(answers, parts.jobs)
     add_error_handlers(app)
+    app.add_middleware(WholeBody)
     app.add_middleware(Rim, log=core.log)
     app.include_router(vm_routes.marks_routes(answers, parts.marks))
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))

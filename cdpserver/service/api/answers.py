@@ -4,6 +4,7 @@ Errors are `{"error", "message", "hint", "exit_code"}`: the tree of `cdpserver.e
 """
 
 import json
+from collections import deque
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -45,6 +46,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": models.Error, "description": "A process of the service does not answer."},
     507: {"model": models.Error, "description": "The store's file system is full."},
 }
+
+
+MAX_TAKEN_BYTES = 1 << 20
+"""Of a request's body, before it is answered: more than any request here has."""
 
 
 class Answers:
@@ -98,6 +103,32 @@ def add_error_handlers(app: FastAPI) -> None:
             hint="GET /v1/openapi.json lists what there is",
         )
         return error_answer(said, error.status_code, error.headers)
+
+
+class WholeBody:
+    """A request's body is taken before it is answered.
+
+    Whoever is still sending it would find the connection closed, and no answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        taken: deque[Message] = deque()
+        length, more = 0, True
+        while more and length <= MAX_TAKEN_BYTES:
+            taken.append(message := await receive())
+            length += len(message.get("body", b""))
+            more = message["type"] == "http.request" and message.get("more_body", False)
+
+        async def replayed() -> Message:
+            return taken.popleft() if taken else await receive()
+
+        await self._app(scope, replayed, send)
 
 
 class Rim:
