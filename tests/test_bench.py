@@ -112,6 +112,7 @@ def smoke() -> dict[str, Any]:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_a_smoke_run_measures_everything(smoke: dict[str, Any]) -> None:
     found = smoke["measures"]
     assert {name: len(measure["medians"]) for name, measure in found.items()} == MEASURES
@@ -122,6 +123,7 @@ def test_a_smoke_run_measures_everything(smoke: dict[str, Any]) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_a_smoke_run_says_what_it_ran_on(smoke: dict[str, Any]) -> None:
     machine = smoke["machine"]
     for key in ("date", "cpus", "kernel", "file_system", "python", "qemu", "nbdkit", "fio"):
@@ -130,6 +132,7 @@ def test_a_smoke_run_says_what_it_ran_on(smoke: dict[str, Any]) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_what_costs_no_time_but_space_is_as_the_format_says(smoke: dict[str, Any]) -> None:
     found = smoke["measures"]
     records = SMOKE.zero_disk // GIB
