@@ -119,7 +119,7 @@ def verify(options: Namespace) -> int:
         answer(f"backup:{backup.id} is whole: {found.chunks} chunks, {format_bytes(found.read_bytes)} read")
     else:
         for damage in found.damage:
-            answer(f"{damage.disk} [{damage.start}, {damage.end}): {damage.reason}")
+            answer(f"{damage.where}: {damage.reason}")
     return 0 if found.sound else DAMAGED
 
 

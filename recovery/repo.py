@@ -128,8 +128,7 @@ def check(options: Namespace) -> int:
     for pack in found.packs_damaged:
         answer(f"{pack} cannot be read")
     for damage in found.damage:
-        where = f"{damage.disk} [{damage.start}, {damage.end})" if damage.disk else "all of it"
-        answer(f"backup {damage.backup}: {where}: {damage.reason}")
+        answer(f"backup {damage.backup}: {damage.where}: {damage.reason}")
     said = f"{found.backups} backups, {found.packs} packs, {found.chunks} chunks"
     say(f"{said}: {'sound' if found.sound else 'damaged'}")
     return 0 if found.sound else DAMAGED

@@ -53,8 +53,7 @@ def import_(options: Namespace) -> int:
     for id_ in found.backups:
         answer(f"backup {id_}: whole")
     for damage in found.damage:
-        where = f"{damage.disk} [{damage.start}, {damage.end})" if damage.disk else "all of it"
-        answer(f"backup {damage.backup}: not imported: {where}: {damage.reason}")
+        answer(f"backup {damage.backup}: not imported: {damage.where}: {damage.reason}")
     if not found.ended:
         say("the stream ends before its end: there were more backups, or this was cut")
     elif not found.intact:

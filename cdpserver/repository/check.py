@@ -21,6 +21,11 @@ class Damage:
     end: int
     reason: str
 
+    @property
+    def where(self) -> str:
+        """Disk and range, for people."""
+        return f"{self.disk} [{self.start}, {self.end})" if self.disk else "all of it"
+
 
 @dataclass(slots=True)
 class Checked:

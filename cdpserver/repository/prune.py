@@ -12,8 +12,6 @@ from cdpserver.names import format_duration
 from cdpserver.repository.record import Backup
 from cdpserver.retention.slots import SECOND_NS, Rule, slot_of
 
-NAMES = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -52,7 +50,7 @@ def plan(
                 slot = (rule.unit, slot_of(rule.unit, backup.created_ns))
                 if slot not in taken and sum(unit == rule.unit for unit, _ in taken) < rule.count:
                     taken.add(slot)
-                    reasons.append(f"the newest of its {NAMES[rule.unit]}")
+                    reasons.append(f"the newest of its {rule.word}")
             held = hold(backup, lived_ns, locked=locked, immutable_ns=immutable_ns)
             reasons += [held] if held else []
             verdicts.append(Verdict(backup, bool(reasons), ", ".join(reasons) or "no rule keeps it"))

@@ -23,8 +23,6 @@ from cdpserver.retention.slots import slot_of
 ANYTHING = -1
 """A cutoff before every time: nothing is shortened."""
 
-SLOT_WORDS = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -175,7 +173,7 @@ def _want_by_policy(facts: Facts, wanted: _Wanted, cutoff_ns: int) -> None:
                 best[slot] = node
         for node in best.values():
             if rule.covers(node.time_ns, now_ns) and node.time_ns > cutoff_ns:
-                wanted.node(node.number, f"keep_bp {rule}: that of its {SLOT_WORDS[rule.unit]}")
+                wanted.node(node.number, f"keep_bp {rule}: that of its {rule.word}")
     for interval in facts.intervals:
         if interval.last_time_ns >= now_ns - policy.keep_rp_ns and interval.last_time_ns > cutoff_ns:
             wanted.interval(interval.number, f"keep_rp: every instant of the last {span}")

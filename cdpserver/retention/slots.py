@@ -30,6 +30,8 @@ MONTH_NS = 28 * DAY_NS
 
 YEAR_NS = 365 * DAY_NS
 
+WORDS = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
+
 SPANS_NS = {"h": HOUR_NS, "d": DAY_NS, "w": 7 * DAY_NS, "m": MONTH_NS, "y": YEAR_NS}
 
 _RULE = re.compile(r"([0-9]{1,4})([hdwmy])")
@@ -42,6 +44,11 @@ class Rule:
 
     count: int
     unit: str
+
+    @property
+    def word(self) -> str:
+        """What a slot is called."""
+        return WORDS[self.unit]
 
     @property
     def span_ns(self) -> int:

@@ -201,10 +201,9 @@ class Attached:
 
     def _lock(self, id_: str) -> str:
         """The name of our lock, which is not that of another server's, nor of an operator's."""
-        uuid = self._core.catalog.names()
-        first = next(
-            entry for name, entry in sorted(uuid.items()) if name.startswith(f"{names.attached_name(id_)}/")
-        )
+        prefix = f"{names.attached_name(id_)}/"
+        disks = sorted(self._core.catalog.names().items())
+        first = next(entry for name, entry in disks if name.startswith(prefix))
         return f"locks/{id_}.{timeline.load(self._core.state.timeline(first.id)).uuid.hex()[:16]}"
 
     def _all(self) -> list[tuple[Entry, BackupBase]]:
