@@ -33,6 +33,20 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.fixture
+def home(short_path: Path) -> Path:
+    """Primary storage, where recovered disks go."""
+    directory = short_path / "home"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def vm(short_path: Path) -> str:
+    """A VM's name that no other test has."""
+    return short_path.name.replace("_", "-")
+
+
+@pytest.fixture
 def world() -> Iterator["World"]:
     """A state directory whose timelines the test drives itself."""
     from tests.core import World, scratch  # the tests of pure things do without LMDB

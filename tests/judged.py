@@ -27,6 +27,7 @@ from tests.guest_vm import Guest, file_disk
 from tests.test_service import ApiError, Server, until
 from tools.kit.mount import as_file, as_loop, mounted
 from tools.kit.processes import run
+from tools.kit.processes import until as soon
 from tools.kit.qmp import Qmp
 
 BOUND_S = 2.0
@@ -153,10 +154,7 @@ class Judged:
                 return bool(points)
             return False
 
-        deadline = time.monotonic() + BOOT_S
-        while not there():
-            assert time.monotonic() < deadline, f"no point of the VM in {BOOT_S} s"
-            time.sleep(0.1)
+        soon(there, "point of the VM", seconds=BOOT_S, every_s=0.1)
 
     def goes_on(self, acks: int = 5) -> None:
         """The guest's writes are done, and said to be."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.judged import BOUND_S, Lateness
 from tests.test_protect import disk, guest, protect
-from tests.test_protect_resync import MIB, SIZE, anchored, quits, same, source, starts
+from tests.test_protect_resync import SIZE, anchored, rewritten_while_nobody_looked, same, source
 from tests.test_service import Server, until
 from tools.kit.source import Source
 
@@ -59,15 +59,7 @@ def test_a_worker_that_hangs_while_a_copy_is_under_way(short_path: Path, method:
     state = short_path / "state"
     with source(short_path) as made:
         if method == "bitmap":
-            with Server(state) as server:
-                protect(server, made)
-                anchored(server)
-                server.stop()
-            with guest(made) as handle:
-                for at in range(0, SIZE, MIB):
-                    handle.pwrite(random.Random(-at - 1).randbytes(MIB), at)
-            quits(made)
-            starts(made)
+            rewritten_while_nobody_looked(made, state)
         with Server(state) as server, Writes(made) as writes:
             if method == "full":
                 protect(server, made)

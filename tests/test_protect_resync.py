@@ -154,20 +154,25 @@ def test_a_store_put_back_from_an_older_copy_is_noticed(short_path: Path, qemu: 
             assert same(server, made)
 
 
+def rewritten_while_nobody_looked(made: Source, state: Path) -> None:
+    """A disk whose bitmap has all of it, and whose QEMU was started anew: the next service resyncs it by that."""
+    with Server(state) as server:
+        protect(server, made)
+        anchored(server)
+        server.stop()
+    with guest(made) as writes:
+        for at in range(0, SIZE, MIB):
+            writes.pwrite(random.Random(-at - 1).randbytes(MIB), at)
+    quits(made)
+    starts(made)
+
+
 @pytest.mark.parametrize("dies", ["target", "service", "target again and again"])
 def test_what_dies_while_changes_are_sent(short_path: Path, dies: str) -> None:
     """Whatever was sent by then: in the end everything is there, also what the guest wrote meanwhile."""
     state = short_path / "state"
     with source(short_path) as made:
-        with Server(state) as server:
-            protect(server, made)
-            anchored(server)
-            server.stop()
-        with guest(made) as writes:
-            for at in range(0, SIZE, MIB):
-                writes.pwrite(random.Random(-at - 1).randbytes(MIB), at)
-        quits(made)
-        starts(made)
+        rewritten_while_nobody_looked(made, state)
         with Server(state) as server, guest(made) as writes:
             until(lambda: (disk(server)["resync"] or {}).get("method") == "bitmap", "a resync by bitmap")
             if dies == "service":

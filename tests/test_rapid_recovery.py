@@ -136,13 +136,6 @@ def server(short_path: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def home(short_path: Path) -> Path:
-    directory = short_path / "home"
-    directory.mkdir()
-    return directory
-
-
 def protect(server: Server, name: str = "vda", vm: str = "web", number: int = 1) -> bytearray:
     """A disk with a `crash` point; what it holds then. Something else is written after it."""
     uri = server.post("/v1/disks", name=name, vm=vm, size=SIZE)["uri"]

@@ -30,19 +30,6 @@ def shared() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def vm(short_path: Path) -> str:
-    """A VM's name that no other test has."""
-    return short_path.name.replace("_", "-")
-
-
-@pytest.fixture
-def home(short_path: Path) -> Path:
-    directory = short_path / "home"
-    directory.mkdir()
-    return directory
-
-
 def until_job(qmp: Qmp, job: str, status: str) -> None:
     """Returns at the very moment."""
     qmp.wait("JOB_STATUS_CHANGE", lambda found: found == {"id": job, "status": status})

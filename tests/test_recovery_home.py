@@ -51,19 +51,6 @@ def shared() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture
-def vm(short_path: Path) -> str:
-    """A VM's name that no other test has."""
-    return short_path.name.replace("_", "-")
-
-
-@pytest.fixture
-def home(short_path: Path) -> Path:
-    directory = short_path / "home"
-    directory.mkdir()
-    return directory
-
-
 def qemu_img(*arguments: str | Path) -> Any:
     done = subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout) if "--output=json" in arguments else None
