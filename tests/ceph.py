@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tools.kit.processes import TooLate
+
 KEY, SECRET = "AKTEST", "SKTEST"
 UP_S = 120.0
 
@@ -163,7 +165,8 @@ def wait_for_port(port: int) -> None:
             socket.create_connection(("127.0.0.1", port), 5).close()
             return
         except OSError:
-            assert time.monotonic() < deadline, "the S3 gateway does not come up"
+            if time.monotonic() > deadline:
+                raise TooLate("the S3 gateway does not come up") from None
             time.sleep(0.1)
 
 

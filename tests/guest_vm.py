@@ -17,6 +17,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from tests.guest_image import GuestImage, guest_image
+from tools.kit.processes import TooLate
 from tools.kit.qmp import Qmp, QmpError
 
 SILENT_SECONDS = 120
@@ -102,10 +103,8 @@ class Guest:
 
         try:
             self.wait_until(ready, SILENT_SECONDS, "GUEST ready", renewed=True)
-        except AssertionError as error:
-            raise AssertionError(
-                f"{error}; the kernel: {self.kernel[-12:]}; QEMU: {self._condition()}"
-            ) from None
+        except TooLate as error:
+            raise TooLate(f"{error}; the kernel: {self.kernel[-12:]}; QEMU: {self._condition()}") from None
 
     def _condition(self) -> dict[str, Any]:
         """What QEMU says of itself."""
@@ -163,7 +162,8 @@ class Guest:
                 if renewed and lines < (lines := len(self.console) + len(self.kernel)):
                     deadline = time.monotonic() + seconds
                 left = deadline - time.monotonic()
-                assert left > 0, f"not in {seconds} s: {what}; the console ends: {self.console[-12:]}"
+                if left <= 0:
+                    raise TooLate(f"not in {seconds} s: {what}; the console ends: {self.console[-12:]}")
                 assert not self._ended, f"QEMU ended before {what}; the console ends: {self.console[-12:]}"
                 self._changed.wait(min(left, 1))
 
@@ -219,7 +219,8 @@ class Guest:
         deadline = time.monotonic() + seconds
         with self._changed:
             while not self._ended:
-                assert time.monotonic() < deadline, f"QEMU has not ended in {seconds} s"
+                if time.monotonic() > deadline:
+                    raise TooLate(f"QEMU has not ended in {seconds} s")
                 self._changed.wait(1)
 
     @property

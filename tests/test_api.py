@@ -39,6 +39,7 @@ from cdpserver.events import EventLog
 from cdpserver.service.feed import Feed, Filter, Place
 from cdpserver.service.jobs import Jobs
 from tests.test_service import ApiError, Server, UnixConnection, connected, pattern, until
+from tools.kit.processes import within
 
 pytestmark = pytest.mark.real
 
@@ -61,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         uri = running.add("vda", vm="web")
         with connected(uri) as client:
             client.pwrite(pattern(1), 0)
-            running.post("/v1/disks/web/vda:synced")
+            running.synced("web/vda")
             for number in range(4):
                 client.pwrite(pattern(number), 4096)
                 running.post("/v1/disks/web/vda:mark", name=f"mark-{number}")
@@ -324,9 +325,8 @@ def test_a_client_that_does_not_read_does_not_keep_the_service_from_stopping(sho
 
         until(stalls, "stall")
         assert server.get("/v1/status")["disks"] == 0
-        began = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - began < 15
+        with within(15, "the stop"):
+            assert server.stop() == 0
 
 
 # --- events
@@ -532,9 +532,8 @@ def test_streams_end_with_the_service_and_the_command_waits_for_the_next(short_p
             stack.callback(following.kill)
             assert following.stdout is not None
             first = json.loads(following.stdout.readline())
-            began = time.monotonic()
-            assert server.stop() == 0
-            assert time.monotonic() - began < 4
+            with within(10, "the stop"):
+                assert server.stop() == 0
             assert [event["event"] for _, _, event in events][-1] == "service.stopping"
         with Server(short_path / "s"):
             second = json.loads(following.stdout.readline())

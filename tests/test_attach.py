@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             uri = running.post("/v1/disks", name=name, vm="web", size=SIZE)["uri"]
             with connected(uri) as client:
                 client.pwrite(first.ljust(4096, b"\0"), 0)
-                running.post(f"/v1/disks/web/{name}:synced", write_blocking=True)
+                running.synced(f"web/{name}", write_blocking=True)
                 client.pwrite(b"\x11" * 4096, MIB)
         yield running
 

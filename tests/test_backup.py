@@ -30,7 +30,7 @@ def server(short_path: Path) -> Iterator[Server]:
         uri = running.add()
         with connected(uri) as client:
             client.pwrite(os.urandom(3 * MIB), 0)
-        running.post("/v1/disks/d:synced", write_blocking=True)
+        running.synced("d", write_blocking=True)
         yield running
 
 
@@ -158,7 +158,7 @@ def test_backups_are_searched_for_the_last_good_one(
     ids = []
     for mark in (b"good", b"good", b"bad!", b"bad!"):
         write(server, mark * 1024, 0)
-        server.post("/v1/disks/d:synced", write_blocking=True)
+        server.synced("d", write_blocking=True)
         ids.append(cdp(server, capsys, "backup", "run", "d@latest")["id"])
     script = short_path / "is-it-good"
     script.write_text('#!/bin/sh\nnbdcopy "$CDP_URI" - | head -c 4 | grep -q good\n')
@@ -194,7 +194,7 @@ def test_all_disks_of_a_vm_are_one_backup(
     for number, disk in enumerate(("vda", "vdb")):
         with connected(server.add(disk, vm="web")) as client:
             client.pwrite(os.urandom(MIB), number * MIB)
-        server.post(f"/v1/disks/web/{disk}:synced", write_blocking=True)
+        server.synced(f"web/{disk}", write_blocking=True)
         contents[disk] = read(server.uri(f"web/{disk}@latest"))
     cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
     made = cdp(server, capsys, "backup", "run", "web@latest")
@@ -205,7 +205,7 @@ def test_all_disks_of_a_vm_are_one_backup(
     assert read(cdp(server, capsys, "uri", "backup:latest/vdb")["uri"]) == contents["vdb"]
     with connected(str(server.get("/v1/disks/web/vdb")["uri"])) as client:
         client.pwrite(os.urandom(4096), 3 * MIB)
-    server.post("/v1/disks/web/vdb:synced", write_blocking=True)
+    server.synced("web/vdb", write_blocking=True)
     again = cdp(server, capsys, "backup", "run", "web@latest")
     assert (again["kind"], again["read_bytes"], again["parent"]) == ("incremental", 64 << 10, made["id"])
     with pytest.raises(UsageError, match="is of web/vda, web/vdb"):

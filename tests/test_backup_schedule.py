@@ -85,7 +85,7 @@ def server(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server
     with Server(short_path / "s") as running:
         with connected(running.add()) as client:
             client.pwrite(os.urandom(MIB), 0)
-        running.post("/v1/disks/d:synced", write_blocking=True)
+        running.synced("d", write_blocking=True)
         yield running
 
 

@@ -67,7 +67,7 @@ def test_nbdinfo(server: Server) -> None:
     for ability in ("write", "flush", "fua", "zero", "trim", "multi-conn"):
         run("nbdinfo", "--can", ability, uri)
     run("qemu-io", "-f", "raw", "-c", "write -P 5 64k 64k", "-c", "write -z 128k 64k", uri)
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     mapped = json.loads(run("nbdinfo", "--map", "--json", point(server, "d")))
     assert [(e["offset"], e["length"], e["type"]) for e in mapped] == [
         (0, 65536, 3),
@@ -82,7 +82,7 @@ def test_copies_in_and_out_are_exact(server: Server, short_path: Path) -> None:
     source = image(short_path / "in.raw")
     uri = server.add()
     run("nbdcopy", "--flush", source, uri)
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     run("nbdcopy", point(server, "d"), short_path / "out.raw")
     assert (short_path / "out.raw").read_bytes() == source.read_bytes()
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", source, point(server, "d"))
@@ -98,7 +98,7 @@ def test_copies_in_and_out_are_exact(server: Server, short_path: Path) -> None:
 
 def test_fio_verifies_what_it_wrote(server: Server, short_path: Path) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     run(
         *("fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bsrange=4k-64k"),
         *("--size=8m", "--io_size=24m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1"),
@@ -108,7 +108,7 @@ def test_fio_verifies_what_it_wrote(server: Server, short_path: Path) -> None:
 
 def test_two_connections_are_one_disk(server: Server) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     one, two = nbd.NBD(), nbd.NBD()
     one.connect_uri(uri)
     two.connect_uri(uri)
@@ -217,7 +217,7 @@ def write_until_refused(handle: nbd.NBD, held: dict[int, bytes]) -> None:
 
 def _fill_and_free(server: Server, store: Path) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     handle = nbd.NBD()
     handle.connect_uri(uri)
     held: dict[int, bytes] = {}

@@ -25,6 +25,7 @@ from cdpserver.durable import write_json
 from cdpserver.state import StateDir
 from recovery import complete
 from recovery.cli import build_parser
+from tools.kit.processes import TooLate
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS: dict[str, Any] = {
@@ -220,35 +221,42 @@ def test_a_strange_answer_offers_nothing_strange(
 def test_a_tab_in_an_interactive_bash(environment: dict[str, str], service: StateDir) -> None:
     """Readline cuts words at `@` and `:`; the bookmark is completed all the same, behind the disk."""
     variables = environment | {"CDP_STATE_DIR": str(service.path)}
-    assert at_a_prompt("cdp uri web/vda@bef\t#", variables) == "cdp uri web/vda@before-upgrade #"
-    assert at_a_prompt("cdp uri web/vda@mon\t#", variables) == "cdp uri web/vda@monday #"
-    assert at_a_prompt("cdp che\tdb#", variables) == "cdp check db#"
-    assert at_a_prompt("cdp uri web/vda\tmon\t#", variables) == "cdp uri web/vda@monday #"
+    completes("bash", variables, "cdp uri web/vda@bef\t#", "cdp uri web/vda@before-upgrade #")
+    completes("bash", variables, "cdp uri web/vda@mon\t#", "cdp uri web/vda@monday #")
+    completes("bash", variables, "cdp che\tdb#", "cdp check db#")
+    completes("bash", variables, "cdp uri web/vda\tmon\t#", "cdp uri web/vda@monday #")
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is missing: apt-get install zsh")
 def test_a_tab_in_an_interactive_zsh(environment: dict[str, str], service: StateDir) -> None:
     variables = environment | {"CDP_STATE_DIR": str(service.path), "HOME": str(service.path)}
-    # zsh shows its prompt a moment before it takes keys one by one: a tab that comes between is only a tab.
-    for keys, line in (
-        ("cdp uri web/vda@mon\t#", "cdp uri web/vda@monday #"),
-        ("cdp che\tdb#", "cdp check db#"),
-    ):
-        assert any(at_a_prompt(keys, variables, "zsh") == line for _ in range(5))
+    completes("zsh", variables, "cdp uri web/vda@mon\t#", "cdp uri web/vda@monday #")
+    completes("zsh", variables, "cdp che\tdb#", "cdp check db#")
 
 
-PROMPTS = {
-    "bash": (["bash", "--norc", "--noprofile", "-i"], ""),
+def completes(shell: str, environment: dict[str, str], keys: str, line: str) -> None:
+    """A service has so little time to answer that on a busy machine it may need another tab."""
+    seen: list[str] = []
+    while line not in seen:
+        assert len(seen) < 5, seen
+        seen.append(at_a_prompt(keys, environment, shell))
+
+
+PROMPTS = {  # how to start it, what to say first, and what it says when it listens
+    "bash": (["bash", "--norc", "--noprofile", "-i"], "", ""),
     "zsh": (
         ["zsh", "-f", "-i", "-o", "no_prompt_cr", "-o", "no_prompt_sp"],
-        "autoload -U compinit; compinit -D; ",
+        # It shows its prompt a moment before it takes keys one by one, and says by this hook that it does.
+        "autoload -U compinit; compinit -D; unset zle_bracketed_paste; "
+        'zle-line-init() print -n "at your service"; zle -N zle-line-init; ',
+        "at your service",
     ),
 }
 
 
-def at_a_prompt(keys: str, environment: dict[str, str], shell: str = "bash") -> str:
+def at_a_prompt(keys: str, environment: dict[str, str], shell: str) -> str:
     """What stands on the screen once the last of `keys` does."""
-    command, first = PROMPTS[shell]
+    command, first, ready = PROMPTS[shell]
     main, end = pty.openpty()
     process = subprocess.Popen(
         command,
@@ -262,7 +270,7 @@ def at_a_prompt(keys: str, environment: dict[str, str], shell: str = "bash") -> 
     try:
         read_until(main, "ready> ")
         os.write(main, f'{first}eval "$(cdp completion {shell})"; echo load""ed\n'.encode())
-        read_until(main, "loaded\r\nready> ")
+        read_until(main, f"loaded\r\nready> {ready}")
         os.write(main, keys.encode())
         return shown(read_until(main, keys[-1]))
     finally:
@@ -288,7 +296,8 @@ def read_until(fd: int, text: str) -> str:
     deadline = time.monotonic() + 60
     seen = ""
     while text not in seen:
-        assert time.monotonic() < deadline, seen
+        if time.monotonic() > deadline:
+            raise TooLate(seen)
         if select.select([fd], [], [], 1)[0]:
             with contextlib.suppress(OSError):
                 seen += os.read(fd, 4096).decode()

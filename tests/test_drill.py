@@ -66,7 +66,7 @@ def protected(server: Server, sector: bytes, *names: str) -> Iterator[list[Any]]
             uri = server.post("/v1/disks", name=name, vm="web", size=SIZE)["uri"]
             clients.append(stack.enter_context(connected(uri)))
             clients[-1].pwrite(sector.ljust(4096, b"\0"), 0)
-            server.post(f"/v1/disks/web/{name}:synced", write_blocking=True)
+            server.synced(f"web/{name}", write_blocking=True)
             clients[-1].pwrite(b"\x11" * 4096, MIB)
             server.post(f"/v1/disks/web/{name}:mark", name="good")
         yield clients

@@ -32,7 +32,7 @@ def server(short_path: Path) -> Iterator[Server]:
         uri = running.add()
         with connected(uri) as client:
             client.pwrite(os.urandom(3 * MIB), 0)
-        running.post("/v1/disks/d:synced", write_blocking=True)
+        running.synced("d", write_blocking=True)
         with connected(uri) as client:
             client.pwrite(os.urandom(2 * MIB), 5 * MIB)
             client.pwrite(pattern(7), 4 * MIB + 8192)

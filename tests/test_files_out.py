@@ -200,7 +200,7 @@ def server(short_path: Path) -> Iterator[Server]:
 def test_the_commands_with_the_service_and_without(server: Server, short_path: Path) -> None:
     uri = server.add()
     write(uri, small_image(short_path))
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     state = server.state_dir
     rows = {row["name"]: row for row in json.loads(cdp(state, "ls", "d@latest", "/", "--json").stdout)}
     assert rows["hello"] == {
@@ -244,7 +244,7 @@ def test_a_get_that_is_broken_off_is_on_record(
     signal_number: signal.Signals, server: Server, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(server.add(), small_image(short_path))
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     real = Browser.content
 
     def content(self: Browser, file: File, offset: int = 0) -> Iterator[tuple[int, int, bytes | None]]:
@@ -274,7 +274,7 @@ def test_who_may_not_read_the_directory_gets_a_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(server.add(vm=vm), small_image(short_path))
-    server.post(f"/v1/disks/{disk}:synced", write_blocking=True)
+    server.synced(disk, write_blocking=True)
     monkeypatch.setattr(files_get, "may_read", lambda path: False)
 
     def get(*arguments: str) -> None:

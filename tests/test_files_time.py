@@ -40,7 +40,7 @@ class Disk:
         self._server, self._held = server, bytearray((8 << 20) + BEHIND)
         self.uri = str(server.post("/v1/disks", name="d", size=len(self._held))["uri"])
         self.write()
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         self.mark("a")
 
     def debugfs(self, command: str) -> None:

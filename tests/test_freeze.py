@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cdpserver.vm.agent import Agent
 from tests.guest_image import guest_image
 from tests.guest_vm import Guest, booted, file_disk
 from tests.test_service import ApiError, Server, until
+from tools.kit.processes import within
 
 pytestmark = pytest.mark.real
 
@@ -123,9 +123,8 @@ def test_an_agent_that_hangs_holds_nobody_up(world: World) -> None:
     """A hook in the guest hangs: the mark is refused, or less; when the hook lets go the guest is thawed at once."""
     guest, since = world.guest, len(world.guest.console)
     guest.run("touch /data/hang")
-    began = time.monotonic()
-    made = world.mark("despite", or_crash=True)
-    assert time.monotonic() - began < 40, "ten seconds, on a machine with nothing else to do"
+    with within(60, "a mark that waits for ten seconds on a machine with nothing else to do"):
+        made = world.mark("despite", or_crash=True)
     assert made["grade"] == "crash" and "did not answer guest-fsfreeze-freeze" in made["reason"]
     guest.wait_acks(3)
     with pytest.raises(ApiError, match="is being frozen or thawed"):

@@ -315,7 +315,7 @@ def test_a_disk_grows_under_its_mirror(short_path: Path) -> None:
         uri = server.post("/v1/disks", name="d", size="1M")["uri"]
         with connected(uri) as client, connected(uri) as other:
             client.pwrite(pattern(1), 0)
-            server.post("/v1/disks/d:synced", write_blocking=True)
+            server.synced("d", write_blocking=True)
             client.pwrite(pattern(2), 4096)
             before = server.get("/v1/disks/d")["last_seq"]
             held = server.uri(f"d@seq:{before}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cdpserver import __version__
+from tools.kit.processes import until
 from tools.packaging.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,11 +211,11 @@ def test_a_reload_after_an_upgrade_runs_the_new_version(root: Path, state_dir: P
         new.rename(tree)
         assert answer(state_dir / "api.sock", "/v1/status")["version"] == __version__
         service.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 60
-        while __version__ in (shown := run(root, "cdp", "--state-dir", str(state_dir), "status")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert "99.0" in shown and service.process.poll() is None
+        until(
+            lambda: "99.0" in run(root, "cdp", "--state-dir", str(state_dir), "status"),
+            "new version's answer",
+        )
+        assert service.process.poll() is None
     finally:
         service.stop()
 

@@ -98,7 +98,7 @@ def is_exact(server: Server, expected: bytes, uri: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_the_target_killed_under_load(server: Server, seed: int) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     dice = random.Random(seed)
     one, two = Load(uri, seed=seed, stride=2), Load(uri, seed=seed + 1, stride=2, first=1)
     for _ in range(6):
@@ -114,7 +114,7 @@ def test_the_target_killed_under_load(server: Server, seed: int) -> None:
 
 def test_indexer_and_export_killed_under_load(server: Server) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     load = Load(uri, seed=7)
     for turn in range(6):
         load.wait_for(150)
@@ -131,7 +131,7 @@ def test_indexer_and_export_killed_under_load(server: Server) -> None:
 def test_everything_killed_at_once_and_a_new_server(short_path: Path) -> None:
     with Server(short_path / "s") as server:
         uri = server.add()
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         load = Load(uri, seed=11)
         load.wait_for(200)
         for pid in server.pids().values():
@@ -151,7 +151,7 @@ def test_killed_between_a_zero_and_its_rewrite(server: Server) -> None:
         for block in range(0, BLOCKS, 16):
             client.pwrite(pattern(block + 1, 65536), block * 4096)
         client.flush()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     before = read(server.uri("d@latest"))
     with connected(uri) as client:  # a re-mirror: everything zeroed, half of it rewritten
         client.zero(SIZE, 0)
@@ -176,7 +176,7 @@ def reads(uri: str) -> bool:
 
 def test_the_target_killed_during_cuts(server: Server) -> None:
     uri = server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     load = Load(uri, seed=3)
     for turn in range(5):
         load.wait_for(40)
@@ -205,6 +205,6 @@ def cut(server: Server) -> int | None:
 
 def test_nobody_else_can_write(server: Server) -> None:
     server.add()
-    server.post("/v1/disks/d:synced")
+    server.synced("d")
     with pytest.raises(RefusedError, match="another process"):
         lock_timeline(server.state_dir / "timelines" / server.get("/v1/disks/d")["id"])

@@ -161,7 +161,7 @@ def test_locks_of_a_service(short_path: Path) -> None:
         uri = server.add("d")
         for number in range(3):
             write(uri, pattern(number))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         server.post("/v1/disks/d:mark", name="good")
         write(uri, pattern(9))
 
@@ -230,7 +230,7 @@ def test_locks_of_a_service(short_path: Path) -> None:
 def test_a_removed_lock_lets_its_disk_go(short_path: Path) -> None:
     with Server(short_path / "s") as server:
         write(server.add("d"), pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         made = server.post("/v1/locks", point="d@latest")
         with pytest.raises(ApiError, match="cdp point unlock"):
             server.delete("/v1/disks/d")
@@ -246,7 +246,7 @@ def test_locks_have_a_quota(short_path: Path) -> None:
     with Server(short_path / "s", "--config", str(config)) as server:
         uri = server.add()
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         write(uri, random.Random(1).randbytes(4 << 20))
         assert cdp(server, "point", "lock", "d@latest").returncode == 0
         write(uri, pattern(2))

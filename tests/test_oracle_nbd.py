@@ -37,7 +37,7 @@ class Histories:
         uri = server.post("/v1/disks", name="d", size=size)["uri"]
         self.lines = [Line("d", uri, bytearray(size))]
         self.clients: dict[tuple[str, int], Any] = {}
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         self.note(self.lines[0])
 
     def note(self, line: Line) -> None:

@@ -100,11 +100,12 @@ def test_recovery_points_are_listed_no_denser_than_asked(indexed: bool) -> None:
         world.close()
 
 
+@pytest.mark.real
 def test_the_policy_says_how_dense_recovery_points_are_listed(short_path: Path) -> None:
     """Over the API, whole and in pages, and as a disk's figure."""
     with Server(short_path / "s") as server:
         uri = server.add()
-        server.post("/v1/disks/d:synced", write_blocking=True)
+        server.synced("d", write_blocking=True)
         for number in range(4):
             write(uri, pattern(number))
             time.sleep(0.8)

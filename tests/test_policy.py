@@ -291,7 +291,7 @@ def test_how_often_base_points_come_changes_without_a_restart(short_path: Path) 
     with Server(short_path / "s") as server:
         uri = server.add()
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         write(uri, pattern(2))
         until(lambda: server.get("/v1/disks/d:points?kind=rp"), "point")
         # The scheduler has looked, and put the disk off for the rest of its 20 minutes.

@@ -344,7 +344,7 @@ def test_dropping_and_locking_exclude_each_other(kept: Kept) -> None:
 def test_pruning_of_a_service(short_path: Path) -> None:
     with Server(short_path / "s") as server:
         write(server.add("d"), pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         for arguments in (["--dry-run"], ["d"], []):
             done = cdp(server, "prune", *arguments, "--json")
             assert (done.returncode, json.loads(done.stdout)) == (0, []), done.stderr
@@ -370,7 +370,7 @@ def test_a_disk_at_its_cap_refuses_writes_when_its_policy_says_so(short_path: Pa
     with Server(short_path / "s") as server:
         uri = server.post("/v1/disks", name="d", size=128 * mib)["uri"]
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         with connected(uri) as client:
             for at in range(0, 72 * mib, 8 * mib):
                 client.pwrite(random.Random(at).randbytes(8 * mib), at)
@@ -447,7 +447,7 @@ def test_a_pass_over_one_disk_says_nothing_of_the_whole_store(short_path: Path) 
     with Server(short_path / "s", "--config", str(config)) as server:
         for name in ("d", "e"):
             write(server.add(name), pattern(1))
-            server.post(f"/v1/disks/{name}:synced")
+            server.synced(name)
         with connected(server.get("/v1/disks/d")["uri"]) as client:
             client.pwrite(random.Random(1).randbytes(4 << 20), 0)
         assert cdp(server, "point", "lock", "d@latest").returncode == 0
@@ -462,7 +462,7 @@ def test_what_is_over_is_announced_and_the_service_drops_it_by_itself(short_path
     with Server(short_path / "s", "--config", str(config)) as server:
         uri = server.add("d")
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         server.post("/v1/disks/d:cut")
         done = cdp(server, "point", "lock", "d@latest", "--until", "3s")
         assert done.returncode == 0, done.stderr
@@ -499,7 +499,7 @@ def test_a_cap_is_announced_before_anything_goes(short_path: Path) -> None:
     with Server(short_path / "s", "--config", str(config)) as server:
         uri = server.post("/v1/disks", name="d", size=64 << 20)["uri"]
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         with connected(uri) as client:
             for at in range(0, 56 << 20, 8 << 20):
                 client.pwrite(random.Random(at).randbytes(8 << 20), at)

@@ -80,7 +80,8 @@ class Vm:
             ],
             log,
         )
-        listens(self.process, self.qmp, log)
+        for socket in (self.qmp, self.other):
+            listens(self.process, socket, log)
 
     def uri(self, number: int = 0) -> str:
         return f"nbd+unix:///disk{number}?socket={self.socket}"
@@ -145,7 +146,7 @@ def protect(server: Server, name: str = "vda", vm: str = "web", number: int = 1)
             block = pattern(number * 1000 + place, MIB // 2)
             client.pwrite(block, place)
             content[place : place + len(block)] = block
-        server.post(f"/v1/disks/{vm}/{name}:synced", write_blocking=True)
+        server.synced(f"{vm}/{name}", write_blocking=True)
         server.post(f"/v1/disks/{vm}/{name}:mark", name="good")
         client.pwrite(b"\xee" * MIB, 0)
     return content

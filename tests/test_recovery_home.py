@@ -543,7 +543,7 @@ def test_a_chain_holds_what_differs_from_the_base_image(
         client.pwrite(bytes(raw), 0)
         client.pwrite(b"\x77" * MIB, 5 * MIB)
         raw[5 * MIB : 6 * MIB] = b"\x77" * MIB
-        shared.post(f"/v1/disks/{vm}/vda:synced", write_blocking=True)
+        shared.synced(f"{vm}/vda", write_blocking=True)
         shared.post(f"/v1/disks/{vm}/vda:mark", name="good")
     begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good", mode=mode, shape="chain")
     target = begun["disks"][0]["target"]
@@ -716,7 +716,7 @@ def test_what_is_refused_of_modes_and_places(shared: Server, home: Path, short_p
     with connected(shared.get(f"/v1/disks/{vm}/vda")["uri"]) as client:
         client.pwrite(pattern(1), 0)
         for disk in ("vda", "vdb"):
-            shared.post(f"/v1/disks/{vm}/{disk}:synced", write_blocking=True)
+            shared.synced(f"{vm}/{disk}", write_blocking=True)
         with pytest.raises(ApiError, match=f"{vm} runs"):
             begin(shared, home, qmp, f"{vm}@latest", overwrite=True)
     assert begin(shared, home, qmp, point, overwrite=False)["disks"][0]["warning"] == ""

@@ -15,6 +15,7 @@ from cdpserver.target.connection import Connection
 from cdpserver.target.disk import TargetDisk
 from cdpserver.target.registry import Registry
 from tests.core import forget_indexes
+from tools.kit.processes import until
 from tools.measure.seed import seed
 
 BLOCK = bytes(4096)
@@ -90,10 +91,7 @@ def test_only_what_lags_is_committed(registry: Registry, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(registry, "_commit_one", noted)
     threading.Thread(target=registry._commit_loop, daemon=True).start()
-    deadline = time.monotonic() + 20
-    while busy.journal.behind:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: busy.journal is not None and not busy.journal.behind, "commit")
     assert set(asked) == {"idle0"}
 
 

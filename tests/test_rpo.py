@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cdpserver.journal.control import Grade
 from cdpserver.rpo import (
     HEADER,
@@ -84,13 +86,14 @@ def test_a_second_that_is_not_known_makes_its_minute_unknown() -> None:
     assert worst(sample(1, lag_ns=50), sample(2)).rpo_ns == 50
 
 
+@pytest.mark.real
 def test_what_could_have_been_lost_is_on_record(short_path: Path) -> None:
     """In sync next to nothing; with a stopped target it is not known; after a restart it still says so."""
     with Server(short_path / "s") as server:
         uri = server.add("a", vm="web")
         with connected(uri) as client:
             client.pwrite(pattern(1), 0)
-            server.post("/v1/disks/web/a:synced", write_blocking=True)
+            server.synced("web/a", write_blocking=True)
 
             def recorded(known: bool) -> dict[str, Any] | None:
                 """A second that is over, in which it was known or not what could be lost."""

@@ -109,7 +109,7 @@ def test_a_store_that_was_moved_has_every_disk_whole(short_path: Path) -> None:
         server.post("/v1/disks", name="d", size=1 << 20, base=str(image))
         uri = server.get("/v1/disks/d")["uri"]
         subprocess.run(["nbdcopy", "-", uri], input=content, check=True, timeout=60)
-        server.post("/v1/disks/d:synced", write_blocking=True)
+        server.synced("d", write_blocking=True)
     command = moving().replace("/var/lib/cdpserver", str(old)).replace("/srv/history", str(new))
     subprocess.run(shlex.split(command), check=True, timeout=60)
     old.rename(short_path / "gone")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from tests.backed_up import CHUNK, Case, with_history
 from tests.ceph import FULL, KEY, SECRET, SLOW_DOWN, ObjectStore, bad_way
 from tests.core import scratch
 from tests.places import check_place
+from tools.kit.processes import until
 
 pytestmark = [pytest.mark.s3, pytest.mark.real]
 
@@ -227,7 +227,7 @@ def test_a_lease_ends_with_its_holder(store: ObjectStore) -> None:
         assert there.holds("sessions") == {"sessions/one", "sessions/dead"}
         with pytest.raises(RefusedError, match="held by another"), there.hold("sessions/one"):
             pass
-        wait_until(lambda: there.holds("sessions") == {"sessions/one"})
+        until(lambda: there.holds("sessions") == {"sessions/one"}, "end of the other session")
         check_held()
         with there.hold("sessions/dead"):
             assert there.holds("sessions") == {"sessions/one", "sessions/dead"}
@@ -260,7 +260,7 @@ class Asleep(S3Place):
 def test_a_lease_that_is_not_renewed_in_time_is_lost() -> None:
     """By the holder's own clock, before anybody else takes it for dead."""
     with Lease(Deaf(), "sessions/one", 0.2) as lease:
-        wait_until(lambda: raised(lease.check))
+        until(lambda: raised(lease.check), "end of the lease")
         with pytest.raises(BrokenError, match="could not be renewed"):
             lease.check()
 
@@ -306,14 +306,6 @@ def test_of_two_that_want_a_name_at_once_at_most_one_gets_it(store: ObjectStore)
         thread.join()
     assert len(got) <= 1
     assert not list(there.names("sessions"))
-
-
-def wait_until(condition: Any) -> None:
-    """With a deadline."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def raised(call: Any) -> bool:
@@ -389,8 +381,8 @@ def test_when_the_period_is_over_it_can_go(store: ObjectStore) -> None:
     with in_bucket(there, immutable_ns=2 * 10**9) as case:
         first = case.back_up()
         with case.repository() as repository:
-            wait_until(lambda: not raised(lambda: there.delete(f"backups/{first.id}")))
-            wait_until(lambda: gc.sweep(repository).deleted)
+            until(lambda: not raised(lambda: there.delete(f"backups/{first.id}")), "end of the lock")
+            until(lambda: gc.sweep(repository).deleted, "chunk that goes")
         rows = store.client().list_object_versions(Bucket=name).get("Versions", [])
         assert [row["Key"] for row in rows] == ["some/prefix/repo.json"]
 

@@ -47,7 +47,7 @@ class History:
         self.held: dict[int, bytes] = {}
         self.paths: dict[int, Path] = {}
         self.write()
-        server.post(f"/v1/disks/{name}:synced")
+        server.synced(name)
         self._keep(server.get(f"/v1/disks/{name}:basepoints")[-1])
         for _ in range(base_points - 1):
             self.cut()

@@ -40,6 +40,7 @@ from tests.test_service import (
     until,
     write,
 )
+from tools.kit.processes import TooLate
 from tools.kit.source import Source
 
 pytestmark = pytest.mark.real
@@ -456,7 +457,7 @@ def test_disks_spread_over_workers_and_keep_their_uris(directory: Path) -> None:
         for number, (name, uri) in enumerate(uris.items()):
             assert read(uri, 4096) == pattern(number + 1)
             write(uri, pattern(number + 1), 4096)
-            server.post(f"/v1/disks/{name}:synced")
+            server.synced(name)
             assert read(server.uri(f"{name}@latest"), 8192) == pattern(number + 1) * 2
         assert {disk["clients"] for disk in server.get("/v1/disks")} == {0}
         assert not list((directory / "s" / "run").glob("worker-2*")) or not _connects(
@@ -497,7 +498,7 @@ def test_any_worker_takes_any_disk_over_tcp(directory: Path) -> None:
             # The kernel chooses the worker: many connections meet all of them.
             for turn in range(8):
                 write(uri, pattern(10 * number + turn + 1), turn * 4096)
-            server.post(f"/v1/disks/{name}:synced")
+            server.synced(name)
             whole = b"".join(pattern(10 * number + turn + 1) for turn in range(8))
             assert read(server.uri(f"{name}@latest"), len(whole)) == whole
             through_all = f"nbd+unix:///{name}?socket={directory}/s/target.sock"
@@ -513,7 +514,7 @@ def forwarded(directory: Path) -> Iterator[tuple[Server, str]]:
         uri = server.add()
         assert worker_of(server.get("/v1/disks/d")["id"], 2) == 1
         write(uri, pattern(1))
-        server.post("/v1/disks/d:synced")
+        server.synced("d")
         yield server, f"nbd+unix:///d?socket={directory}/s/target.sock"
 
 
@@ -657,7 +658,7 @@ class Manager:
             self.said += data.decode().splitlines()
             if wanted in lines:
                 return
-        raise AssertionError(f"{wanted} was not said: {self.said}")
+        raise TooLate(f"{wanted} was not said: {self.said}")
 
 
 @pytest.fixture

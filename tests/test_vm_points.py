@@ -124,6 +124,7 @@ def test_a_vm_is_as_good_as_its_worst_disk() -> None:
     assert [p.time_ns / SECOND_NS for p in wide] == [1.5, 3.5], "the slot from 4 s on is not over"
 
 
+@pytest.mark.real
 def test_points_of_a_vm_over_nbd(short_path: Path) -> None:
     """Listed over the API; both disks open at that time, and agree. A fork of a disk of the VM is beside it."""
     with Server(short_path / "s") as server:
@@ -133,9 +134,9 @@ def test_points_of_a_vm_over_nbd(short_path: Path) -> None:
                 for client in (first, second):
                     client.pwrite(pattern(number), 0)
                 if number == 20:
-                    server.post("/v1/disks/web/a:synced", write_blocking=True)
+                    server.synced("web/a", write_blocking=True)
                     assert server.get("/v1/vms/web:points") == []
-                    server.post("/v1/disks/web/b:synced", write_blocking=True)
+                    server.synced("web/b", write_blocking=True)
                 time.sleep(0.01)
             server.post("/v1/forks", point="web/a@latest", name="web/fork")
             time.sleep(1)

@@ -13,6 +13,8 @@ from cdpserver import names
 from tests.core import SECOND_NS
 from tests.test_service import ApiError, Server, connected, read, until
 
+pytestmark = pytest.mark.real
+
 DISKS = ("web/a", "web/b", "db/c", "alone")
 
 
@@ -61,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Writers]:
             writers.clients[disk] = stack.enter_context(connected(uri))
         writers.write()
         for disk in DISKS:
-            server.post(f"/v1/disks/{disk}:synced", write_blocking=True)
+            server.synced(disk, write_blocking=True)
         writers.write(5)
         cdp(server, "group", "add", "shop", "web", "alone")
         yield writers
@@ -217,7 +219,7 @@ def test_an_instant_that_is_not_good_is_refused_with_the_nearest(world: Writers)
     with pytest.raises(ApiError, match="every disk is good"):
         server.post("/v1/disks/web:mark", name="refused")
     assert server.get("/v1/uri?point=db@latest")["grade"] == "crash", "other VMs are as good as before"
-    server.post("/v1/disks/web/b:synced", write_blocking=True)
+    server.synced("web/b", write_blocking=True)
     until(lambda: server.get("/v1/uri?point=web@-0s") or None, "good again")
 
 

@@ -32,7 +32,7 @@ def protect(server: Server, name: str, disk: bytes) -> None:
         for at in range(0, len(disk), MIB):
             if any(disk[at : at + MIB]):
                 client.pwrite(disk[at : at + MIB], at)
-    server.post(f"/v1/disks/{name}:synced")
+    server.synced(name)
 
 
 def status(client: Any, offset: int, length: int) -> list[tuple[int, int]]:

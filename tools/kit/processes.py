@@ -26,17 +26,30 @@ class FailedError(Exception):
     """Something that had to work did not; the text is for a person."""
 
 
+class TooLate(FailedError):
+    """Something that had to happen has not, in all the time it was given."""
+
+
 def until(
     look: Callable[[], Found | None], what: str, *, seconds: float = DEADLINE_S, every_s: float = 0.02
 ) -> Found:
-    """What `look` finds, once it finds something. FailedError names what did not come."""
+    """What `look` finds, once it finds something. TooLate names what did not come."""
     deadline = time.monotonic() + seconds
     while True:
         if found := look():
             return found
         if time.monotonic() > deadline:
-            raise FailedError(f"no {what} within {seconds:.0f} s")
+            raise TooLate(f"no {what} within {seconds:.0f} s")
         time.sleep(every_s)
+
+
+@contextlib.contextmanager
+def within(seconds: float, what: str) -> Iterator[None]:
+    """What is done here takes no longer. TooLate if it did."""
+    began = time.monotonic()
+    yield
+    if (took := time.monotonic() - began) > seconds:
+        raise TooLate(f"{what} took {took:.1f} s, more than {seconds:.0f} s")
 
 
 def start(command: Sequence[str | Path], log: Path) -> Process:
