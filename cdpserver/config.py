@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cdpserver import tls
 from cdpserver.config_values import (
     Address,
     AddressValue,
@@ -23,6 +24,7 @@ from cdpserver.config_values import (
     GroupValue,
     Kind,
     NumberValue,
+    PathValue,
     ProgramValue,
     SizeValue,
     parse_listen,
@@ -63,6 +65,8 @@ class Config:
 
     listen: Address | None = None
     listen_export: Address | None = None
+    tls_certificates: str | None = None
+    tls_psk: str | None = None
     workers: int = 1
     socket_linger_ns: int = 60 * SECOND_NS
     durable_lag_limit_ns: int = COMMIT_LAG_NS
@@ -92,6 +96,11 @@ class Config:
     policy_backup: str | None = _DEFAULT.backup
     policy_backup_to: str | None = _DEFAULT.backup_to
     policy_backup_copy: str | None = _DEFAULT.backup_copy
+
+    @property
+    def nbd_tls(self) -> bool:
+        """Is NBD over TCP encrypted, and only for who has a certificate or a key?"""
+        return self.tls_certificates is not None or self.tls_psk is not None
 
     @property
     def policy(self) -> Layer:
@@ -139,7 +148,7 @@ KEYS = (
         "listen",
         "listen",
         AddressValue(),
-        "Where QEMU's writes are taken over TCP (NBD). There is no authentication: a loopback or a private network.",
+        "Where QEMU's writes are taken over TCP (NBD). Without [tls] on loopback only, where there is no authentication.",
         option=True,
         absent="Unix sockets only",
     ),
@@ -147,7 +156,7 @@ KEYS = (
         "listen_export",
         "listen_export",
         AddressValue(),
-        "Where points are served over TCP (NBD), read-only. There is no authentication either.",
+        "Where points are served over TCP (NBD), read-only. Without [tls] on loopback only as well.",
         option=True,
         absent="Unix sockets only",
     ),
@@ -169,6 +178,22 @@ KEYS = (
         "durable_lag_limit_ns",
         DurationValue(least=MIN_LAG_NS, most=MAX_LAG_NS),
         "How far stable storage may be behind what was acknowledged; past it writes slow down.",
+    ),
+    Key(
+        "certificates",
+        "tls_certificates",
+        PathValue('"/etc/cdpserver/tls"'),
+        "The directory with ca-cert.pem, server-cert.pem and server-key.pem for TCP; clients of NBD need one of that CA.",
+        section="tls",
+        absent="none",
+    ),
+    Key(
+        "psk",
+        "tls_psk",
+        PathValue('"/etc/cdpserver/keys.psk"'),
+        "The file with a line NAME:KEY for each client of NBD over TCP; NBD then goes by these keys, and by no certificates.",
+        section="tls",
+        absent="none",
     ),
     Key(
         "viewer",
@@ -332,6 +357,9 @@ def _config(values: Mapping[str, Any]) -> Config:
     config = Config(**{key.attribute: values[key.full_name] for key in KEYS if key.full_name in values})
     if config.listen is not None and config.listen == config.listen_export:
         raise UsageError("listen and listen_export are the same", hint="give them different ports")
+    if not config.nbd_tls:
+        tls.refuse_plain("listen", config.listen)
+        tls.refuse_plain("listen_export", config.listen_export)
     if problem := combine([config.policy]).problem:
         raise UsageError(f"[policy]: {problem.message}", hint=problem.hint)
     return config

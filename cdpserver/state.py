@@ -111,6 +111,10 @@ class StateDir:
         return self.path / "export.sock"
 
     @property
+    def nbd_key(self) -> Path:
+        return self.path / "nbd.key"
+
+    @property
     def nbd(self) -> Path:
         return self.path / "nbd"
 

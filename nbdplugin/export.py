@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbdkit
 
-from cdpserver import events
+from cdpserver import events, sealed
 from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
@@ -33,6 +33,7 @@ from cdpserver.view.history import History
 from cdpserver.view.view import View
 from cdpserver.view.volume import Part, VolumeView
 from nbdplugin import serving, thread_state
+from nbdplugin.admission import Admission
 
 API_VERSION = 2
 
@@ -45,9 +46,11 @@ KEPT_MAPS = 64
 _state_dir = ""
 _alone = False
 _patience_s = 0
+_tls = False
 _came = threading.Event()
 _state: StateDir | None = None
 _catalog: Catalog | None = None
+_admission: Admission | None = None
 _log: events.EventLog | None = None
 _maps: OrderedDict[tuple[str, int, str], Sequence[Part]] = OrderedDict()
 
@@ -68,18 +71,20 @@ class Export:
 def config(key: str, value: str) -> None:
     """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one.
 
-    With `patience=SECONDS` it ends if no client has come by then.
+    With `patience=SECONDS` it ends if no client has come by then; with `tls=1` nobody is let in over TCP without TLS.
     """
-    global _state_dir, _alone, _patience_s
+    global _state_dir, _alone, _patience_s, _tls
     if key == "state_dir":
         _state_dir = value
     elif key == "alone":
         _alone = value == "1"
     elif key == "patience" and value.isascii() and value.isdecimal():
         _patience_s = int(value)
+    elif key == "tls":
+        _tls = value == "1"
     else:
         raise RuntimeError(
-            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS"
+            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS, tls=1"
         )
 
 
@@ -106,9 +111,10 @@ def after_fork() -> None:
 
 
 def _start() -> None:
-    global _state, _catalog, _log
+    global _state, _catalog, _admission, _log
     _state = StateDir.open(Path(_state_dir))
     _catalog = Catalog.open(_state, writable=False)
+    _admission = Admission(_state, _catalog, tls=_tls)
     _log = events.EventLog(_state.events)
     if _patience_s:
         threading.Thread(target=_lose_patience, daemon=True).start()
@@ -121,8 +127,10 @@ def _lose_patience() -> None:
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
-    """The newest instant of every disk; any other instant opens by its name as well."""
-    assert _catalog is not None
+    """The newest instant of every disk; any other instant opens by its name as well. For who may open them by their names."""
+    assert _catalog is not None and _admission is not None
+    if not _admission.lists(is_tls=is_tls):
+        return []
     names = _catalog.names()
     return [
         (f"{name}@latest", "any instant: NAME@WHEN")
@@ -188,10 +196,12 @@ def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
 
 def open(readonly: bool) -> Export:
     """The instant of the export name that the client asked for."""
-    text = nbdkit.export_name()
+    asked = nbdkit.export_name()
+    text = sealed.unseal(asked)[1]  # what is said of it tells no secret
     started = time.monotonic()
+    assert _admission is not None
     try:
-        export = _open(text)
+        export = _open(_admission.admit(asked))
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise

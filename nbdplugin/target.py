@@ -14,8 +14,16 @@ from typing import TypeAlias
 
 import nbdkit
 
-from cdpserver import events
-from cdpserver.errors import BrokenError, CdpError, NoSpaceError, NotFoundError, RemovedError, UsageError
+from cdpserver import events, sealed
+from cdpserver.errors import (
+    BrokenError,
+    CdpError,
+    ForbiddenError,
+    NoSpaceError,
+    NotFoundError,
+    RemovedError,
+    UsageError,
+)
 from cdpserver.limits import COMMIT_LAG_NS
 from cdpserver.names import DiskExport, MirrorExport, format_export, parse_export
 from cdpserver.state import StateDir
@@ -23,6 +31,7 @@ from cdpserver.target.connection import Connection
 from cdpserver.target.placement import worker_of
 from cdpserver.target.registry import Registry
 from nbdplugin import serving, thread_state
+from nbdplugin.admission import Admission
 from nbdplugin.forward import DIRECT, Forward
 
 API_VERSION = 2
@@ -38,7 +47,9 @@ MAX_REQUEST = 32 << 20
 _state_dir = ""
 _durable_lag_ns = COMMIT_LAG_NS
 _worker, _workers = 0, 1
+_tls = False
 _registry: Registry | None = None
+_admission: Admission | None = None
 
 
 def registry() -> Registry:
@@ -47,11 +58,17 @@ def registry() -> Registry:
     return _registry
 
 
+def admission() -> Admission:
+    """Who may open its disks; there after the fork."""
+    assert _admission is not None
+    return _admission
+
+
 def config(key: str, value: str) -> None:
     """`state_dir=DIR`; `durable_lag_ns=N`: the durable lag past which writes slow down; `worker=K workers=N`: which of them
-    this process is.
+    this process is; `tls=1`: over TCP nobody is let in without.
     """
-    global _state_dir, _durable_lag_ns, _worker, _workers
+    global _state_dir, _durable_lag_ns, _worker, _workers, _tls
     if key == "state_dir":
         _state_dir = value
     elif key == "durable_lag_ns":
@@ -60,9 +77,11 @@ def config(key: str, value: str) -> None:
         _worker = int(value)
     elif key == "workers":
         _workers = int(value)
+    elif key == "tls":
+        _tls = value == "1"
     else:
         raise RuntimeError(
-            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N are known"
+            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1 are known"
         )
 
 
@@ -85,14 +104,17 @@ def after_fork() -> None:
 
 
 def _start() -> None:
-    global _registry
+    global _registry, _admission
     state = StateDir.open(Path(_state_dir))
     _registry = Registry(state, durable_lag_ns=_durable_lag_ns, worker=_worker, workers=_workers)
+    _admission = Admission(state, _registry.catalog, tls=_tls)
     _registry.start()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
-    """Every disk and fork that takes writes."""
+    """Every disk and fork that takes writes, for who may open them by their names."""
+    if not admission().lists(is_tls=is_tls):
+        return []
     names = registry().catalog.names()
     return [(name, "") for name, entry in sorted(names.items()) if entry.state == "live"]
 
@@ -105,6 +127,7 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 EVENTS: dict[type[CdpError], str] = {
     NotFoundError: "target.unknown-export",
     RemovedError: "target.removing",
+    ForbiddenError: "target.forbidden",
     NoSpaceError: "target.no-space",
     BrokenError: "target.broken",
     UsageError: "target.bad-request",
@@ -120,9 +143,11 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def open(readonly: bool) -> Handle:
     """The disk of the export name that the client asked for."""
-    text = nbdkit.export_name()
+    asked = nbdkit.export_name()
+    text = sealed.unseal(asked)[1]  # what is said of it tells no secret
     name = text.removeprefix(DIRECT)
     try:
+        admission().admit(asked)
         export = parse_export(name)
         if not isinstance(export, DiskExport | MirrorExport):
             raise NotFoundError(

@@ -8,12 +8,13 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
 
 from cdpserver.catalog import Row
-from cdpserver.errors import CdpError
+from cdpserver.errors import CdpError, UsageError
 from cdpserver.state import StateDir, default_state_dir
 from cdpserver.vm import record
 from cdpserver.vm.arrival import Arrival
@@ -21,6 +22,7 @@ from cdpserver.vm.connect import connect
 from cdpserver.vm.controller import Controller, DiskState
 from cdpserver.vm.record import Connection, ProtectedVm
 from cdpserver.vm.release import release
+from cdpserver.vm.tls import Credential
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
 from recovery.output import say
@@ -51,7 +53,10 @@ class _Coming:
 def agent(options: Namespace) -> None:
     """Until it is ended."""
     client = AgentClient(StateDir(default_state_dir(options.state_dir)), timeout_s=ANSWER_S)
-    trio.run(_Agent(options.name, ApiTarget(client, options.nbd), client).run)
+    if options.tls is None and options.tls_user is not None:
+        raise UsageError("--tls-user is of no use without --tls", hint="say where its key is: --tls DIR")
+    credential = None if options.tls is None else Credential.found(Path(options.tls), options.tls_user)
+    trio.run(_Agent(options.name, ApiTarget(client, options.nbd, credential), client).run)
 
 
 class _Agent:

@@ -12,6 +12,7 @@ from cdpserver.errors import CdpError, UsageError
 from cdpserver.vm.mirror import disk_uri
 from cdpserver.vm.probe import Probe
 from cdpserver.vm.target import Ago, SeenJob, TargetState
+from cdpserver.vm.tls import Credential
 from recovery.agent_client import AgentClient
 
 MOST_EVENTS = 1000
@@ -26,11 +27,15 @@ Answer = TypeVar("Answer")
 
 
 class ApiTarget:
-    """Our side of the mirrors, over the API (`vm.target.Target`). `nbd` is HOST:PORT where its NBD is reached from here."""
+    """Our side of the mirrors, over the API (`vm.target.Target`). `nbd` is HOST:PORT where its NBD is reached from here.
 
-    def __init__(self, client: AgentClient, nbd: str | None) -> None:
+    `credential` is what it is shown, if it takes TLS.
+    """
+
+    def __init__(self, client: AgentClient, nbd: str | None, credential: Credential | None = None) -> None:
         self._client = client
         self._nbd = nbd
+        self._credential = credential
         self._probes: dict[str, Probe] = {}
         self._calls = trio.CapacityLimiter(AT_ONCE)
         self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_EVENTS)
@@ -43,7 +48,7 @@ class ApiTarget:
     async def identity(self, disk: str) -> tuple[str, str]:
         """See Target. The URI is of TCP, unless the service has none: then of its socket, which is on this host only."""
         found = await self.call(self._client.mirror, disk)
-        return str(found["uuid"]), uri_here(found["uris"], self._nbd)
+        return str(found["uuid"]), uri_here(found["uris"], self._nbd, self._credential)
 
     async def check_size(self, disk: str, size: int) -> None:
         """See Target."""
@@ -102,13 +107,16 @@ class ApiTarget:
         self.events.append({"event": event, "fields": fields})
 
 
-def uri_here(uris: dict[str, str], nbd: str | None) -> str:
-    """Where a mirror on this host writes to. UsageError for a place that is none."""
+def uri_here(uris: dict[str, str], nbd: str | None, credential: Credential | None = None) -> str:
+    """Where a mirror on this host writes to. UsageError for a place that is none, and for TLS without a credential."""
     uri = uris["uri"]
-    if nbd is None:
-        return uri
-    host, _, port = nbd.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UsageError(f"not a place of NBD: {nbd}", hint="give it as HOST:PORT")
     parts = urlsplit(uri)
-    return f"nbd://{nbd}{parts.path}"
+    if nbd is not None:
+        host, _, port = nbd.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UsageError(f"not a place of NBD: {nbd}", hint="give it as HOST:PORT")
+        uri = f"{'nbds' if parts.scheme == 'nbds' else 'nbd'}://{nbd}{parts.path}"
+    if parts.scheme == "nbds" and credential is not None:
+        uri = credential.added_to(uri)
+    Credential.of(uri)  # refuses TLS with nothing to show
+    return uri

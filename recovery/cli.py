@@ -123,6 +123,12 @@ def _add_disk(commands: Commands) -> None:
     )
     disk.leaf("list", lazy("remote", "disk_list"), "List the disks.", "cdp disk list --json")
     show = disk.leaf("show", lazy("remote", "disk_show"), "Show one disk.", "cdp disk show web/vda")
+    uri = disk.leaf(
+        "uri",
+        lazy("remote", "disk_uri"),
+        "Print where a mirror of your own writes to; over TCP with TLS the disk's secret is in it.",
+        "cdp disk uri web/vda",
+    )
     remove = disk.leaf(
         "remove",
         lazy("remote", "disk_remove"),
@@ -140,7 +146,7 @@ def _add_disk(commands: Commands) -> None:
     synced.add_argument(
         "--write-blocking", action="store_true", help="the mirror has copy-mode=write-blocking"
     )
-    take_disk(resize, show, remove, synced, metavar="NAME")
+    take_disk(resize, show, uri, remove, synced, metavar="NAME")
     resize.add_argument("size", metavar="SIZE", type=names.parse_size, help="64M, 1.5G, 10T, or bytes")
 
 

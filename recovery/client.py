@@ -72,6 +72,10 @@ class Client:
         """One disk."""
         return self._object("GET", _disk(name))
 
+    def disk_uris(self, name: str) -> Object:
+        """Where a disk is written to, as it opens: `uri`, and `uri_unix` when that is not it."""
+        return self._object("GET", _disk(name, "uri"))
+
     def resize_disk(self, name: str, *, size: int) -> Object:
         """Let a disk grow to `size` bytes."""
         return self._object("POST", _disk(name, "resize"), body={"size": size})

@@ -54,9 +54,15 @@ def add_agent(commands: Commands) -> None:
         "agent",
         lazy("agent", "agent"),
         "Look after the mirrors of VMs on this host, for a service on another one, until ended.",
-        "cdp agent hv1 --nbd 127.0.0.1:10809",
+        "cdp agent hv1 --nbd 127.0.0.1:10809\n  cdp agent hv1 --tls /etc/pki/cdp",
     )
     agent.add_argument("name", metavar="NAME", type=names.check_name, help="what `cdp protect --by` calls it")
     agent.add_argument(
         "--nbd", metavar="HOST:PORT", help="where the service's NBD is reached from here, if not at its URIs"
     )
+    agent.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="this host's ca-cert.pem, client-cert.pem and client-key.pem, or keys.psk; QEMU reads them as well",
+    )
+    agent.add_argument("--tls-user", metavar="NAME", help="whose key it is in keys.psk; default: qemu")

@@ -14,6 +14,7 @@ from cdpserver.state import StateDir, default_state_dir
 from recovery.client import Client
 from recovery.output import (
     Column,
+    answer,
     answer_fields,
     answer_json,
     answer_table,
@@ -90,6 +91,15 @@ def disk_list(options: Namespace) -> None:
 def disk_show(options: Namespace) -> None:
     """One disk."""
     answer_one(options, client(options).disk(options.name))
+
+
+def disk_uri(options: Namespace) -> None:
+    """Where a mirror writes to, with what opens it."""
+    found = client(options).disk_uris(options.name)
+    if options.json:
+        answer_json(found)
+    else:
+        answer(found["uri"])
 
 
 def disk_resize(options: Namespace) -> None:

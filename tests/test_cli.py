@@ -634,6 +634,7 @@ def test_help_has_an_example_of_every_command() -> None:
             "disk resize",
             "disk list",
             "disk show",
+            "disk uri",
             "disk remove",
             "disk synced",
         ),

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ from cdpserver.service import main
 from tests.core import ROOT
 
 SECOND = 1_000_000_000
-SECTIONS = ("roles", "store", "scrub", "freeze", "policy")
+SECTIONS = ("tls", "roles", "store", "scrub", "freeze", "policy")
 
 
 def test_everything_has_a_default() -> None:
@@ -81,6 +82,9 @@ def test_every_key_is_read() -> None:
         backup_copy = "s3://vault/site1?region=eu"
         mark_every = "1h"
         freeze = "yes"
+        [tls]
+        certificates = "/etc/cdpserver/tls"
+        psk = "/etc/cdpserver/keys.psk"
         [freeze]
         before = "/usr/bin/true"
         after = "/etc/cdpserver/after freeze"
@@ -91,6 +95,8 @@ def test_every_key_is_read() -> None:
     assert parse_config(text) == Config(
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
+        tls_certificates="/etc/cdpserver/tls",
+        tls_psk="/etc/cdpserver/keys.psk",
         durable_lag_limit_ns=2 * SECOND,
         workers=4,
         socket_linger_ns=90 * SECOND,
@@ -274,7 +280,7 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
         (
             "[zzz]\nred = 1",
-            "unknown section 'zzz' (known sections are [limits], [roles], [store], [scrub], [freeze], [policy])",
+            "unknown section 'zzz' (known sections are [limits], [tls], [roles], [store], [scrub], [freeze], [policy])",
         ),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),
@@ -389,11 +395,15 @@ def text_values_of(key: Key) -> st.SearchStrategy[object]:
     raise AssertionError(f"say here what {key.full_name} can be")
 
 
-CONFIGS = st.builds(Config, **{key.attribute: values_of(key) for key in KEYS}).filter(
-    lambda config: (
-        (config.listen is None or config.listen != config.listen_export)
-        and (config.policy_backup is None or config.policy_backup_to is not None)
+CONFIGS = (
+    st.builds(Config, **{key.attribute: values_of(key) for key in KEYS})
+    .filter(
+        lambda config: (
+            (config.listen is None or config.listen != config.listen_export)
+            and (config.policy_backup is None or config.policy_backup_to is not None)
+        )
     )
+    .map(lambda config: config if config.nbd_tls else replace(config, tls_psk="/k"))
 )
 
 

@@ -274,6 +274,8 @@ class MirroredQemu:
                 return []
             case "object-add":
                 self.objects[more["id"]] = more["data"]
+            case "object-del" if more["id"] not in self.objects:
+                raise QmpRefusedError(command, "GenericError", "object not found")
             case "object-del":
                 del self.objects[more["id"]]
             case "qom-get" if more["path"].removeprefix("/objects/") not in self.objects:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -58,10 +59,18 @@ class FarServer(Server):
     def __init__(self, state_dir: Path, namespace: str) -> None:
         self.namespace, self.state_dir = namespace, state_dir
         self.log = state_dir.with_name("service.log")
+        # Off loopback NBD goes by TLS.
+        self.keys = state_dir.with_name("keys")
+        self.keys.mkdir(exist_ok=True)
+        psk = self.keys / "keys.psk"
+        psk.touch(mode=0o600)
+        psk.write_text(f"qemu:{secrets.token_hex(32)}\n")
+        config = state_dir.with_name("cdpserver.toml")
+        config.write_text(f"listen = '{SERVER}:{NBD_PORT}'\n[tls]\npsk = '{psk}'\n")
         service = [sys.executable, "-m", "cdpserver.service.main", "--state-dir", str(state_dir)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", namespace, *service, "--listen", f"{SERVER}:{NBD_PORT}"],
+                ["ip", "netns", "exec", namespace, *service, "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
@@ -171,7 +180,8 @@ def agent_beside(guest: FarGuest, server: FarServer) -> Iterator[Path]:
         Forwarder(guest.namespace, listen_here, to_server),
         open(there / "agent.log", "wb") as log,
     ):
-        command = [sys.executable, "-m", "recovery.cli", "agent", "hv1", "--state-dir", str(there)]
+        agent = ("agent", "hv1", "--state-dir", str(there), "--tls", str(server.keys))
+        command = [sys.executable, "-m", "recovery.cli", *agent]
         process = subprocess.Popen(
             ["ip", "netns", "exec", guest.namespace, *command], stdin=subprocess.DEVNULL, stderr=log
         )

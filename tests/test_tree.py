@@ -32,6 +32,8 @@ STAGES = (
         "cdpserver.retention.steps",
         "cdpserver.clock",
         "cdpserver.state",
+        "cdpserver.sealed",
+        "cdpserver.tls",
         "cdpserver.catalog",
         "cdpserver.events",
         "cdpserver.timeline",

@@ -98,7 +98,8 @@ class Agents:
     async def mirror(self, disk: str) -> dict[str, Any]:
         """Who a disk is, where its mirror writes to, and what its worker says."""
         uuid, _ = await self._protection.target.identity(disk)
-        uris = self._core.disk_uris(self._core.entry(disk))
+        entry = self._core.entry(disk)
+        uris = self._core.disk_uris(entry, await self._core.thread(self._core.secret, entry))
         return {
             "uuid": uuid,
             "uris": {kind: mirror_uri(uri, uuid) for kind, uri in uris.items()},

@@ -23,6 +23,7 @@ from typing import Any
 
 import trio
 
+from cdpserver import tls
 from cdpserver.config import Config
 from cdpserver.events import EventLog
 from cdpserver.service import processes
@@ -67,8 +68,10 @@ def plugin(name: str) -> str:
     return str(Path(found.submodule_search_locations[0]) / f"{name}.py")
 
 
-def _nbdkit(name: str, state: StateDir, *parameters: str) -> list[str]:
-    return ["nbdkit", "-f", "-t", "1", "python", plugin(name), f"state_dir={state.path}", *parameters]
+def _nbdkit(name: str, state: StateDir, config: Config, *parameters: str) -> list[str]:
+    options = ["-f", "-t", "1", *tls.nbdkit_arguments(config.tls_certificates, config.tls_psk)]
+    asked = ["tls=1"] if config.nbd_tls else []
+    return ["nbdkit", *options, "python", plugin(name), f"state_dir={state.path}", *parameters, *asked]
 
 
 def serves(name: str) -> bool:
@@ -95,7 +98,7 @@ class Children:
             Child(f"{TARGET}-{number}", _target(state, config, number), listeners.of_worker(number))
             for number in range(config.workers)
         ]
-        self.export = Child(EXPORT, _nbdkit(EXPORT, state), listeners.of_export())
+        self.export = Child(EXPORT, _nbdkit(EXPORT, state, config), listeners.of_export())
         indexer = [sys.executable, "-m", "cdpserver.index.indexer", "--state-dir", str(state.path)]
         self.indexer = Child("indexer", indexer)
 
@@ -196,6 +199,7 @@ def _target(state: StateDir, config: Config, number: int) -> list[str]:
     return _nbdkit(
         TARGET,
         state,
+        config,
         f"durable_lag_ns={config.durable_lag_limit_ns}",
         f"worker={number}",
         f"workers={config.workers}",

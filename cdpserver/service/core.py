@@ -12,7 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cdpserver import groups, messages, names, progress, timeline
+from cdpserver import groups, messages, names, progress, sealed, timeline
 from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.clock import Clock
 from cdpserver.config import Address, Config
@@ -136,20 +136,36 @@ class Core:
 
     # -- URIs ------------------------------------------------------------------------------------------------
 
-    def disk_uris(self, entry: Entry) -> dict[str, str]:
-        """Where a mirror (or a fork's guest) writes to: `uri`, and `uri_unix` when that is not it."""
+    def disk_uris(self, entry: Entry, secret: str = "") -> dict[str, str]:
+        """Where a mirror (or a fork's guest) writes to: `uri`, and `uri_unix` when that is not it.
+
+        Over TCP with TLS it opens only with the disk's secret (see `secret`).
+        """
         unix = unix_uri(entry.name, str(self.state.nbd / f"{entry.id}.sock"))
         if self.config.listen is None:
             return {"uri": unix}
-        return {"uri": tcp_uri(entry.name, self.config.listen), "uri_unix": unix}
+        return {"uri": self._tcp_uri(entry.name, self.config.listen, secret), "uri_unix": unix}
 
-    def point_uris(self, name: str, seq: int, volume: str | None = None) -> dict[str, str]:
+    def point_uris(
+        self, name: str, seq: int, volume: str | None = None, *, secret: str = ""
+    ) -> dict[str, str]:
         """Where a point, or a volume of it, is read; absolute, so that a second connection sees the same instant."""
         export = names.format_export(names.PointExport(name, names.Seq(seq), volume))
         unix = unix_uri(export, str(self.state.export_socket))
         if self.config.listen_export is None:
             return {"uri": unix}
-        return {"uri": tcp_uri(export, self.config.listen_export), "uri_unix": unix}
+        return {"uri": self._tcp_uri(export, self.config.listen_export, secret), "uri_unix": unix}
+
+    def _tcp_uri(self, export: str, address: Address, secret: str) -> str:
+        name = sealed.seal(export, secret) if secret else export
+        return tcp_uri(name, address, tls=self.config.nbd_tls)
+
+    def secret(self, entry: Entry) -> str:
+        """What opens a disk over TCP; "" where nothing is needed. For threads."""
+        if not self.config.nbd_tls:
+            return ""
+        found = timeline.load(self.state.timeline(entry.id))
+        return sealed.secret_of(sealed.load_key(self.state), found.uuid)
 
 
 def unix_uri(export: str, socket_path: str) -> str:
@@ -157,9 +173,10 @@ def unix_uri(export: str, socket_path: str) -> str:
     return f"nbd+unix:///{export}?socket={urllib.parse.quote(socket_path)}"
 
 
-def tcp_uri(export: str, address: Address) -> str:
+def tcp_uri(export: str, address: Address, *, tls: bool = False) -> str:
     """The NBD URI of an export on an address. A wildcard becomes this host's name, which others can reach."""
     host, port = address
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()
-    return f"nbd://[{host}]:{port}/{export}" if ":" in host else f"nbd://{host}:{port}/{export}"
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{'nbds' if tls else 'nbd'}://{place}/{export}"

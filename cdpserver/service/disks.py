@@ -161,6 +161,11 @@ class Disks:
             raise groups.no_disk(self._core.catalog, name)
         return await self._core.thread(facts.describe, self._core, entry, await self._status())
 
+    async def uris(self, name: str) -> dict[str, str]:
+        """Where a mirror writes to, as it opens. NotFoundError."""
+        entry = self._core.entry(name)
+        return self._core.disk_uris(entry, await self._core.thread(self._core.secret, entry))
+
     async def list_disks(self) -> list[dict[str, Any]]:
         """Every disk and fork, by name."""
         entries = await self._core.thread(self._core.catalog.names)

@@ -162,15 +162,15 @@ class Instants:
             found = points.points(now_ns=now_ns, since_ns=time_ns, until_ns=time_ns, kind="bookmark")
         return next(point.as_dict() for point in found if point.name == bookmark)
 
-    async def uri(self, point: str) -> dict[str, Any]:
+    async def uri(self, point: str, *, secret: bool) -> dict[str, Any]:
         """Where `DISK@WHEN`, or a volume of it, is read: an absolute URI; of a VM or group that of each disk.
 
-        The instant is durable on return, unless a disk's writer is broken.
+        `secret`: with what opens it over TCP. The instant is durable on return, unless a disk's writer is broken.
         """
         whole, volume = names.split_volume(point)
         disk, when = names.parse_point(whole)
         if volume is None and await self._core.thread(self._vms.several, disk):
-            return await self._vms.uris(disk, when)
+            return await self._vms.uris(disk, when, secret=secret)
         entry = self._core.entry(disk)
         position, _ = await self._core.thread(self._core.resolve, entry, when)
         try:
@@ -178,7 +178,8 @@ class Instants:
         except CdpError as error:
             # Reading what is there must work above all when writing doesn't.
             self._core.log.emit("point.not-durable", level="warning", point=point, reason=str(error))
-        uris = self._core.point_uris(disk, position.seq, volume)
+        told = await self._core.thread(self._core.secret, entry) if secret else ""
+        uris = self._core.point_uris(disk, position.seq, volume, secret=told)
         return {**uris, "timeline": entry.id, "seq": position.seq, "time_ns": position.time_ns}
 
     async def show(self, point: str) -> dict[str, Any]:

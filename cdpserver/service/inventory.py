@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cdpserver import basepoint, durable
+from cdpserver import basepoint, durable, sealed
 from cdpserver.chain import room
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, previous_file
@@ -89,6 +89,24 @@ def look_at_clock(state: StateDir, log: EventLog) -> None:
         aside = _free_name(state.clock)
         os.rename(state.clock, aside)
         _say(log, "clock.json", f"{meaning}; the damaged file is kept as {aside.name}")
+
+
+def look_at_key(state: StateDir, log: EventLog) -> None:
+    """A key that cannot be read is made anew, and with it the secrets of all disks."""
+    meaning = (
+        "every disk has a new secret: agents connect their mirrors anew, and URIs are to be asked for again"
+    )
+    try:
+        sealed.load_key(state)
+        return
+    except CorruptError:
+        if state.nbd_key.exists():
+            aside = _free_name(state.nbd_key)
+            os.rename(state.nbd_key, aside)
+            _say(log, state.nbd_key.name, f"{meaning}; the damaged file is kept as {aside.name}")
+        elif state.catalog_copy.exists():
+            _say(log, state.nbd_key.name, meaning)
+    sealed.make_key(state)
 
 
 def _free_name(path: Path) -> Path:

@@ -25,7 +25,7 @@ from typing import Any
 import trio
 
 import cdpserver
-from cdpserver import events
+from cdpserver import events, tls
 from cdpserver.clock import wall_difference_ns
 from cdpserver.config import SECOND_NS, Settings
 from cdpserver.errors import CdpError, RefusedError
@@ -225,6 +225,7 @@ def open_sockets(listeners: Listeners, orphans: list[Path], log: events.EventLog
 def run(chosen: argparse.Namespace) -> bool:
     """The life of the service. True when a new program is to go on. Raises CdpError for what stands in its way at the start."""
     config = Settings.collect(chosen.config, chosen).config
+    tls.check_files(config.tls_certificates, config.tls_psk)
     # Segments, indexes and connections of many disks; the children inherit it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -262,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = options(arguments)
         if chosen.show_config:
             settings = Settings.collect(chosen.config, chosen)
-            Roles.of(settings.config)  # a group that does not exist would stop the start
+            # What would stop the start: a group that does not exist, a certificate that cannot be read.
+            Roles.of(settings.config)
+            tls.check_files(settings.config.tls_certificates, settings.config.tls_psk)
             sys.stdout.write(settings.to_toml())
         elif run(chosen):
             again.go_on()

@@ -11,7 +11,7 @@ from cdpserver.errors import exit_codes_line
 
 EXAMPLES = """\
 examples:
-  cdpserver --state-dir /srv/cdp --listen 10.0.0.1:10809
+  cdpserver --state-dir /srv/cdp --listen 127.0.0.1:10809
   cdpserver --config /etc/cdpserver/cdpserver.toml --show-config"""
 
 

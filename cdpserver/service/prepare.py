@@ -78,6 +78,7 @@ def prepare(state: StateDir, log: events.EventLog) -> tuple[Clock, Catalog]:
     """Make the directory ready: the clock is fixed, the catalog is whole."""
     sweep(state)
     inventory.look_at_clock(state, log)
+    inventory.look_at_key(state, log)
     newest = [0]
 
     def last_ns() -> int:

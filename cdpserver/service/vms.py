@@ -55,11 +55,15 @@ class Vms:
             except CdpError as error:
                 self._core.log.emit("point.not-durable", level="warning", point=disk.point, reason=str(error))
 
-    async def uris(self, name: str, when: When) -> dict[str, Any]:
-        """Where each disk is read at the instant; absolute URIs."""
-        found = await self._core.thread(self.resolve, name, when)
+    async def uris(self, name: str, when: When, *, secret: bool) -> dict[str, Any]:
+        """Where each disk is read at the instant; absolute URIs, with `secret` as they open over TCP."""
+        core = self._core
+        found = await core.thread(self.resolve, name, when)
         await self.durable(found)
-        disks = [disk.as_dict() | self._core.point_uris(disk.entry.name, disk.seq) for disk in found.disks]
+        disks = []
+        for disk in found.disks:
+            told = await core.thread(core.secret, disk.entry) if secret else ""
+            disks.append(disk.as_dict() | core.point_uris(disk.entry.name, disk.seq, secret=told))
         return found.as_dict() | {"disks": disks}
 
     async def show(self, name: str, when: When) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import trio
 
 from cdpserver.errors import RefusedError
+from cdpserver.vm import tls
 from cdpserver.vm.disks import OURS
 from cdpserver.vm.qmp import Monitor, QmpRefusedError
 from cdpserver.vm.record import Method
@@ -36,6 +37,7 @@ LATER_WRITE_BLOCKING = (8, 2, 0)
 """The first QEMU with `block-job-change`."""
 
 FILTER = "-top"
+CREDENTIAL = "-tls"
 
 ENDING_S = 5.0
 ENDING_LOOK_S = 0.05
@@ -79,10 +81,10 @@ class Job:
 
 
 def nbd_node(uri: str, *, reconnect_s: int) -> dict[str, Any]:
-    """The arguments of `blockdev-add` for a disk's URI (`nbd+unix` or `nbd`), but for the node's name."""
+    """The arguments of `blockdev-add` for a disk's URI (`nbd+unix`, `nbd`, `nbds`), but for node and credential."""
     parts = urlsplit(uri)
     server: dict[str, Any]
-    if parts.scheme == "nbd":
+    if parts.scheme in ("nbd", "nbds"):
         server = {
             "type": "inet",
             "host": parts.hostname,
@@ -122,6 +124,7 @@ class Mirror:
     def __init__(self, monitor: Monitor, uuid: str) -> None:
         self.name = uuid if uuid.startswith(OURS) else OURS + uuid.replace("-", "")[:16]
         self.filter = self.name + FILTER
+        self._credential = self.name + CREDENTIAL
         self._monitor = monitor
 
     async def look(self) -> Job | None:
@@ -133,7 +136,7 @@ class Mirror:
 
     async def leads_to(self, uri: str) -> bool:
         """Is the node that the job writes to at this URI?"""
-        wanted = unquote(uri)
+        wanted = tls.name_in_node(uri)
         for node in await self._nodes():
             if node["node-name"] == self.name:
                 return unquote(str(node["file"])) == wanted
@@ -146,7 +149,7 @@ class Mirror:
         """Start the job on a node of QEMU, for the whole disk. QmpRefusedError; then nothing of it is left."""
         if method == "drive-mirror":
             await self._delete_node()
-            whole = {"driver": "raw", "file": self._target(uri, wait=wait)}
+            whole = {"driver": "raw", "file": await self._target(uri, wait=wait)}
             drive = {"format": "raw", "mode": "existing", "target": f"json:{json.dumps(whole)}"}
             await self._monitor.execute("drive-mirror", self._arguments(node, "full") | drive)
             return
@@ -157,8 +160,12 @@ class Mirror:
             await self._delete_node()
             raise
 
-    def _target(self, uri: str, *, wait: bool) -> dict[str, Any]:
-        return nbd_node(uri, reconnect_s=WAIT_S if wait else RECONNECT_S) | {"node-name": self.name}
+    async def _target(self, uri: str, *, wait: bool) -> dict[str, Any]:
+        node = nbd_node(uri, reconnect_s=WAIT_S if wait else RECONNECT_S) | {"node-name": self.name}
+        if (credential := tls.Credential.of(uri)) is None:
+            return node
+        await tls.hand_over(self._monitor, self._credential, credential)
+        return node | {"tls-creds": self._credential}
 
     def _arguments(self, node: str, sync: Sync) -> dict[str, Any]:
         return {
@@ -172,7 +179,7 @@ class Mirror:
     async def open_target(self, uri: str, *, wait: bool) -> None:
         """Let QEMU connect to the target, anew if it is connected. QmpRefusedError."""
         await self._delete_node()
-        await self._monitor.execute("blockdev-add", self._target(uri, wait=wait))
+        await self._monitor.execute("blockdev-add", await self._target(uri, wait=wait))
 
     async def begin(self, node: str, sync: Sync) -> None:
         """Start the job from a node of QEMU to the target that is open; `none`: of what comes from now on. QmpRefusedError."""
@@ -229,6 +236,7 @@ class Mirror:
         """
         await self.stop(force=force)
         await self._delete_node()
+        await tls.take_back(self._monitor, self._credential)
 
     async def stop(self, *, force: bool) -> None:
         """End the job; the target stays open. RefusedError if that takes too long."""

@@ -80,6 +80,8 @@ ADMINS_ONLY = {
 
 
 READS_FILES = {
+    "show_disk_uri",
+    "show_mirror",
     "list_files",
     "find_files",
     "stat_file",
@@ -89,7 +91,7 @@ READS_FILES = {
     "list_file_versions",
     "diff_files",
 }
-"""What shows what guests have stored."""
+"""What shows what guests have stored, or how to get at it."""
 
 
 def _least_role(operation: str, method: str) -> Role:
@@ -173,12 +175,13 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
         )
 
     @app.get("/v1/uri", tags=["points"], response_model=models.PointUri | together.SeveralUris)
-    async def point_uri(point: str) -> Response:
+    async def point_uri(point: str, asked: Request) -> Response:
         """Where DISK@WHEN, or DISK@WHEN/p2 or DISK@WHEN/lv/VG/LV, is read: an absolute NBD URI, durable on return.
 
-        Of VM@WHEN and GROUP@WHEN that of each disk.
+        Of VM@WHEN and GROUP@WHEN that of each disk. What opens it over TCP with TLS, the disk's secret, only operators are told.
         """
-        return await answers.one(await instants.uri(point))
+        role: Role = asked.scope["state"]["role"]
+        return await answers.one(await instants.uri(point, secret=role >= Role.OPERATOR))
 
     @app.get(
         "/v1/points/{point:path}", tags=["points"], response_model=together.Shown | together.SeveralShown

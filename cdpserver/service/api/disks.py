@@ -70,6 +70,11 @@ def verbs(
             size,
         )
 
+    @routes.get(f"{DISK}:uri", tags=["disks"], response_model=models.DiskUri)
+    async def show_disk_uri(name: str) -> Response:
+        """Where a mirror of your own writes to. Over TCP with TLS the name in it holds the disk's secret."""
+        return await answers.one(await disks.uris(name))
+
     @routes.post(f"{DISK}:cut", tags=["base points"], response_model=models.BasePoint, responses=ACCEPTED)
     async def cut_base_point(name: str, prefer: Prefer = None) -> Response:
         """Cut a base point; its file is published on return. The cut stays when the job is cancelled: it is published later."""

@@ -330,6 +330,13 @@ class VmPoint(Answer):
     evidence: dict[str, Evidence] = Field(description="What the grade of each disk rests on.")
 
 
+class DiskUri(Answer):
+    """Where a disk is written to."""
+
+    uri: str
+    uri_unix: str | None = None
+
+
 class PointUri(Answer):
     """Where a point is read."""
 

@@ -1,0 +1,65 @@
+"""Who may open an export: over TCP with `[tls]`, a client that came by TLS and says the secret of the disk, and nobody else.
+
+nbdkit offers TLS to all sockets of a process alike, and its Python API tells `open` neither the socket nor whether TLS is on;
+the library's own functions do, for the connection that calls.
+"""
+
+import ctypes
+import hmac
+import socket
+
+from cdpserver import sealed, timeline
+from cdpserver.catalog import Catalog
+from cdpserver.errors import CdpError, ForbiddenError
+from cdpserver.names import parse_export
+from cdpserver.state import StateDir
+
+_LIBRARY = ctypes.CDLL(None)
+_ADDRESS_BYTES = 128
+"""Of a sockaddr_storage."""
+
+REFUSED = "no such export, or not with this secret"
+"""One answer for both: nobody learns by trying which disks there are."""
+
+
+class Admission:
+    """What a process asks of its clients. `tls`: over TCP nobody is let in without."""
+
+    def __init__(self, state: StateDir, catalog: Catalog, *, tls: bool) -> None:
+        self._state = state
+        self._catalog = catalog
+        self._tls = tls
+
+    def lists(self, *, is_tls: bool) -> bool:
+        """Is a client told which exports there are? Over TCP with TLS their names are of no use."""
+        return not (self._tls and (is_tls or _over_tcp()))
+
+    def admit(self, text: str) -> str:
+        """The export name that a client asked for, without its secret. ForbiddenError."""
+        secret, export = sealed.unseal(text)
+        strict = self._tls and _over_tcp()
+        if strict and _LIBRARY.nbdkit_is_tls() != 1:
+            raise ForbiddenError("a client on TCP came without TLS", hint="docs/security.md: TLS for NBD")
+        if (strict or secret) and not hmac.compare_digest(secret, self._secret_of(export)):
+            raise ForbiddenError(REFUSED, hint="cdp disk uri NAME and cdp uri DISK@WHEN print it")
+        return export
+
+    def _secret_of(self, export: str) -> str:
+        """Of the disk that an export is of. ForbiddenError if there is none."""
+        try:
+            entry = self._catalog.get(parse_export(export).name)
+            if entry is not None:
+                uuid = timeline.load(self._state.timeline(entry.id)).uuid
+                return sealed.secret_of(sealed.load_key(self._state), uuid)
+        except CdpError as error:
+            raise ForbiddenError(f"{REFUSED}: {error.message}", hint=error.hint) from None
+        raise ForbiddenError(REFUSED, hint="cdp disk list shows the disks")
+
+
+def _over_tcp() -> bool:
+    """Did the client of this call come over TCP? What is not known to be a Unix socket is taken for that."""
+    address = ctypes.create_string_buffer(_ADDRESS_BYTES)
+    length = ctypes.c_uint(_ADDRESS_BYTES)
+    if _LIBRARY.nbdkit_peer_name(address, ctypes.byref(length)) != 0:
+        return True
+    return int.from_bytes(address.raw[:2], "little") != socket.AF_UNIX
