@@ -1,156 +1,38 @@
 """Loss of power: what was promised to be durable is there bit-exact, and what follows is a prefix or a gap.
 
-A small simulator of a disk's cache: a page that was written after the last sync of its file may be on the disk, may be not, or
-as it was at any moment between; a name likewise. CDP_LONG=N makes N times as many images; CDP_SEED=S replays one.
+The simulator is `tests/powerloss.py`. CDP_LONG=N makes N times as many images; CDP_SEED=S replays one.
 """
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cdpserver import limits
 from cdpserver.cuts import find_cut
-from cdpserver.index.store import CLOSED_NAME, open_name
+from cdpserver.index.store import open_name
 from cdpserver.journal import segment
 from cdpserver.journal.log import Journal, interval_path
+from cdpserver.journal.segment import data_path
 from cdpserver.timeline import PointBase, Timeline
 from cdpserver.view.layers import Layer
 from tests.core import INDEXER, Line, World, check_view, remove, scratch
+from tests.figures import tally
+from tests.interposed import Call
 from tests.model import BLOCK, LogRecord, Model, read_log, replay
+from tests.powerloss import Storage, watched
 
 LONG = int(os.environ.get("CDP_LONG", "1"))
-SEEDS = [int(os.environ["CDP_SEED"])] if "CDP_SEED" in os.environ else range(40 * LONG)
-IMAGES = 8
+SEEDS = [int(os.environ["CDP_SEED"])] if "CDP_SEED" in os.environ else range(24 * LONG)
+IMAGES = 50
 """Losses of power in one history."""
 
-
-@dataclass
-class File:
-    """One inode: what is on the disk for certain, and every version of a page that may be there instead."""
-
-    durable: bytes = b""
-    now: bytes = b""
-    versions: dict[int, list[bytes]] = field(default_factory=dict)
-    sizes: list[int] = field(default_factory=list)
-
-    def look(self, content: bytes) -> None:
-        """The file as the page cache has it now."""
-        if content == self.now:
-            return
-        if len(content) != len(self.now):
-            self.sizes.append(len(content))
-        for page in range(-(-max(len(content), len(self.now)) // BLOCK)):
-            part = content[page * BLOCK : page * BLOCK + BLOCK]
-            if part != self.now[page * BLOCK : page * BLOCK + BLOCK]:
-                self.versions.setdefault(page, []).append(part)
-        self.now = content
-
-    def sync(self) -> None:
-        """All of it is on the disk."""
-        self.durable, self.versions, self.sizes = self.now, {}, []
-
-    def after_loss(self, dice: random.Random) -> bytes:
-        """What the disk may hold after a loss of power now."""
-        size = dice.choice([len(self.durable), *self.sizes])
-        held = bytearray(self.durable[:size].ljust(size, b"\0"))
-        chance = dice.choice((0.0, 0.3, 0.7, 1.0))
-        for page, versions in self.versions.items():
-            if page * BLOCK < size and dice.random() < chance:
-                part = dice.choice(versions[-3:]).ljust(BLOCK, b"\0")
-                held[page * BLOCK : page * BLOCK + BLOCK] = part[: size - page * BLOCK]
-        return bytes(held)
-
-
-class Storage:
-    """A directory tree whose syncs are watched from now on. What is there already is on the disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files: dict[int, File] = {}
-        self.names: dict[Path, list[dict[str, int]]] = {}
-        self.closed: dict[tuple[int, int], bytes] = {}
-        self.look()
-        for file in self.files.values():
-            file.sync()
-        for states in self.names.values():
-            del states[:-1]
-
-    def look(self) -> None:
-        """Notice what changed in the page cache and among the names."""
-        for path, folders, files in os.walk(self.root):
-            directory = Path(path)
-            state = {name: (directory / name).lstat().st_ino for name in [*folders, *files]}
-            states = self.names.setdefault(directory, [])
-            if not states or states[-1] != state:
-                states.append(state)
-            if CLOSED_NAME in state:
-                self._keep_closed(directory / CLOSED_NAME)
-            for name in files:
-                # An index has files of its own rules: it is thrown away, whatever is left of it.
-                if ".mdb" not in name:
-                    self.files.setdefault(state[name], File()).look((directory / name).read_bytes())
-
-    def _keep_closed(self, path: Path) -> None:
-        # It was synced before it got its name; it may be back after a loss of power though it was unlinked.
-        found = path.stat()
-        if self.closed.get((found.st_ino, 0)) != (stamp := found.st_mtime_ns.to_bytes(8, "little")):
-            self.closed[found.st_ino, 0] = stamp
-            self.closed[found.st_ino, 1] = path.read_bytes()
-
-    def synced(self, fd: int) -> None:
-        """fsync or fdatasync of an open file or directory."""
-        self.look()
-        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-        if path in self.names:
-            del self.names[path][:-1]
-        elif (inode := os.fstat(fd).st_ino) in self.files:
-            self.files[inode].sync()
-
-    def lose_power(self, dice: random.Random, target: Path) -> None:
-        """Write to `target` what the disk may hold if the power were lost now."""
-        self.look()
-        self._restore(self.root, target, dice)
-
-    def _restore(self, source: Path, target: Path, dice: random.Random) -> None:
-        target.mkdir(parents=True)
-        for name, inode in dice.choice(self.names[source]).items():
-            if inode in self.files:
-                (target / name).write_bytes(self.files[inode].after_loss(dice))
-            elif name == CLOSED_NAME:
-                (target / name).write_bytes(self.closed[inode, 1])
-            elif ".mdb" in name:
-                (target / name).write_bytes(dice.randbytes(dice.choice((0, 100, 20_000))))
-            elif source / name in self.names:
-                self._restore(source / name, target / name, dice)
-
-
-@contextmanager
-def watched(storage: Storage, before: Callable[[], None]) -> Iterator[None]:
-    """Every sync is seen by the simulator, and `before` it the power may be lost."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "fdatasync"):
-            patch.setattr(os, name, _watch(getattr(os, name), storage, before))
-        for name in ("rename", "mkdir", "unlink"):
-            patch.setattr(os, name, _watch(getattr(os, name), None, before))
-        yield
-
-
-def _watch(
-    real: Callable[..., Any], storage: Storage | None, before: Callable[[], None]
-) -> Callable[..., Any]:
-    def call(*args: Any, **named: Any) -> Any:
-        before()
-        if storage is not None:
-            storage.synced(args[0])
-        return real(*args, **named)
-
-    return call
+DEEP = 15
+"""One of so many images has a history of its own, with losses of power in its recovery and after it."""
 
 
 # --- histories
@@ -180,7 +62,8 @@ class History:
 
     def __init__(self, world: World, dice: random.Random, target: Path) -> None:
         self.world, self.dice, self.target = world, dice, target
-        self.storage = Storage(world.state.path)
+        self.storage = Storage(world.state.path, self._moment)
+        self._chance = 0.0
         self.promised = {line.timeline.id: 0 for line in world.lines}
         self.images: list[Image] = []
         self.recovering: Told | None = None
@@ -188,17 +71,20 @@ class History:
 
     @contextmanager
     def watching(self, chance: float) -> Iterator[None]:
-        """The power may be lost before any sync and any change of names."""
-        with watched(self.storage, lambda: self._perhaps(chance)):
+        """The power may be lost before any call, twice as often before a sync or a change of names."""
+        self._chance = chance
+        with watched(self.storage):
             yield
+
+    def _moment(self, call: Call) -> None:
+        self._perhaps(self._chance / 2 if call.kind == "write" else self._chance)
 
     def run(self, requests: int) -> list[Image]:
         """The images of losses of power at random moments."""
-        with self.watching(0.03):
+        with self.watching(0.15):
             for _ in range(requests):
                 self._request()
-                self.storage.look()
-                self._perhaps(0.08)
+                self._perhaps(0.3)
         return self.images
 
     def recover(self, told: Told) -> None:
@@ -227,6 +113,11 @@ class History:
         given = {id: known[-1].seq if known else 0 for id, known in records.items()}
         models = [(line.timeline, copied(line.model)) for line in lines]
         return Told(dict(self.promised), given, records, models)
+
+    def index(self, line: Line) -> None:
+        """The indexer, which is a process of its own, indexes all that there is."""
+        INDEXER.call("drain", line.directory, self.world.boot)
+        self.storage.by_another()
 
     def _promise(self, line: Line) -> None:
         """A request that promises durability has returned."""
@@ -258,7 +149,7 @@ class History:
             line.disconnect()
         elif what == "index":
             # An interval that was closed for its size is indexed for good, though it may not be durable yet.
-            INDEXER.call("drain", line.directory, self.world.boot)
+            self.index(line)
         elif what == "again":
             held = line.model.read(line.last_seq, 0, size)
             line.disconnect()
@@ -347,7 +238,7 @@ def check_cuts(line: Line) -> None:
     journal.close()
 
 
-def go_on(world: World, dice: random.Random) -> None:
+def go_on(world: World, dice: random.Random, watching: History | None = None) -> None:
     """The writer writes on, and the index is made anew, though the old boot's is still lying there."""
     for line in world.lines:
         line.model.remember(line.last_seq)
@@ -355,7 +246,10 @@ def go_on(world: World, dice: random.Random) -> None:
         if line.disk.journal is None:
             line.synced()
         line.check(line.last_seq)
-        INDEXER.call("drain", line.directory, world.boot)
+        if watching is not None:
+            watching.index(line)
+        else:
+            INDEXER.call("drain", line.directory, world.boot)
         line.check(line.last_seq)
         for path in interval_path(line.directory, 1).parent.glob("*/open-*.mdb"):
             assert path.name == open_name(world.boot)
@@ -379,19 +273,64 @@ def test_a_loss_of_power(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if dice.random() < 0.5:
                 world.fork(line, line.last_seq)
         INDEXER.call("drain", line.directory, world.boot)
-        for number, image in enumerate(History(world, dice, path / "first").run(60)):
+        history = History(world, dice, path / "first")
+        images = history.run(60)
+        assert not history.storage.differences(), "something changes files in a way that is not seen"
+        tried = len(images)
+        for number, image in enumerate(images):
             after = booted(world, image)
+            if number % DEEP:
+                open_and_check(after, image.told, recovering=False)
+                after.close()
+                remove(image.path)
+                continue
             again = History(after, dice, path / f"second-{number}")
             again.recover(image.told)
             with again.watching(0.02):
-                go_on(after, dice)
-            if number % 2 == 0:
+                go_on(after, dice, again)
+            if number % (2 * DEEP) == 0:
                 again.run(20)
-            for second in dice.sample(again.images, min(3, len(again.images))):
+            tried += (seconds := min(3, len(again.images)))
+            for second in dice.sample(again.images, seconds):
                 last = booted(after, second)
                 open_and_check(last, second.told, recovering=second.recovering)
                 go_on(last, dice)
                 last.close()
             after.close()
             remove(image.path)
+        world.close()
+        tally("power loss: journal", images=tried, syncs=history.storage.syncs)
+
+
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_a_log_whose_data_file_never_came_to_the_disk(zeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names of one directory are two changes: what is kept are the records that have no payload there."""
+    monkeypatch.setattr(segment, "SEGMENT_RECORDS", 5)
+    with scratch() as path:
+        world = World(path)
+        line = world.add(16 * BLOCK)
+        line.synced()
+        line.write(0, b"a" * BLOCK)
+        line.writer.commit()
+        promised, number = line.writer.durable_seq, line.writer._segment.header.segment
+        while line.writer._segment.header.segment == number:
+            line.write(BLOCK, b"b" * BLOCK)
+        # The new segment's first record is that write; another one begins with zeros.
+        number += 1
+        if zeros:
+            while line.writer._segment.header.segment == number:
+                line.zero(3 * BLOCK, BLOCK)
+            line.zero(4 * BLOCK, BLOCK)
+            number += 1
+            line.write(5 * BLOCK, b"c" * BLOCK)
+        expected = line.last_seq - 1
+        told = Told({"t1": promised}, {"t1": line.last_seq}, {"t1": read_log(line.directory)}, [])
+        line.close(clean=False)
+        data_path(interval_path(line.directory, 1), number).unlink()
+        world.boots += 1
+        line.open()
+        journal_again(line, told)
+        assert [r.seq for r in read_log(line.directory) if r.seq <= told.given["t1"]][-1] == expected
+        line.write(0, b"d" * BLOCK)
+        line.check(line.last_seq)
         world.close()

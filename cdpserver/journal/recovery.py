@@ -17,7 +17,7 @@ from cdpserver.errors import CorruptError
 from cdpserver.journal.control import State
 from cdpserver.journal.log import Journal, fold_controls, interval_path
 from cdpserver.journal.record import DTYPE, Kind, payload_digest
-from cdpserver.journal.segment import CLOSED, OPEN, PAGE, ROLLED, SEALED, SegmentReader, log_path
+from cdpserver.journal.segment import CLOSED, OPEN, PAGE, ROLLED, SEALED, SegmentReader, data_path, log_path
 from cdpserver.limits import SECTOR
 
 
@@ -159,10 +159,15 @@ def _valid_records(reader: SegmentReader, held: int, durable_seq: int) -> int:
     whole = reader.first_bad(raw, 0)
     records = np.frombuffer(raw, DTYPE, count=whole)
     first = max(0, durable_seq - reader.first_seq + 1)
+    has_data = data_path(reader.directory, reader.segment).exists()
     for number in range(first, whole):
-        if not payload_whole(reader, records[number]):
+        if not (has_data or _has_no_payload(records[number])) or not payload_whole(reader, records[number]):
             return number
     return whole
+
+
+def _has_no_payload(record: np.void) -> bool:
+    return int(record["kind"]) not in (Kind.DATA, Kind.CONTROL)
 
 
 def payload_whole(reader: SegmentReader, record: np.void) -> bool:
@@ -185,6 +190,10 @@ def cut_after(journal: Journal, found: Survey) -> tuple[int, list[str]]:
     The bytes go to `*.cut` files beside the segments first, so that an operator can look at them.
     """
     kept = dict(found.valid)
+    for interval, number in kept:
+        # The log's name came to the disk before the loss of power and that of its data file did not: no record of it that
+        # is kept has payload.
+        data_path(interval_path(journal.timeline, interval), number).touch(0o600)
     _forget_indexes(journal, found)
     cut = 0
     missing = []
