@@ -90,13 +90,13 @@ def used_bytes(path: str | Path) -> int:
         return 0
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def _write_all(fd: int, data: bytes | bytearray) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
-def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_whole(path: Path, data: bytes | bytearray, mode: int = 0o644) -> None:
     """Create or replace file `path`: a reader, or a power loss, sees the old content or all of `data`."""
     # One process writes a given file at a time, so its id makes the name unique; a left-over is overwritten.
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")

@@ -180,7 +180,7 @@ class Dying(DirectoryPlace):
         if self.steps == 0:
             raise Killed
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         self._step(lambda: DirectoryPlace.put(self, name, data, until_ns))
 
     def delete(self, name: str) -> None:

@@ -250,7 +250,7 @@ def test_a_holder_that_was_taken_for_dead_does_not_publish(store: ObjectStore) -
 class Asleep(S3Place):
     """While this one slept, everybody else saw its leases end: when it puts a backup, none is there any more."""
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         super().put(name, data, until_ns)
         if name.startswith("backups/"):
             for held, _ in list(self.names("sessions")):
@@ -273,7 +273,7 @@ class Deaf:
     def __init__(self) -> None:
         self.there: list[str] = []
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         if self.there:
             raise BrokenError("the line is dead")
         self.there.append(name)

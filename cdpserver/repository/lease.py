@@ -30,7 +30,7 @@ class LeasePlace(Protocol):
 
     where: str
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         """Whole, and in every listing from then on."""
 
     def ages(self, prefix: str) -> Iterator[tuple[str, float]]:

@@ -3,19 +3,20 @@
 A pack is called after the session that wrote it, so that `gc` leaves it alone while that runs.
 """
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
-from cdpserver.repository.format import ENTRY_SIZE, HEAD, Entry, Kind, pack_end, pack_entry, pack_head
+from cdpserver.repository.format import ENTRY_SIZE, Entry, Kind, pack_end, pack_entry, pack_head
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.sessions import pack_name
 
-PACK_BYTES = 32 << 20
-"""A pack is put when it has so much: what one request to an object store carries well, and what is held in memory."""
+PACK_BYTES = 16 << 20
+"""A pack is put when it has so much: what one request to an object store carries well. Two are in memory."""
 
 
 class PackWriter:
-    """Writes chunks for one backup. Threads: one, and one of its own that puts packs."""
+    """Writes chunks for one backup. Threads: `claim` any, the rest one; and one of its own puts packs."""
 
     def __init__(self, repository: Repository, session: str) -> None:
         """For the session of that id, which is held."""
@@ -27,29 +28,30 @@ class PackWriter:
         self._begin()
         self.stored_bytes = 0
         """Bytes of the packs that were put."""
+        self._claiming = threading.Lock()
         self._claimed: set[bytes] = set()
         """Chunks that are on their way, and not durable yet."""
 
     def _begin(self) -> None:
-        self._parts = [pack_head(self._repository.config.id)]
-        self._length = HEAD.size
+        self._data = bytearray(pack_head(self._repository.config.id))
         self._entries: list[Entry] = []
 
     def claim(self, id_: bytes) -> bool:
         """Is the chunk to be stored? True once: whoever asked adds it."""
-        if id_ in self._claimed or self._repository.has(id_):
-            return False
-        self._claimed.add(id_)
-        return True
+        with self._claiming:
+            if id_ in self._claimed or self._repository.has(id_):
+                return False
+            self._claimed.add(id_)
+            return True
 
     def add(self, id_: bytes, kind: Kind, raw: int, sealed: tuple[bytes, int]) -> None:
         """One chunk; durable after `flush`."""
         stored, codec = sealed
-        entry = Entry(id_, self._length + ENTRY_SIZE, len(stored), raw, kind, codec)
-        self._parts += (pack_entry(entry), stored)
-        self._length += ENTRY_SIZE + len(stored)
+        entry = Entry(id_, len(self._data) + ENTRY_SIZE, len(stored), raw, kind, codec)
+        self._data += pack_entry(entry)
+        self._data += stored
         self._entries.append(entry)
-        if self._length >= PACK_BYTES:
+        if len(self._data) >= PACK_BYTES:
             self._send()
 
     def flush(self) -> None:
@@ -63,13 +65,12 @@ class PackWriter:
         self._wait()
         self._number += 1
         pack = pack_name(self._session, self._number)
-        parts = [*self._parts, pack_end(self._entries, self._length)]
-        self._under_way = (pack, self._entries, self._pool.submit(self._put, pack, parts))
+        self._data += pack_end(self._entries, len(self._data))
+        self._under_way = (pack, self._entries, self._pool.submit(self._put, pack, self._data))
         self._begin()
 
-    def _put(self, pack: str, parts: list[bytes]) -> tuple[int, int]:
+    def _put(self, pack: str, data: bytearray) -> tuple[int, int]:
         """Its bytes, and until when it is retained."""
-        data = b"".join(parts)
         until_ns = self._repository.retain_until_ns()
         self._repository.place.put(pack, data, until_ns)
         return len(data), until_ns
@@ -83,7 +84,8 @@ class PackWriter:
         self._repository.index.add(pack, entries)
         if until_ns:
             self._repository.index.note_retained(pack, until_ns)
-        self._claimed.difference_update(entry.id for entry in entries)
+        with self._claiming:
+            self._claimed.difference_update(entry.id for entry in entries)
         self.stored_bytes += length
 
     def __enter__(self) -> Self:

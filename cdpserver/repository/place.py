@@ -42,7 +42,7 @@ class Place(Protocol):
     where: str
     """For people."""
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         """Durable on return; who reads sees the old content, or none, or all of the new.
 
         Where the place `locks`, nobody can delete it before `until_ns`.
@@ -104,7 +104,7 @@ class DirectoryPlace:
     def _at(self, name: str) -> Path:
         return self.path / check_name(name)
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         path = self._at(name)
         if not path.parent.is_dir():
             self._make_parents(path.parent)

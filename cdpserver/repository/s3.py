@@ -85,7 +85,7 @@ class S3Place:
 
     # -- the Place
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         more: dict[str, Any] = {}
         if until_ns and self.locks:
             more = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": _date(until_ns)}

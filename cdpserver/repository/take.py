@@ -1,25 +1,22 @@
 """Makes a backup: decides what must be read, reads it once, and stores what is not stored yet.
 
-    source -> chunk -> id (threads) -> known? -> compressed, encrypted (threads) -> pack
-                                        yes: nothing more
+The way from the source into packs is pipeline.py's.
 
 Durability: packs as they fill; the backup itself last. Killed, it leaves chunks that `gc` takes away, and no backup.
 """
 
 import contextlib
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cdpserver.errors import BrokenError, CorruptError, RefusedError
-from cdpserver.progress import Progress, nobody
+from cdpserver.progress import Progress, nobody, part
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, Kind, chunk_count
 from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.pipeline import Pipeline
 from cdpserver.repository.place import HeldCheck
 from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
@@ -28,10 +25,6 @@ from cdpserver.repository.source import Source, UnknownChangeError
 
 MAX_INCREMENTS = 63
 """A full backup follows after so many that read only what changed: it finds what any of them may have missed."""
-
-WORKERS = min(8, os.cpu_count() or 1)
-DEPTH = 2 * WORKERS
-"""Chunks in memory on their way."""
 
 NEW_REPOSITORY = "there is no backup of it in this repository"
 
@@ -138,10 +131,20 @@ def back_up(
     with sessions.session(repository.place, id_) as check_held:
         repository.refresh()
         choice = choose(repository, sources, name, full=full, max_increments=max_increments)
-        with PackWriter(repository, id_) as writer, ThreadPoolExecutor(WORKERS) as pool:
-            run = _Run(repository, writer, pool)
+        with (
+            PackWriter(repository, id_) as writer,
+            contextlib.closing(Pipeline(repository, writer)) as pipeline,
+        ):
             disks = [
-                run.disk(source, choice, number, progress, len(sources))
+                _store(
+                    repository,
+                    writer,
+                    pipeline,
+                    source,
+                    choice,
+                    number,
+                    part(progress, number / len(sources), (number + 1) / len(sources)),
+                )
                 for number, source in enumerate(sources)
             ]
             writer.flush()
@@ -154,8 +157,8 @@ def back_up(
             disks=tuple(disks),
             parent=choice.parent.id if choice.parent is not None else "",
             increments=choice.parent.increments + 1 if choice.parent is not None else 0,
-            read_bytes=run.read_bytes,
-            new_bytes=run.new_bytes,
+            read_bytes=pipeline.read_bytes,
+            new_bytes=pipeline.new_bytes,
             stored_bytes=writer.stored_bytes,
             seconds=round(time.monotonic() - started, 3),
             tags=tags or {},
@@ -180,118 +183,94 @@ def _publish(repository: Repository, backup: Backup, check_held: HeldCheck) -> N
         raise
 
 
-class _Run:
-    """What is under way for one backup."""
+def _store(
+    repository: Repository,
+    writer: PackWriter,
+    pipeline: Pipeline,
+    source: Source,
+    choice: Choice,
+    number: int,
+    progress: Progress,
+) -> BackedUpDisk:
+    """Read and store one disk, which is number `number` of the backup."""
+    step = repository.chunk_size
+    count = chunk_count(source.size, step)
+    old: ChunkList | None = None
+    ranges: Iterable[tuple[int, int]] = source.used()
+    if choice.parent is not None:
+        before = choice.parent.disk(source.name)
+        assert before is not None
+        old = ChunkList(repository, before)
+        ranges = choice.ranges[number]
+    made = _List(repository, writer, old, count)
 
-    def __init__(self, repository: Repository, writer: PackWriter, pool: ThreadPoolExecutor) -> None:
-        self._repository = repository
-        self._writer = writer
-        self._pool = pool
-        self._zeros: dict[int, bytes] = {}
-        self.read_bytes = 0
-        self.new_bytes = 0
+    def put(chunk: int, id_: bytes) -> None:
+        made.put(chunk, id_)
+        progress(min(chunk + 1, count) / max(count, 1))
 
-    def disk(
-        self, source: Source, choice: Choice, number: int, progress: Progress, disks: int
-    ) -> BackedUpDisk:
-        """Read and store one disk."""
-        step = self._repository.chunk_size
-        count = chunk_count(source.size, step)
-        old: ChunkList | None = None
-        ranges: Iterable[tuple[int, int]] = source.used()
-        if choice.parent is not None:
-            before = choice.parent.disk(source.name)
-            assert before is not None
-            old = ChunkList(self._repository, before)
-            ranges = choice.ranges[number]
-        pages: dict[int, bytearray] = {}
+    pipeline.store(source, chunks_of(ranges, step), put)
+    pages = made.end()
+    return BackedUpDisk(
+        name=source.name,
+        timeline=source.timeline,
+        seq=source.seq,
+        time_ns=source.time_ns,
+        size=source.size,
+        grade=source.grade,
+        pages=pages,
+        chunks=made.used,
+    )
 
-        def put(chunk: int, id_: bytes) -> None:
-            page = chunk // PAGE_IDS
-            if page not in pages:
-                length = min(PAGE_IDS, count - page * PAGE_IDS) * ID_SIZE
-                pages[page] = bytearray(old.page(page) if old is not None else length)
-            at = chunk % PAGE_IDS * ID_SIZE
-            pages[page][at : at + ID_SIZE] = id_
-            progress((number + min(chunk + 1, count) / max(count, 1)) / disks)
 
-        self._store(source, chunks_of(ranges, step), put)
-        return BackedUpDisk(
-            name=source.name,
-            timeline=source.timeline,
-            seq=source.seq,
-            time_ns=source.time_ns,
-            size=source.size,
-            grade=source.grade,
-            pages=tuple(self._pages(pages, old, count)),
-            chunks=self._used(pages, old, count),
-        )
+class _List:
+    """The list of a disk's chunks, in ascending order: a page is stored when another one begins, so that one is in memory."""
 
-    def _store(self, source: Source, chunks: Iterator[int], put: Callable[[int, bytes], None]) -> None:
-        """Every chunk's id to `put`, in order; those that are new into packs."""
-        step = self._repository.chunk_size
-        named: deque[tuple[int, bytearray, Future[bytes]]] = deque()
-        sealed: deque[tuple[bytes, int, Future[tuple[bytes, int]]]] = deque()
+    def __init__(self, repository: Repository, writer: PackWriter, old: ChunkList | None, count: int) -> None:
+        """What is never put is as in `old`, or zeros."""
+        self._repository, self._writer, self._old = repository, writer, old
+        self._count = count
+        self._pages: list[bytes] = []
+        self._page: bytearray | None = None
+        """The ids of the page after those, if it is another one than before."""
+        self.used = 0
+        """Chunks that are not zeros, of the pages that are stored."""
 
-        def add_sealed(most: int) -> None:
-            while len(sealed) > most:
-                id_, length, future = sealed.popleft()
-                self._writer.add(id_, Kind.DATA, length, future.result())
+    def put(self, chunk: int, id_: bytes) -> None:
+        """One that was read."""
+        number = chunk // PAGE_IDS
+        self._store_before(number)
+        if self._page is None:
+            length = min(PAGE_IDS, self._count - number * PAGE_IDS) * ID_SIZE
+            self._page = bytearray(self._old.page(number) if self._old is not None else length)
+        at = chunk % PAGE_IDS * ID_SIZE
+        self._page[at : at + ID_SIZE] = id_
 
-        def add_named(most: int) -> None:
-            while len(named) > most:
-                chunk, content, future = named.popleft()
-                id_ = future.result()
-                if id_ == self._zero(len(content)):
-                    put(chunk, ZERO_ID)
-                    continue
-                put(chunk, id_)
-                if self._writer.claim(id_):
-                    self.new_bytes += len(content)
-                    sealed.append(
-                        (id_, len(content), self._pool.submit(self._repository.seal, id_, Kind.DATA, content))
-                    )
-                    add_sealed(DEPTH)
+    def end(self) -> tuple[bytes, ...]:
+        """The ids of all pages, which are stored."""
+        self._store_before(-(-self._count // PAGE_IDS))
+        return tuple(self._pages)
 
-        for chunk in chunks:
-            content = bytearray(min(step, source.size - chunk * step))
-            source.read_into(content, chunk * step)
-            self.read_bytes += len(content)
-            named.append((chunk, content, self._pool.submit(self._repository.id, content)))
-            add_named(DEPTH)
-        add_named(0)
-        add_sealed(0)
-
-    def _zero(self, length: int) -> bytes:
-        if length not in self._zeros:
-            self._zeros[length] = self._repository.id(bytes(length))
-        return self._zeros[length]
-
-    def _pages(self, pages: dict[int, bytearray], old: ChunkList | None, count: int) -> Iterator[bytes]:
-        for number in range(-(-count // PAGE_IDS)):
-            if number not in pages:
-                yield old.disk.pages[number] if old is not None else ZERO_ID
-                continue
-            content = bytes(pages[number])
-            if not any(content):
-                yield ZERO_ID
-                continue
-            id_ = self._repository.id(content)
-            if self._writer.claim(id_):
-                self._writer.add(id_, Kind.PAGE, len(content), self._repository.seal(id_, Kind.PAGE, content))
-            yield id_
-
-    def _used(self, pages: dict[int, bytearray], old: ChunkList | None, count: int) -> int:
-        used = 0
-        for number in range(-(-count // PAGE_IDS)):
-            if number in pages:
-                content = bytes(pages[number])
-            elif old is not None and old.disk.pages[number] != ZERO_ID:
-                content = old.page(number)
+    def _store_before(self, number: int) -> None:
+        while len(self._pages) < number:
+            if self._page is not None:
+                content = bytes(self._page)
+                self._pages.append(self._stored(content))
+            elif self._old is not None and self._old.disk.pages[len(self._pages)] != ZERO_ID:
+                content = self._old.page(len(self._pages))
+                self._pages.append(self._old.disk.pages[len(self._pages)])
             else:
-                continue
-            used += sum(content[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(content), ID_SIZE))
-        return used
+                content = b""
+                self._pages.append(ZERO_ID)
+            self._page = None
+            self.used += sum(content[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(content), ID_SIZE))
+
+    def _stored(self, content: bytes) -> bytes:
+        if not any(content):
+            return ZERO_ID
+        id_ = self._repository.id(content)
+        if self._writer.claim(id_):
+            self._writer.add(id_, Kind.PAGE, len(content), self._repository.seal(id_, Kind.PAGE, content))
+        return id_
 
 
 def chunks_of(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[int]:

@@ -1,0 +1,81 @@
+"""What a backup and a restore hold in memory: bounded, whatever the size of the disk, and as docs/backup.md says it."""
+
+import itertools
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdpserver.repository import packs, pipeline
+from cdpserver.repository.pipeline import runs_of
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.record import BackedUpDisk
+from cdpserver.repository.repository import Repository, create
+from cdpserver.repository.source import UnknownChangeError
+from cdpserver.repository.take import back_up
+
+MIB = 1 << 20
+
+
+class Made:
+    """A disk whose content is computed: every block is another one, and none can be compressed."""
+
+    name = timeline = "made"
+    seq = time_ns = 1
+    grade = ""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        yield 0, self.size
+
+    def changed_since(self, disk: BackedUpDisk) -> list[tuple[int, int]]:
+        raise UnknownChangeError("it is not kept")
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        buffer[:] = blake3(b"made").digest(length=len(buffer), seek=offset)
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """The most bytes that Python's objects had."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("chunk", [64 << 10, 4 * MIB])
+def test_a_backup_holds_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Two packs, what is read and what is sealed; the disk is several times as large."""
+    monkeypatch.setattr(packs, "PACK_BYTES", MIB)
+    monkeypatch.setattr(pipeline, "IN_FLIGHT_BYTES", 4 * MIB)
+    create(DirectoryPlace(tmp_path / "repo"), chunk_size=chunk)
+    source = Made(60 * MIB)
+    with Repository(DirectoryPlace(tmp_path / "repo"), cache=tmp_path / "cache") as repository:
+        with peak() as most:
+            backup = back_up(repository, [source], "made@1")
+        assert backup.stored_bytes > source.size
+        in_flight = max(4 * MIB, 2 * chunk)
+        pack = MIB + chunk  # what is over its length when it is put
+        read = max(MIB, chunk)  # as the source makes it
+        assert most[0] < 2 * in_flight + 2 * pack * 9 // 8 + read + 2 * MIB
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 5))
+def test_runs_of_chunks(numbers: set[int], most: int) -> None:
+    """Each number once, in order; no run is longer than it may be, or shorter than it could be."""
+    runs = list(runs_of(iter(sorted(numbers)), most))
+    assert [n for first, last in runs for n in range(first, last)] == sorted(numbers)
+    assert all(0 < last - first <= most for first, last in runs)
+    for (first, last), (following, _) in itertools.pairwise(runs):
+        assert last < following or last - first == most
