@@ -60,7 +60,7 @@ class AddressValue:
     example: ClassVar[str] = '"127.0.0.1:10809"'
 
     def read(self, key: str, value: object) -> Address:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> Address:
         try:
@@ -86,7 +86,7 @@ class DurationValue:
         return f"a duration from {format_duration(self.least)} to {format_duration(self.most)}"
 
     def read(self, key: str, value: object) -> int:
-        return self.read_option(key, _text(key, value, DURATION_FORMS))
+        return self.read_option(key, quoted(key, value, DURATION_FORMS))
 
     def read_option(self, key: str, text: str) -> int:
         try:
@@ -118,7 +118,7 @@ class SpanValue:
         return DurationValue(least=self.least, most=self.most)
 
     def read(self, key: str, value: object) -> int | None:
-        return self.read_option(key, _text(key, value, DURATION_FORMS))
+        return self.read_option(key, quoted(key, value, DURATION_FORMS))
 
     def read_option(self, key: str, text: str) -> int | None:
         return None if text == "none" else self._duration.read_option(key, text)
@@ -135,7 +135,7 @@ class ProgramValue:
     example: ClassVar[str] = '"/etc/cdpserver/before-freeze"'
 
     def read(self, key: str, value: object) -> str:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> str:
         if not text.startswith("/") or not text.isprintable() or '"' in text or "\\" in text:
@@ -154,7 +154,7 @@ class GroupValue:
     example: ClassVar[str] = '"cdp-operators"'
 
     def read(self, key: str, value: object) -> str:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> str:
         if _GROUP.fullmatch(text) is None:
@@ -210,7 +210,7 @@ class SizeValue:
         return f"a size from {format_size(self.least)}, or none"
 
     def read(self, key: str, value: object) -> int | None:
-        return self.read_option(key, _text(key, value, SIZE_FORMS))
+        return self.read_option(key, quoted(key, value, SIZE_FORMS))
 
     def read_option(self, key: str, text: str) -> int | None:
         if text == "none":
@@ -242,7 +242,7 @@ class ChoiceValue:
         return f'"{self.words[0]}"'
 
     def read(self, key: str, value: object) -> str:
-        return self.read_option(key, _text(key, value, f"it takes {self.takes}"))
+        return self.read_option(key, quoted(key, value, f"it takes {self.takes}"))
 
     def read_option(self, key: str, text: str) -> str:
         if text not in self.words:
@@ -261,7 +261,7 @@ class TimeOfDayValue:
     example: ClassVar[str] = '"03:00"'
 
     def read(self, key: str, value: object) -> str | None:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> str | None:
         if text == "none":
@@ -282,7 +282,7 @@ class PathValue:
     takes: ClassVar[str] = "the absolute path of a file, or none"
 
     def read(self, key: str, value: object) -> str | None:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> str | None:
         if text == "none":
@@ -308,7 +308,7 @@ class RegexValue:
     example: ClassVar[str] = '"login:"'
 
     def read(self, key: str, value: object) -> str | None:
-        return self.read_option(key, _text(key, value, f"write {key} = {self.example}"))
+        return self.read_option(key, quoted(key, value, f"write {key} = {self.example}"))
 
     def read_option(self, key: str, text: str) -> str | None:
         if text == "none":
@@ -348,7 +348,8 @@ def parse_listen(text: str) -> Address:
     return host, int(digits)
 
 
-def _text(key: str, value: object, hint: str) -> str:
+def quoted(key: str, value: object, hint: str) -> str:
+    """The text that TOML holds for `key`. UsageError for what is none; `hint` says what would be right."""
     if not isinstance(value, str):
         raise UsageError(f"{key} is not a text in quotes: {_shown(value)}", hint=hint)
     return value

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import ClassVar
 
+from cdpserver.config_values import quoted
 from cdpserver.errors import UsageError
 from cdpserver.names import show
 from cdpserver.retention.slots import Rule, parse_slots
@@ -88,9 +89,7 @@ class BackupValue:
     example: ClassVar[str] = '"daily 02:00 keep 7d 4w 12m"'
 
     def read(self, key: str, value: object) -> str | None:
-        if not isinstance(value, str):
-            raise UsageError(f"{key} is not a text in quotes: {show(str(value)[:200])}", hint=FORMS)
-        return self.read_option(key, value)
+        return self.read_option(key, quoted(key, value, FORMS))
 
     def read_option(self, key: str, text: str) -> str | None:
         if text == "none":
@@ -113,9 +112,7 @@ class RepositoryValue:
     takes: ClassVar[str] = "the absolute path, the s3:// location or the id of a repository, or none"
 
     def read(self, key: str, value: object) -> str | None:
-        if not isinstance(value, str):
-            raise UsageError(f"{key} is not a text in quotes: {show(str(value)[:200])}", hint=self.takes)
-        return self.read_option(key, value)
+        return self.read_option(key, quoted(key, value, self.takes))
 
     def read_option(self, key: str, text: str) -> str | None:
         if text == "none":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 
+from cdpserver.config_values import quoted
 from cdpserver.errors import UsageError
 from cdpserver.names import show
 
@@ -116,9 +117,7 @@ class SlotsValue:
     example: ClassVar[str] = '"48h 7d 4w"'
 
     def read(self, key: str, value: object) -> tuple[Rule, ...]:
-        if not isinstance(value, str):
-            raise UsageError(f"{key} is not a text in quotes: {show(str(value)[:200])}", hint=SLOT_FORMS)
-        return self.read_option(key, value)
+        return self.read_option(key, quoted(key, value, SLOT_FORMS))
 
     def read_option(self, key: str, text: str) -> tuple[Rule, ...]:
         try:

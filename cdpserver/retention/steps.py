@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+from cdpserver.config_values import quoted
 from cdpserver.errors import UsageError
 from cdpserver.names import format_duration, parse_duration, show
 
@@ -84,9 +85,7 @@ class StepsValue:
         return f"a duration from {format_duration(self.least)} to {format_duration(self.most)}, or steps SPAN/EVERY"
 
     def read(self, key: str, value: object) -> tuple[Step, ...]:
-        if not isinstance(value, str):
-            raise UsageError(f"{key} is not a text in quotes: {show(str(value)[:200])}", hint=STEP_FORMS)
-        return self.read_option(key, value)
+        return self.read_option(key, quoted(key, value, STEP_FORMS))
 
     def read_option(self, key: str, text: str) -> tuple[Step, ...]:
         try:
