@@ -7,22 +7,20 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cdpserver import durable, qemu
-from cdpserver.copying.compare import WORKERS as COMPARERS
-from cdpserver.copying.compare import Compare
-from cdpserver.copying.engine import WORKERS, Copy
-from cdpserver.copying.nbdend import Connection, CutError
+from cdpserver.copying.nbdend import CutError
+from cdpserver.copying.origin import NbdOrigin, Origin
 from cdpserver.copying.plan import Extents, chunks, sample
 from cdpserver.copying.target import NbdTarget, RawFile
 from cdpserver.errors import CorruptError, NoSpaceError, RefusedError, UsageError
 from cdpserver.names import format_bytes, parse_point
 from recovery.bar import Bar, moving
 from recovery.export_several import export_several
-from recovery.opened import Opened, opened
+from recovery.opened import opened
 from recovery.output import answer, answer_json, say
 from recovery.together import several
 from recovery.unfinished import Output, Partial, Unfinished, load, save
@@ -36,11 +34,22 @@ CHECKED_LAST, CHECKED_SPREAD = 64, 64
 """Chunks of what was done before that a resumed export compares: the last ones, which an unclean stop of the host could have
 hurt, and some of the others."""
 
-CLIENTS = WORKERS + COMPARERS + 2
+CLIENTS = 16
+"""More connections than any copy or comparison makes to an image."""
 
-
-Origin: TypeAlias = Callable[[Unfinished | None], AbstractContextManager[Opened]]
+Opening: TypeAlias = Callable[["Unfinished | None"], AbstractContextManager["Exported"]]
 """Opens what is written out; it is told of an interrupted export of it that goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What is written out, and what it is an instant of."""
+
+    disk: str
+    timeline: str
+    seq: int
+    time_ns: int
+    origin: Origin
 
 
 def export(options: Namespace) -> None:
@@ -52,13 +61,16 @@ def export(options: Namespace) -> None:
 def _one(options: Namespace) -> dict[str, Any]:
     """The export of one disk."""
 
-    def origin(left: Unfinished | None) -> AbstractContextManager[Opened]:
-        if left is not None and left.point == options.point:
+    @contextlib.contextmanager
+    def opening(left: Unfinished | None) -> Iterator[Exported]:
+        point = options.point
+        if left is not None and left.point == point:
             # An interrupted `latest` goes on with the instant that it began with.
-            return opened(options, f"{parse_point(options.point)[0]}@seq:{left.seq}")
-        return opened(options, options.point)
+            point = f"{parse_point(point)[0]}@seq:{left.seq}"
+        with opened(options, point) as found, NbdOrigin(found.uri) as origin:
+            yield Exported(found.disk, found.timeline, found.seq, found.time_ns, origin)
 
-    return written(options, origin)
+    return written(options, opening)
 
 
 def tell(options: Namespace, result: dict[str, Any]) -> None:
@@ -70,12 +82,12 @@ def tell(options: Namespace, result: dict[str, Any]) -> None:
         answer(_told(one))
 
 
-def written(options: Namespace, origin: Origin) -> dict[str, Any]:
-    """What `origin` opens, at `options.output`: copied, gone on with or compared."""
+def written(options: Namespace, opening: Opening) -> dict[str, Any]:
+    """What `opening` opens, at `options.output`: copied, gone on with or compared."""
     output = Output.parse(options.output)
     if options.format != "raw" and output.kind != "file":
         raise UsageError("a device or an NBD server takes raw content", hint="leave --format out")
-    work = _Export(options, output, origin)
+    work = _Export(options, output, opening)
     if output.kind != "nbd" and output.path.exists() and not options.force and not work.resumes:
         if not options.verify:
             raise RefusedError(
@@ -99,9 +111,9 @@ def _told(result: dict[str, Any]) -> str:
 
 
 class _Export:
-    def __init__(self, options: Namespace, output: Output, origin: Origin) -> None:
+    def __init__(self, options: Namespace, output: Output, opening: Opening) -> None:
         self._options = options
-        self._origin = origin
+        self._opening = opening
         self._output = output
         self._left = None if options.force else load(output.side)
         self._copied = 0
@@ -115,9 +127,9 @@ class _Export:
     def compare_only(self) -> dict[str, Any]:
         """Compare what is there."""
         path = self._output.path
-        with self._origin(self._left) as point, moving(f"comparing {path.name}") as bar:
+        with self._opening(self._left) as point, moving(f"comparing {path.name}") as bar:
             with serving(path, self._options.format) as uri:
-                compared = verify_same(point.uri, uri, self._output.text, bar)
+                compared = verify_same(point.origin, uri, self._output.text, bar)
             return self._result(point, "compared") | {"compared_bytes": compared, "verified": True}
 
     def run(self) -> dict[str, Any]:
@@ -146,18 +158,14 @@ class _Export:
 
     def _attempt(self, partial: Partial | None) -> dict[str, Any]:
         started = time.monotonic()
-        with self._origin(self._left) as point:
-            source = Connection(point.uri)
-            try:
-                extents = source.data()
-                begin = self._begin(point, source.size, partial)
-                with self._image(partial, begin) as uri:
-                    start = self._checked(point, extents, uri, begin, partial)
-                    copied = self._copy(point, extents, uri, partial, start)
-                    seconds = time.monotonic() - started
-                    verified = self._options.verify and self._compare(point, uri, partial)
-            finally:
-                source.close()
+        with self._opening(self._left) as point:
+            extents = point.origin.data()
+            begin = self._begin(point, point.origin.size, partial)
+            with self._image(partial, begin) as uri:
+                start = self._checked(point, extents, uri, begin, partial)
+                copied = self._copy(point, extents, uri, partial, start)
+                seconds = time.monotonic() - started
+                verified = self._options.verify and self._compare(point, uri, partial)
             if partial is not None:
                 if begin.format == "qcow2":
                     qemu.check(partial.path)
@@ -172,7 +180,7 @@ class _Export:
             "verified": bool(verified),
         }
 
-    def _result(self, point: Opened, action: str) -> dict[str, Any]:
+    def _result(self, point: Exported, action: str) -> dict[str, Any]:
         return {
             "point": f"{point.disk}@seq:{point.seq}",
             "timeline": point.timeline,
@@ -183,7 +191,7 @@ class _Export:
             "action": action,
         }
 
-    def _begin(self, point: Opened, size: int, partial: Partial | None) -> Unfinished:
+    def _begin(self, point: Exported, size: int, partial: Partial | None) -> Unfinished:
         """The side file of this export: a new one, or the one that is there."""
         options = self._options
         mine = Unfinished(
@@ -228,7 +236,7 @@ class _Export:
             yield None
 
     def _checked(
-        self, point: Opened, extents: Extents, uri: str | None, begin: Unfinished, partial: Partial | None
+        self, point: Exported, extents: Extents, uri: str | None, begin: Unfinished, partial: Partial | None
     ) -> int:
         """Where to go on: what was done before is looked at."""
         if not begin.copied:
@@ -239,7 +247,7 @@ class _Export:
             if uri is None:
                 assert partial is not None
                 uri = stack.enter_context(serving(partial.path, "raw"))
-            different = Compare(point.uri, uri, looked, lambda _: None).run().different
+            different = point.origin.compare(uri, looked, lambda _: None, upto=begin.copied).different
         if not different:
             say(
                 f"{begin.disk}@seq:{begin.seq}: going on at {format_bytes(begin.copied)} of {format_bytes(begin.size)}"
@@ -255,7 +263,7 @@ class _Export:
         )
 
     def _copy(
-        self, point: Opened, extents: Extents, uri: str | None, partial: Partial | None, start: int
+        self, point: Exported, extents: Extents, uri: str | None, partial: Partial | None, start: int
     ) -> int:
         assert self._left is not None
         left = self._left
@@ -285,10 +293,10 @@ class _Export:
                         self._copied, self._progressed = done, time.monotonic()
                     bar(done, total)
 
-                run = Copy(
-                    point.uri, target, extents, start=start, sparse=left.sparse, checkpoint=checkpoint, progress=progress
-                )  # fmt: skip
-                return run.run().read
+                done = point.origin.copy(
+                    target, extents, start=start, sparse=left.sparse, checkpoint=checkpoint, progress=progress
+                )
+                return done.read
         except NoSpaceError as error:
             raise self._full(error, extents) from error
         finally:
@@ -310,14 +318,14 @@ class _Export:
             f"no space left for {self._output.text}: about {format_bytes(missing)} are missing", hint=hint
         )
 
-    def _compare(self, point: Opened, uri: str | None, partial: Partial | None) -> bool:
+    def _compare(self, point: Exported, uri: str | None, partial: Partial | None) -> bool:
         with contextlib.ExitStack() as stack:
             if uri is None:
                 assert partial is not None
                 partial.forget_pages()
                 uri = stack.enter_context(serving(partial.path, "raw"))
             bar = stack.enter_context(moving(f"comparing {self._output.text}"))
-            verify_same(point.uri, uri, self._output.text, bar)
+            verify_same(point.origin, uri, self._output.text, bar)
         return True
 
 
@@ -330,21 +338,20 @@ def serving(path: Path, format: str, *, writable: bool = False) -> Iterator[str]
             yield uri
 
 
-def verify_same(left: str, right: str, name: str, bar: Bar) -> int:
+def verify_same(origin: Origin, other: str, name: str, bar: Bar) -> int:
     """Bytes compared; CorruptError unless everything is the same."""
-    ends = []
-    try:
-        ends = [Connection(left), Connection(right)]
-        one, other = (end.data() for end in ends)
-    finally:
-        for end in ends:
-            end.close()
-    if other.size < one.size:
+    there = data_of(other)
+    if there.size < origin.size:
         raise CorruptError(
-            f"{name} has {other.size} bytes, and the point {one.size}", hint="--force writes it anew"
+            f"{name} has {there.size} bytes, and the point {origin.size}", hint="--force writes it anew"
         )
-    every = one.union(other)
-    compared = Compare(left, right, chunks(every, zeros=False), lambda done: bar(done, every.bytes)).run()
+    every = origin.data().union(there)
+    compared = origin.compare(
+        other,
+        chunks(every, zeros=False),
+        lambda done: bar(min(done, every.bytes), every.bytes),
+        upto=origin.size,
+    )
     if compared.different:
         more = len(compared.different) - 1
         raise CorruptError(
@@ -353,3 +360,9 @@ def verify_same(left: str, right: str, name: str, bar: Bar) -> int:
             hint="--force writes it anew",
         )
     return compared.bytes
+
+
+def data_of(uri: str) -> Extents:
+    """What of an export is not known to read as zeros."""
+    with NbdOrigin(uri) as end:
+        return end.data()

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from cdpserver import durable, qemu
-from cdpserver.copying.compare import Compare, Compared
-from cdpserver.copying.nbdend import Connection
+from cdpserver.copying.compare import Compared
 from cdpserver.copying.plan import chunks
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import format_bytes
 from cdpserver.nodes import read_header
+from cdpserver.repository.origin import BackupOrigin
 from cdpserver.repository.record import FULL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
 from recovery.bar import moving
-from recovery.export import serving, tell, verify_same, written
-from recovery.opened import Opened, alone
+from recovery.export import Exported, data_of, serving, tell, verify_same, written
+from recovery.opened import alone
 from recovery.output import answer, answer_json, say
 from recovery.repositories import find_backup, opened_repository, read_key
 from recovery.unfinished import Output
@@ -37,7 +37,7 @@ from recovery.unfinished import Output
 class _Source:
     """What is restored: a disk of a backup, and those that it was built on, the oldest first."""
 
-    where: str
+    repository: Repository
     lineage: tuple[Backup, ...]
     disk: BackedUpDisk
 
@@ -45,23 +45,29 @@ class _Source:
     def backup(self) -> Backup:
         return self.lineage[-1]
 
+    def origin(self, backup: Backup) -> BackupOrigin:
+        """The disk as one of them holds it."""
+        disk = backup.disk(self.disk.name)
+        assert disk is not None
+        return BackupOrigin(self.repository, disk)
+
 
 def restore(options: Namespace) -> None:
     """Interrupted, the same command goes on. NoSpaceError, RefusedError, CorruptError."""
     with opened_repository(options) as repository:
         backup = find_backup(repository, options.id)
         disk = _disk(backup, options.disk)
-        source = _Source(repository.place.where, lineage(repository, backup, disk.name), disk)
-    if options.shape == "chain":
-        _check_alone(options, "--as chain", "in_place", "base")
-        _chain(options, source)
-    elif options.in_place:
-        _check_alone(options, "--in-place", "base")
-        _in_place(options, source)
-    elif options.base is not None:
-        _on_base(options, source)
-    else:
-        tell(options, _image(options, source, backup, format=options.format or "raw"))
+        source = _Source(repository, lineage(repository, backup, disk.name), disk)
+        if options.shape == "chain":
+            _check_alone(options, "--as chain", "in_place", "base")
+            _chain(options, source)
+        elif options.in_place:
+            _check_alone(options, "--in-place", "base")
+            _in_place(options, source)
+        elif options.base is not None:
+            _on_base(options, source)
+        else:
+            tell(options, _image(options, source, backup, format=options.format or "raw"))
 
 
 def _check_alone(options: Namespace, what: str, *others: str) -> None:
@@ -99,29 +105,13 @@ def _image(options: Namespace, source: _Source, backup: Backup, **more: object) 
     """As `cdp export` does: sparse, with progress, resumed by the same command, verified. `more` are other options."""
 
     @contextlib.contextmanager
-    def origin(_: object) -> Iterator[Opened]:
+    def opening(_: object) -> Iterator[Exported]:
         disk = backup.disk(source.disk.name)
         assert disk is not None
-        with _served(options, source, f"{backup.id}/{disk.name}") as uri:
-            yield Opened(disk.name, f"backup:{backup.id}", disk.seq, disk.time_ns, uri)
+        yield Exported(disk.name, f"backup:{backup.id}", disk.seq, disk.time_ns, source.origin(backup))
 
     mine = Namespace(**{**vars(options), **more, "point": f"backup:{backup.id}/{source.disk.name}"})
-    return written(mine, origin)
-
-
-@contextlib.contextmanager
-def _served(options: Namespace, source: _Source, name: str) -> Iterator[str]:
-    """An export of our own of one disk of a backup. The key goes by a file that only we can read, never by argv."""
-    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
-        room = Path(directory)
-        parameters = [f"repo={source.where}"]
-        if (secret := read_key(options)) is not None:
-            path = room / "key"
-            path.touch(mode=0o600)
-            path.write_bytes(secret)
-            parameters.append(f"key_file={path}")
-        with alone("backup", parameters, room / "nbd"):
-            yield f"nbd+unix:///{name}?socket={room / 'nbd'}"
+    return written(mine, opening)
 
 
 # -- onto what is there
@@ -190,26 +180,24 @@ def _stands_on(image: Path, base: Path) -> bool:
 
 def _mend(options: Namespace, source: _Source, uri: str, name: str) -> Compared:
     """Make what `uri` serves what the backup holds, durably; compare it all once more if that is asked for."""
-    with _served(options, source, f"{source.backup.id}/{source.disk.name}") as origin:
-        ends: list[Connection] = []
-        try:
-            ends = [Connection(origin), Connection(uri)]
-            one, other = (end.data() for end in ends)
-        finally:
-            for end in ends:
-                end.close()
-        if other.size != one.size:
-            raise RefusedError(
-                f"{name} has {other.size} bytes, and the backup {one.size}", hint="name an image of that size"
-            )
-        every = one.union(other)
-        with moving(f"restoring {name}", every.bytes) as bar:
-            made = Compare(
-                origin, uri, chunks(every, zeros=False), lambda done: bar(done, every.bytes), mend=True
-            ).run()
-        if options.verify:
-            with moving(f"comparing {name}", every.bytes) as bar:
-                verify_same(origin, uri, name, bar)
+    origin = source.origin(source.backup)
+    there = data_of(uri)
+    if there.size != origin.size:
+        raise RefusedError(
+            f"{name} has {there.size} bytes, and the backup {origin.size}", hint="name an image of that size"
+        )
+    every = origin.data().union(there)
+    with moving(f"restoring {name}", every.bytes) as bar:
+        made = origin.compare(
+            uri,
+            chunks(every, zeros=False),
+            lambda done: bar(min(done, every.bytes), every.bytes),
+            upto=origin.size,
+            mend=True,
+        )
+    if options.verify:
+        with moving(f"comparing {name}", every.bytes) as bar:
+            verify_same(origin, uri, name, bar)
     return made
 
 
@@ -314,11 +302,22 @@ def _write_layer(options: Namespace, source: _Source, number: int, path: Path, b
     durable.publish(partial, path)
 
 
+@contextlib.contextmanager
+def _served(options: Namespace, source: _Source, name: str) -> Iterator[str]:
+    """An export of our own of what a backup changed. The key goes by a file that only we can read, never by argv."""
+    with tempfile.TemporaryDirectory(prefix="cdp-") as directory:
+        room = Path(directory)
+        parameters = [f"repo={source.repository.place.where}"]
+        if (secret := read_key(options)) is not None:
+            path = room / "key"
+            path.touch(mode=0o600)
+            path.write_bytes(secret)
+            parameters.append(f"key_file={path}")
+        with alone("backup", parameters, room / "nbd"):
+            yield f"nbd+unix:///{name}?socket={room / 'nbd'}"
+
+
 def _verify_layer(options: Namespace, source: _Source, number: int, path: Path) -> None:
-    backup = source.lineage[number]
-    with (
-        _served(options, source, f"{backup.id}/{source.disk.name}") as origin,
-        serving(path, "qcow2") as uri,
-        moving(f"comparing {path.name}") as bar,
-    ):
+    origin = source.origin(source.lineage[number])
+    with serving(path, "qcow2") as uri, moving(f"comparing {path.name}") as bar:
         verify_same(origin, uri, str(path), bar)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cdpserver import durable
-from cdpserver.copying import engine
+from cdpserver.copying import engine, work
 from cdpserver.errors import CdpError, CorruptError, NoSpaceError, RefusedError
 from recovery import cli, export, unfinished
 from tests.dying import Step, dies_at
@@ -45,7 +45,7 @@ def place(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets of ours in the test's own directory, and a checkpoint after every chunk."""
     monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(short_path / "xdg"))
-    monkeypatch.setattr(engine, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(work, "CHECKPOINT_S", 0.0)
 
 
 def run(server: Server, output: object, *more: str, point: str = "d@latest") -> None:

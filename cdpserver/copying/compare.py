@@ -1,6 +1,7 @@
-"""Compares two NBD exports by digests of their ranges; if asked, it makes the second one like the first, and writes no more."""
+"""Compares an NBD export with another one by digests of their ranges; if asked, it makes it like that, and writes no more."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,20 +24,19 @@ class Compared:
     different: list[tuple[int, int]] = field(default_factory=list)
 
 
-class Compare:
-    """`steps` of two exports."""
+class Comparing(ABC):
+    """Ranges of an export against what it should hold. `steps` are (start, end), ascending."""
 
     def __init__(
         self,
-        left: str,
         right: str,
-        steps: Iterable[Chunk],
+        steps: Iterable[tuple[int, int]],
         progress: Callable[[int], None],
         *,
         mend: bool = False,
     ) -> None:
-        """With `mend`, blocks of the right one that differ are written; durable when `run` returns."""
-        self._uris = left, right
+        """With `mend`, blocks of it that differ are written; durable when `run` returns."""
+        self._right = right
         self._target = NbdTarget(right) if mend else None
         self._steps = iter(steps)
         self._progress = progress
@@ -44,6 +44,10 @@ class Compare:
         self._compared = Compared()
         self._failure: BaseException | None = None
         self._stop = threading.Event()
+
+    @abstractmethod
+    def _compare(self, right: Connection, writer: Writer | None) -> None:
+        """What a worker does: `_next`, and `_done` of each."""
 
     def run(self) -> Compared:
         """Read both sides; CdpError of the first request that failed."""
@@ -67,45 +71,76 @@ class Compare:
 
     def _work(self) -> None:
         try:
-            left = Connection(self._uris[0])
+            right = Connection(self._right)
+            writer = self._target.writer() if self._target is not None else None
             try:
-                right = Connection(self._uris[1])
-                writer = self._target.writer() if self._target is not None else None
-                try:
-                    self._compare(left, right, writer)
-                finally:
-                    right.close()
-                    if writer is not None:
-                        writer.close()
+                self._compare(right, writer)
             finally:
-                left.close()
+                right.close()
+                if writer is not None:
+                    writer.close()
         except BaseException as error:  # noqa: BLE001 - the rim of a thread; `run` raises it
             with self._lock:
                 self._failure = self._failure or error
             self._stop.set()
 
-    def _compare(self, left: Connection, right: Connection, writer: Writer | None) -> None:
+    def _next(self) -> tuple[int, int] | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._steps, None)
+
+    def _done(self, start: int, end: int, *, same: bool, written: int) -> None:
+        with self._lock:
+            self._compared.written += written
+            self._compared.bytes += end - start
+            if not same:
+                self._compared.different.append((start, end))
+
+
+class Compare(Comparing):
+    """With another export, in steps of a request's length."""
+
+    def __init__(
+        self,
+        left: str,
+        right: str,
+        steps: Iterable[Chunk],
+        progress: Callable[[int], None],
+        *,
+        mend: bool = False,
+    ) -> None:
+        """With `mend`, blocks of the right one that differ are written; durable when `run` returns."""
+        super().__init__(right, ((step.start, step.end) for step in steps), progress, mend=mend)
+        self._left = left
+
+    def _compare(self, right: Connection, writer: Writer | None) -> None:
+        left = Connection(self._left)
+        try:
+            self._compare_with(left, right, writer)
+        finally:
+            left.close()
+
+    def _compare_with(self, left: Connection, right: Connection, writer: Writer | None) -> None:
         one, other = bytearray(CHUNK), bytearray(CHUNK)
-        while not self._stop.is_set():
-            with self._lock:
-                chunk = next(self._steps, None)
-            if chunk is None:
-                return
-            length = chunk.end - chunk.start
-            reads = left.begin_read(one, chunk.start, length), right.begin_read(other, chunk.start, length)
-            left.wait(reads[0], chunk.start)
-            right.wait(reads[1], chunk.start)
+        while (step := self._next()) is not None:
+            start, end = step
+            length = end - start
+            reads = left.begin_read(one, start, length), right.begin_read(other, start, length)
+            left.wait(reads[0], start)
+            right.wait(reads[1], start)
             same = _digest(one, length) == _digest(other, length)
             written = 0
             if not same and writer is not None:
-                for start, end in differing(memoryview(one)[:length], memoryview(other)[:length]):
-                    _put(writer, memoryview(one)[start:end], chunk.start + start)
-                    written += end - start
-            with self._lock:
-                self._compared.written += written
-                self._compared.bytes += length
-                if not same:
-                    self._compared.different.append((chunk.start, chunk.end))
+                written = mend(writer, memoryview(one)[:length], memoryview(other)[:length], start)
+            self._done(start, end, same=same, written=written)
+
+
+def mend(writer: Writer, wanted: memoryview, there: memoryview, offset: int) -> int:
+    """Write the blocks that differ; bytes written."""
+    written = 0
+    for start, end in differing(wanted, there):
+        _put(writer, wanted[start:end], offset + start)
+        written += end - start
+    return written
 
 
 def _digest(buffer: bytearray, length: int) -> bytes:

@@ -84,7 +84,7 @@ class Connection:
             at += length
             yield at, bool(flags & ZERO)
 
-    def begin_read(self, buffer: bytearray, offset: int, length: int) -> int:
+    def begin_read(self, buffer: bytearray | memoryview, offset: int, length: int) -> int:
         """Ask for bytes; they are in the buffer after `wait`. It must stay until then."""
         with _requests(self, f"reading at {offset}"):
             cookie: int = self._nbd.aio_pread(nbd.Buffer.from_buffer(memoryview(buffer)[:length]), offset)

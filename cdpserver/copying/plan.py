@@ -80,7 +80,7 @@ def chunks(extents: Extents, *, zeros: bool, start: int = 0) -> Iterator[Chunk]:
                 yield _chunk(parts, whole=zeros)
                 at, parts = parts[-1][1], []
             if zeros and not parts:
-                yield from _zeros(at, low)
+                yield from zeros_of(at, low)
             stop = min(high, _boundary(low))
             parts.append((low, stop))
             low = stop
@@ -88,7 +88,7 @@ def chunks(extents: Extents, *, zeros: bool, start: int = 0) -> Iterator[Chunk]:
         yield _chunk(parts, whole=zeros)
         at = parts[-1][1]
     if zeros:
-        yield from _zeros(at, extents.size)
+        yield from zeros_of(at, extents.size)
 
 
 def _boundary(at: int) -> int:
@@ -101,7 +101,8 @@ def _chunk(parts: list[tuple[int, int]], *, whole: bool) -> Chunk:
     return Chunk(start, end, ((start, end),) if whole else tuple(parts))
 
 
-def _zeros(start: int, end: int) -> Iterator[Chunk]:
+def zeros_of(start: int, end: int) -> Iterator[Chunk]:
+    """The steps that write zeros to [start, end)."""
     for at in range(start, end, ZERO_CHUNK):
         yield Chunk(at, min(end, at + ZERO_CHUNK), ())
 

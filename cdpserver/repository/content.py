@@ -6,6 +6,7 @@ Threads: none; every connection has its own. Who reads forwards has the next chu
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cdpserver.errors import CorruptError
@@ -46,6 +47,15 @@ class ChunkList:
         """Of chunk number `chunk`."""
         at = chunk % PAGE_IDS * ID_SIZE
         return self.page(chunk // PAGE_IDS)[at : at + ID_SIZE]
+
+    def used(self) -> Iterator[int]:
+        """Numbers of the chunks that are not zeros, ascending."""
+        for number, page in enumerate(self.disk.pages):
+            if page != ZERO_ID:
+                ids = self.page(number)
+                for at in range(0, len(ids), ID_SIZE):
+                    if ids[at : at + ID_SIZE] != ZERO_ID:
+                        yield number * PAGE_IDS + at // ID_SIZE
 
     def length(self, chunk: int) -> int:
         """Bytes of it: the last one may be short."""
