@@ -1,6 +1,7 @@
 """What a backup and a restore hold in memory: bounded, whatever the size of the disk, and as docs/backup.md says it."""
 
 import itertools
+import os
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,15 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdpserver.repository import packs, pipeline
+from cdpserver.copying.target import RawFile
+from cdpserver.repository import packs, pipeline, restore
+from cdpserver.repository.content import ChunkList
+from cdpserver.repository.packed import RUN_BYTES
 from cdpserver.repository.pipeline import runs_of
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import BackedUpDisk
 from cdpserver.repository.repository import Repository, create
+from cdpserver.repository.restore import Restore
 from cdpserver.repository.source import UnknownChangeError
 from cdpserver.repository.take import back_up
 
@@ -69,6 +74,25 @@ def test_a_backup_holds_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         pack = MIB + chunk  # what is over its length when it is put
         read = max(MIB, chunk)  # as the source makes it
         assert most[0] < 2 * in_flight + 2 * pack * 9 // 8 + read + 2 * MIB
+
+
+@pytest.mark.parametrize("chunk", [64 << 10, 4 * MIB])
+def test_a_restore_holds_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Of each worker a run and two chunks."""
+    monkeypatch.setattr(restore, "IN_FLIGHT_BYTES", 8 * MIB)
+    create(DirectoryPlace(tmp_path / "repo"), chunk_size=chunk)
+    source = Made(60 * MIB)
+    output = tmp_path / "output"
+    output.touch()
+    os.truncate(output, source.size)
+    with Repository(DirectoryPlace(tmp_path / "repo"), cache=tmp_path / "cache") as repository:
+        chunks = ChunkList(repository, back_up(repository, [source], "made@1").disks[0])
+        target = RawFile(output)
+        with peak() as most:
+            Restore(repository, chunks, target).run()
+        target.end()
+        assert most[0] < max(8 * MIB, 2 * (max(RUN_BYTES, chunk) + 2 * chunk)) + MIB
+    assert output.read_bytes() == blake3(b"made").digest(length=source.size)
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(1, 5))
