@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
 from cdpserver.repository.content import Content
 from cdpserver.repository.place import DirectoryPlace, Place
-from cdpserver.repository.record import Backup
+from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
-from cdpserver.repository.source import PointSource
+from cdpserver.repository.source import PointSource, UnknownChangeError
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
 from tests.core import Line, World
 from tests.model import BLOCK
@@ -83,3 +85,23 @@ def with_history(path: Path) -> tuple[World, Line]:
     line.write(0, b"base" * 4096)
     line.synced()
     return world, line
+
+
+class Made:
+    """A disk whose content is computed: every block is another one, and none can be compressed."""
+
+    name = timeline = "made"
+    seq = time_ns = 1
+    grade = ""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        yield 0, self.size
+
+    def changed_since(self, disk: BackedUpDisk) -> list[tuple[int, int]]:
+        raise UnknownChangeError("it is not kept")
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        buffer[:] = blake3(b"made").digest(length=len(buffer), seek=offset)

@@ -18,33 +18,12 @@ from cdpserver.repository.content import ChunkList
 from cdpserver.repository.packed import RUN_BYTES
 from cdpserver.repository.pipeline import runs_of
 from cdpserver.repository.place import DirectoryPlace
-from cdpserver.repository.record import BackedUpDisk
 from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.restore import Restore
-from cdpserver.repository.source import UnknownChangeError
 from cdpserver.repository.take import back_up
+from tests.backed_up import Made
 
 MIB = 1 << 20
-
-
-class Made:
-    """A disk whose content is computed: every block is another one, and none can be compressed."""
-
-    name = timeline = "made"
-    seq = time_ns = 1
-    grade = ""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def used(self) -> Iterator[tuple[int, int]]:
-        yield 0, self.size
-
-    def changed_since(self, disk: BackedUpDisk) -> list[tuple[int, int]]:
-        raise UnknownChangeError("it is not kept")
-
-    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
-        buffer[:] = blake3(b"made").digest(length=len(buffer), seek=offset)
 
 
 @contextmanager

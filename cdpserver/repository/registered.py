@@ -87,7 +87,8 @@ def open_registered(state_dir: Path, one: Registered) -> Repository:
 # -- standing on a backup
 
 _open: dict[Registered, Repository] = {}
-_opening = threading.Lock()
+_opening: dict[str, threading.Lock] = {}
+"""Of each repository one: who waits for one that hangs keeps nobody from another."""
 
 
 def _kept_open(state_dir: Path, id_: str) -> Repository:
@@ -97,7 +98,7 @@ def _kept_open(state_dir: Path, id_: str) -> Repository:
         raise NotFoundError(
             f"the repository {id_} is not registered here", hint="cdp repo add PATH registers it"
         )
-    with _opening:
+    with _opening.setdefault(id_, threading.Lock()):
         if one not in _open:
             _open[one] = open_registered(state_dir, one)
         return _open[one]

@@ -6,21 +6,23 @@ What takes DISK@WHEN or VM@WHEN so takes a backup, without knowing of it. While 
 One that nothing stands on, and that nobody asked for or read in IDLE_S, is detached.
 """
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
-from cdpserver import names, timeline
+from cdpserver import durable, names, timeline
 from cdpserver.catalog import Entry
-from cdpserver.errors import CdpError, NotFoundError, RefusedError, UsageError
+from cdpserver.errors import BrokenError, CdpError, NotFoundError, RefusedError, UsageError
 from cdpserver.repository import registered
 from cdpserver.repository.places import S3, open_place
 from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.registered import Registered
-from cdpserver.repository.repository import Repository, load_config
+from cdpserver.repository.repository import load_config
 from cdpserver.service.core import Core
 from cdpserver.service.disks import Begun, Disks
 from cdpserver.timeline import BackupBase
@@ -33,6 +35,36 @@ LOOK_S = 60.0
 FIRST_SEQ = 1
 """The record that begins the history: just after it the disk is what the backup holds."""
 
+ANSWER_S = 60.0
+"""A repository that does not answer for so long is one that cannot be read: a NAS may hang for ever."""
+
+REACHING = 8
+"""Threads that wait for repositories at once; those that hang are none of the service's own."""
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+
+class Idle:
+    """Which attached backups nobody uses any more. Times are seconds of one clock."""
+
+    def __init__(self, began: float) -> None:
+        """What was attached before `began` counts as used then."""
+        self._began = began
+        self._used: dict[str, float] = {}
+
+    def use(self, name: str, now: float) -> None:
+        """Somebody asked for it, or cannot do without it yet."""
+        self._used[name] = now
+
+    def forget(self, name: str) -> None:
+        """It is attached no more."""
+        self._used.pop(name, None)
+
+    def is_over(self, name: str, now: float) -> bool:
+        """Was it used by nobody in IDLE_S?"""
+        return now - self._used.get(name, self._began) > IDLE_S
+
 
 class Attached:
     """The repositories that are registered, and the backups in use."""
@@ -41,7 +73,20 @@ class Attached:
         self._core = core
         self._disks = disks
         self._changing = trio.Lock()
-        self._used: dict[str, float] = {}
+        self._idle = Idle(trio.current_time())
+        self._reaching = trio.CapacityLimiter(REACHING)
+
+    async def _reach(
+        self, where: str, function: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Result:
+        """Ask a repository something, in a thread that is left to itself if there is no answer. BrokenError."""
+        with trio.move_on_after(ANSWER_S):
+            return await trio.to_thread.run_sync(
+                function, *arguments, abandon_on_cancel=True, limiter=self._reaching
+            )
+        raise BrokenError(
+            f"{where} has not answered for {ANSWER_S:.0f} s", hint="look whether its file system hangs"
+        )
 
     # -- repositories ----------------------------------------------------------------------------------------
 
@@ -53,7 +98,7 @@ class Attached:
                     f"not an absolute path: {names.show(one)}", hint="the service has another directory"
                 )
         async with self._changing:
-            return await self._core.thread(self._add, path, key_file)
+            return await self._reach(path, self._add, path, key_file)
 
     def _add(self, path: str, key_file: str) -> dict[str, Any]:
         state = self._core.state
@@ -97,25 +142,25 @@ class Attached:
 
     async def backups(self, name: str | None) -> list[dict[str, Any]]:
         """The backups in the registered repositories (of the disk, VM or group `name`), oldest first; each id once."""
-        return await self._core.thread(self._backups, name)
-
-    def _backups(self, name: str | None) -> list[dict[str, Any]]:
+        core = self._core
         found: dict[str, dict[str, Any]] = {}
-        for one in registered.load(self._core.state.path).values():
+        for one in (await core.thread(registered.load, core.state.path)).values():
             try:
-                with registered.open_registered(self._core.state.path, one) as repository:
-                    for backup in repository.backups():
-                        if name in (
-                            None,
-                            backup.name.partition("@")[0],
-                            *(disk.name for disk in backup.disks),
-                        ):
-                            found.setdefault(backup.id, _listed(backup, one))
+                for row in await self._reach(one.path, self._list, one, name):
+                    found.setdefault(row["id"], row)
             except CdpError as error:
-                self._core.log.emit(
+                core.log.emit(
                     "repository.not-read", level="warning", repository=one.path, reason=error.message
                 )
         return [row for _, row in sorted(found.items())]
+
+    def _list(self, one: Registered, name: str | None) -> list[dict[str, Any]]:
+        with registered.open_registered(self._core.state.path, one) as repository:
+            return [
+                _listed(backup, one)
+                for backup in repository.backups()
+                if name in (None, backup.name.partition("@")[0], *(disk.name for disk in backup.disks))
+            ]
 
     async def attach(self, text: str, repository: str | None) -> dict[str, Any]:
         """`backup:ID`, `backup:ID/DISK` or a volume in it as a point; `repository` is the id or path of the one it is in.
@@ -128,26 +173,22 @@ class Attached:
 
     async def _attach(self, wanted: str, inner: str, repository: str | None) -> dict[str, Any]:
         core = self._core
-        one, id_ = await core.thread(self._find, wanted, repository)
+        one, id_ = await self._find(wanted, repository)
         vm = names.attached_name(id_)
-        self._used[vm] = trio.current_time()  # it is not idle from the moment on in which it is seen
-        opened = await core.thread(registered.open_registered, core.state.path, one)
-        try:
-            backup = await core.thread(opened.backup, id_)
-            disks = named(backup, vm)
-            time_ns = min(max(disk.time_ns for disk in backup.disks), core.clock.now_ns())
-            for name, disk in disks.items():
-                if core.catalog.get(name) is None:
-                    base = BackupBase(one.id, id_, disk.name)
-                    # What was unordered then is so now.
-                    mode = "image" if disk.grade == "unordered" else "point"
-                    await self._disks.stand_on_backup(name, disk.size, base, Begun(time_ns, mode))
-                    core.log.emit("backup.attached", backup=id_, disk=name, repository=one.path)
-            await core.thread(self._hold, opened, id_)
-            # It may have been removed before the lock was there.
-            await core.thread(opened.backup, id_)
-        finally:
-            await core.thread(opened.close)
+        self._idle.use(vm, trio.current_time())  # it is not idle from the moment on in which it is seen
+        backup = await self._reach(one.path, self._read, one, id_)
+        disks = named(backup, vm)
+        time_ns = min(max(disk.time_ns for disk in backup.disks), core.clock.now_ns())
+        for name, disk in disks.items():
+            if core.catalog.get(name) is None:
+                base = BackupBase(one.id, id_, disk.name)
+                # What was unordered then is so now.
+                mode = "image" if disk.grade == "unordered" else "point"
+                await self._disks.stand_on_backup(name, disk.size, base, Begun(time_ns, mode))
+                core.log.emit("backup.attached", backup=id_, disk=name, repository=one.path)
+        await self._reach(one.path, self._hold, one, id_)
+        # It may have been removed before the lock was there.
+        await self._reach(one.path, self._read, one, id_)
         points = {disk.name: f"{name}@seq:{FIRST_SEQ}" for name, disk in disks.items()}
         return {
             "backup": id_,
@@ -158,11 +199,11 @@ class Attached:
             "disks": [{"disk": disk, "point": point} for disk, point in points.items()],
         }
 
-    def _find(self, wanted: str, repository: str | None) -> tuple[Registered, str]:
-        """The one repository that has the backup, and its whole id. One that is not there is passed over."""
+    async def _find(self, wanted: str, repository: str | None) -> tuple[Registered, str]:
+        """The one repository that has the backup, and its whole id. One that is not there, or hangs, is passed over."""
         known = [
             one
-            for one in registered.load(self._core.state.path).values()
+            for one in (await self._core.thread(registered.load, self._core.state.path)).values()
             if repository in (None, one.id, one.path)
         ]
         if not known:
@@ -172,7 +213,7 @@ class Attached:
         silent = []
         for one in known:
             try:
-                ids = sorted(n.split("/", 1)[1] for n, _ in open_place(one.path).names("backups"))
+                ids = await self._reach(one.path, _ids_in, one.path)
             except CdpError as error:
                 silent.append(error.message)
                 continue
@@ -192,10 +233,15 @@ class Attached:
         newest = max(different)
         return next((one, id_) for one, id_ in found if id_ == newest)
 
-    def _hold(self, repository: Repository, id_: str) -> None:
+    def _read(self, one: Registered, id_: str) -> Backup:
+        with registered.open_registered(self._core.state.path, one) as repository:
+            return repository.backup(id_)
+
+    def _hold(self, one: Registered, id_: str) -> None:
         """Nobody removes the backup while something stands on it. A repository that cannot be written is read all the same."""
         try:
-            repository.place.put(self._lock(id_), json.dumps({"reason": "it is attached"}).encode())
+            with _writing(one.path):
+                open_place(one.path).put(self._lock(id_), json.dumps({"reason": "it is attached"}).encode())
         except CdpError as error:
             self._core.log.emit("backup.not-held", level="warning", backup=id_, reason=error.message)
 
@@ -231,31 +277,52 @@ class Attached:
             lock = await core.thread(self._lock, id_)
             for entry, _ in mine:
                 await self._disks.remove(entry.name)
-            self._used.pop(vm, None)
-            await core.thread(self._let_go, mine[0][1].repository, lock)
+            self._idle.forget(vm)
+            await self._let_go(mine[0][1].repository, lock)
         core.log.emit("backup.detached", backup=id_)
 
-    def _let_go(self, repository: str, lock: str) -> None:
-        one = registered.load(self._core.state.path).get(repository)
+    async def _let_go(self, repository: str, lock: str) -> None:
+        one = (await self._core.thread(registered.load, self._core.state.path)).get(repository)
         if one is not None:
             try:
-                open_place(one.path).delete(lock)
+                await self._reach(one.path, _delete, one.path, lock)
             except CdpError as error:
                 self._core.log.emit("backup.lock-stays", level="warning", lock=lock, reason=error.message)
 
     async def keep_tidy(self) -> None:
         """Detach what nobody uses, until cancelled."""
-        began = trio.current_time()
         while True:
             await trio.sleep(LOOK_S)
             for id_ in {base.backup for _, base in await self._core.thread(self._all)}:
-                used = self._used.get(names.attached_name(id_), began)
-                if trio.current_time() - used > IDLE_S:
+                name = names.attached_name(id_)
+                if self._idle.is_over(name, trio.current_time()):
                     try:
                         await self.detach(id_)
                     except CdpError as error:
-                        self._used[names.attached_name(id_)] = trio.current_time()
+                        self._idle.use(name, trio.current_time())
                         self._core.log.emit("backup.stays-attached", backup=id_, reason=error.message)
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """RefusedError for a directory that is read-only, or another's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in durable.READ_ONLY:
+            raise
+        raise RefusedError(
+            f"{path} cannot be written: {error.strerror}", hint="look at its owner and mode"
+        ) from None
+
+
+def _delete(path: str, name: str) -> None:
+    with _writing(path):
+        open_place(path).delete(name)
+
+
+def _ids_in(path: str) -> list[str]:
+    return sorted(name.split("/", 1)[1] for name, _ in open_place(path).names("backups"))
 
 
 def _listed(backup: Backup, one: Registered) -> dict[str, Any]:
