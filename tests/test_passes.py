@@ -1,20 +1,22 @@
 """Passes of retention that merge base points: at a cap, killed anywhere, on a full disk; what each says that it has done."""
 
+import inspect
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from cdpserver import durable, qemu
 from cdpserver.catalog import Catalog
+from cdpserver.chain import lock, same
 from cdpserver.chain import merge as chain
-from cdpserver.chain import same
 from cdpserver.config import parse_config
-from cdpserver.errors import NoSpaceError
+from cdpserver.errors import BrokenError, NoSpaceError
 from cdpserver.nodes import base_point_path, published
 from cdpserver.retention.plan import fixed_bytes
 from tests.core import INDEXER, scratch
@@ -148,3 +150,22 @@ def test_a_full_disk_ends_the_merges_and_what_was_dropped_is_said(
     assert not rest.failed and said | {decision.what for decision in rest.dropped} == {
         d.what for d in planned
     }
+
+
+def test_a_merge_that_failed_in_its_last_steps_is_ended_by_the_next_pass(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had still to remove is not there to be merged: the pass must not plan with it."""
+    real, calls = chain.finish, count(1)
+
+    def fails_after_the_rename(directory: Path) -> list[int]:
+        if "_execute" in {frame.function for frame in inspect.stack()} and next(calls) < 3:
+            raise BrokenError("cannot remove base points", hint="look at the kernel log")
+        return real(directory)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "finish", fails_after_the_rename)
+        assert "cannot remove" in kept.prune(MERGES).failed[kept.entry.name]
+    assert (kept.line.directory / lock.NOTE).exists()
+    assert not kept.prune(MERGES).failed
+    assert not (kept.line.directory / lock.NOTE).exists() and check(kept)

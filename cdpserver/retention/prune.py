@@ -164,6 +164,8 @@ def _prune_one(
     directory = state.timeline(entry.id)
     finish(directory)
     with alone(directory), intervals_alone(directory) as mine, leases.none_taken(directory):
+        # What a merge that failed had still to remove is not there to be merged.
+        chain.finish(directory)
         # Anew, since a lock or a lease may have come meanwhile; from here on none does without our knowing.
         decisions = plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns)
         gone = drops(decisions)

@@ -1,40 +1,65 @@
 """How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs."""
 
 import threading
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from cdpserver import durable
 from cdpserver.errors import RefusedError
 from cdpserver.limits import BLOCK
 from cdpserver.view.history import History
 from cdpserver.view.live import LiveView
 from cdpserver.view.view import View
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _told(read: Method) -> Method:
+    """What the system says of a read becomes the project's error. It breaks nothing: the next request may succeed."""
+
+    @wraps(read)
+    def call(self: "LiveReads", *args: Any, **named: Any) -> Any:
+        try:
+            return read(self, *args, **named)
+        except OSError:
+            with durable.unreadable(self.directory):
+                raise
+
+    return cast(Method, call)
+
 
 class LiveReads:
     """The newest content of one timeline. Thread-safe: one lock around one live view."""
 
     def __init__(self, history: History) -> None:
+        self.directory = history.directory
         self._history = history
         self._view = LiveView(history)
         self._lock = threading.Lock()
 
+    @_told
     def latest(self, offset: int, length: int) -> bytes:
         """What the disk holds now."""
         with self._lock:
             return self._view.read(offset, length)
 
+    @_told
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer with what the disk holds now."""
         with self._lock:
             self._view.read_into(buffer, offset)
 
+    @_told
     def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
         """Block status, as `View.status`."""
         with self._lock:
             return self._view.status(offset, end, one=one)
 
+    @_told
     def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
         """Compare a payload with the content at `ref` and with that of now.
 
