@@ -129,8 +129,14 @@ def test_it_is_browsed_mounted_and_drilled(
     assert "kept" in [row["name"] for row in rows]
     cdp(server, capsys, "file", "get", "backup:latest", "/kept", "--output", short_path / "kept")
     assert (short_path / "kept" / "kept").read_bytes() == (tree / "kept").read_bytes()
-    with Mount(server, f"backup-{id_}/d@latest", short_path / "there") as there:
+    there = short_path / "there"
+    there.mkdir()
+    command = (sys.executable, "-m", "recovery.cli", "--state-dir", server.state_dir)
+    subprocess.run([*command, "mount", "backup:latest", there], check=True)
+    try:
         assert (there / "fs" / "kept").read_bytes() == (tree / "kept").read_bytes()
+    finally:
+        subprocess.run([*command, "umount", there], check=True)
     drilled = cdp(server, capsys, "drill", "backup:latest", "--marker", "^RW$")
     assert (drilled["state"], drilled["reason"]) == ("passed", "")
     assert [row["name"] for row in server.get("/v1/forks")] == [f"backup-{id_}/d"], "nothing of it stays"

@@ -75,6 +75,52 @@ def test_what_passed_is_made_up_for_once_and_clocks_may_jump() -> None:
     assert due(done, [], at("2027-01-01 00:00")) == ([], {}), "nobody asks for it any more"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "times", "slots"),
+    [
+        # Summer ends: 02:00 to 03:00 comes twice, and 02:30 counts once.
+        ("daily 02:30", ["10-25 02:29", "10-25 02:30", "10-25 02:59", "10-25 02:00", "10-25 02:31", "10-26 02:30"],
+         ["10-25T02:30", "10-26T02:30"]),
+        ("hourly :30", ["10-25 01:30", "10-25 02:30", "10-25 02:00", "10-25 02:30", "10-25 03:30"],
+         ["10-25T02:30", "10-25T03:30"]),
+        # Summer begins: there is no 02:30, and its backup is made when it would have been over.
+        ("daily 02:30", ["03-28 02:30", "03-29 01:59", "03-29 03:00", "03-29 03:30"], ["03-29T02:30"]),
+        ("hourly", ["03-29 01:00", "03-29 01:59", "03-29 03:00"], ["03-29T03:00"]),
+        # A clock set back by some hours repeats nothing that was made in that day.
+        ("daily 02:00", ["11-27 01:00", "11-27 02:00", "11-26 23:00", "11-27 02:00", "11-28 02:00"],
+         ["11-27T02:00", "11-28T02:00"]),
+        ("hourly", ["11-27 01:30", "11-27 09:00", "11-27 03:10", "11-27 04:00"], ["11-27T09:00", "11-27T04:00"]),
+        # A clock that was years ahead, for one look.
+        ("daily 02:00", ["11-27 01:00", "31-01-01 02:00", "11-27 01:10", "11-27 02:00"],
+         ["31-01-01T02:00", "11-27T02:00"]),
+        ("monthly 31 02:00", ["01-31 01:00", "02-28 01:59", "02-28 02:00", "03-01 02:00", "03-31 02:00"],
+         ["01-31T02:00", "02-28T02:00", "03-31T02:00"]),
+    ],
+)  # fmt: skip
+def test_each_time_brings_one(schedule: str, times: list[str], slots: list[str]) -> None:
+    """Looked at these times, one after the other, the first being when the schedule was new."""
+    noted: dict[str, dict[str, Any]] = {}
+    made = []
+    for text in times:
+        found, noted = due(noted, planned(schedule), at(_full(text, "2026-")))
+        for one in found:
+            made.append(one.slot)
+            noted = {"web": noted["web"] | {"slot": one.slot}}
+    assert made == [_full(text, "2026-") for text in slots]
+
+
+def _full(text: str, year: str) -> str:
+    return f"20{text}" if text.count("-") == 2 else f"{year}{text}"
+
+
+@pytest.mark.parametrize("slot", [None, 5, "", "zzz", "2026-11-27T02:00+05:00", ["x"]])
+def test_what_was_noted_may_be_junk(slot: object) -> None:
+    """Then it begins with its next time."""
+    noted: dict[str, dict[str, Any]] = {"web": {"schedule": "daily 02:00", "slot": slot, "state": "done"}}
+    found, kept = due(noted, planned("daily 02:00"), at("2026-11-27 20:00"))
+    assert (found, kept["web"]["slot"], kept["web"]["state"]) == ([], "2026-11-27T02:00", "done")
+
+
 # --- the service
 
 

@@ -23,12 +23,13 @@ from cdpserver.errors import (
     RefusedError,
     UsageError,
 )
-from cdpserver.repository import gc, prune
+from cdpserver.repository import gc, prune, seal
 from cdpserver.repository.check import check
 from cdpserver.repository.lease import Lease
 from cdpserver.repository.place import Place
 from cdpserver.repository.places import open_place
-from cdpserver.repository.repository import Repository, create
+from cdpserver.repository.registered import Registered, open_registered
+from cdpserver.repository.repository import Repository, create, load_config
 from cdpserver.repository.s3 import S3Place, Store
 from recovery import cli
 from tests.backed_up import CHUNK, Case, with_history
@@ -115,6 +116,33 @@ def test_backups_prune_and_gc(store: ObjectStore) -> None:
 
 
 # --- the network, and a store that is busy, full or gone
+
+
+def test_a_wrong_key(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, another one, one that the service is told of: each is refused, nothing is written, and the right one opens it."""
+    monkeypatch.setattr(seal, "SCRYPT_N", 1 << 8)
+    name = bucket(store)
+    there = place(store, name)
+    with in_bucket(there, secret=b"the right key") as case:
+        case.back_up()
+        before = sorted(there.names("backups")), sorted(there.names("packs"))
+        for secret, said in (
+            (None, "is encrypted"),
+            (b"another", "not the key of s3://"),
+            (b"\n", "is empty"),
+        ):
+            with pytest.raises(RefusedError, match=said):
+                Repository(there, secret=secret, cache=case.path / "other")
+        key = case.path / "key"
+        key.write_bytes(b"another")
+        one = Registered(load_config(there).id.hex(), location(store, name), str(key))
+        with pytest.raises(RefusedError, match="not the key"):
+            open_registered(case.path / "s", one)
+        key.write_bytes(b"the right key\n")
+        with open_registered(case.path / "s", one) as opened:
+            assert check(opened).sound
+        assert (sorted(there.names("backups")), sorted(there.names("packs"))) == before
+        case.verify()
 
 
 def test_throttled_and_cut_requests_are_sent_again(store: ObjectStore) -> None:

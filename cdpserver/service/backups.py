@@ -3,13 +3,13 @@
     backups.json    of each VM or disk: its schedule, the time that was dealt with last, and what came of it
 
 A time is dealt with when there is a backup: a service that was down, or killed in the middle, makes one for all that passed,
-and one that fails is tried again after RETRY_S. Times are those of the host's clock, as text, so that no change of the time zone
-repeats one; a clock that goes back begins with its next time.
+and one that fails is tried again after RETRY_S. Times are those of the host's clock, as text: where summer ends, an hour that
+comes again brings no second one. A clock that goes back by more than a day (an hour, if hourly) begins with its next time.
 """
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import trio
@@ -65,12 +65,22 @@ def due(
         slot = f"{plan.last(now):%Y-%m-%dT%H:%M}"
         said = noted.get(one.subject, {})
         before = said.get("slot")
-        if said.get("schedule") != text or not isinstance(before, str) or before > slot:
+        if said.get("schedule") != text or not _is_of_now(before, plan, now):
             said = said | {"schedule": text, "slot": slot}
-        elif before < slot:
+        elif str(before) < slot:
             found.append(Due(one, plan, slot))
         kept[one.subject] = said
     return found, kept
+
+
+def _is_of_now(slot: object, plan: BackupPlan, now: datetime) -> bool:
+    """Is it a time that has come, or comes once more since clocks went back a little?"""
+    try:
+        at = datetime.fromisoformat(str(slot))
+    except ValueError:
+        return False
+    again = timedelta(hours=1) if plan.every == "hourly" else timedelta(days=1)
+    return at.tzinfo is None and at - now.replace(tzinfo=None) <= again
 
 
 class Backups:
