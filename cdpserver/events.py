@@ -19,8 +19,6 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import structlog
-
 from cdpserver.names import format_time
 
 EVENT_FILE_BYTES = 16 << 20
@@ -62,6 +60,8 @@ def _add_head(_logger: Any, method: str, fields: MutableMapping[str, Any]) -> Mu
 
 def configure(process: str) -> None:
     """Make structlog write JSON lines to stderr: time, level, process, event, then the fields."""
+    import structlog
+
     global _process
     _process = process
     structlog.configure(
@@ -84,6 +84,8 @@ class EventLog:
 
     def emit(self, event: str, *, level: Level = "info", **fields: Any) -> None:
         """Log the event and append it to the file. Never raises because of what the system does."""
+        import structlog  # a command that reads a point has nothing to log, and does not wait for this
+
         getattr(structlog.get_logger(), level)(event, **fields)
         self.record(event, level=level, **fields)
 
@@ -94,6 +96,8 @@ class EventLog:
         try:
             self._append(_line(head, fields))
         except OSError as error:
+            import structlog
+
             structlog.get_logger().error("events.file-failed", path=str(self._path), error=error.strerror)
 
     def _append(self, line: bytes) -> None:
