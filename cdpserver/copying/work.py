@@ -17,6 +17,9 @@ from cdpserver.errors import CdpError
 CHECKPOINT_S = 5.0
 """What an interruption costs at most, in time."""
 
+FLUSH_BYTES = 64 << 20
+"""Written since the last flush, then comes another one: the device writes while the rest is read; the end waits for little."""
+
 LOOK_S = 0.1
 
 ZERO_BLOCK = 64 << 10
@@ -56,6 +59,7 @@ class Work(ABC):
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._flushed_at = time.monotonic()
+        self._flushed_bytes = 0
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
@@ -121,9 +125,11 @@ class Work(ABC):
     def _sync_when_due(self) -> None:
         """By one of the workers."""
         with self._lock:
-            due = time.monotonic() - self._flushed_at > CHECKPOINT_S
-        if due and self._flushing.acquire(blocking=False):
+            done = self.copied.read
+            late = time.monotonic() - self._flushed_at > CHECKPOINT_S
+        if (late or done - self._flushed_bytes > FLUSH_BYTES) and self._flushing.acquire(blocking=False):
             try:
+                self._flushed_bytes = done
                 self._sync()
                 self._flushed_at = time.monotonic()
             finally:

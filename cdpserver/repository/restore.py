@@ -69,7 +69,7 @@ class Restore(Work):
         )
         self._repository = repository
         self._chunks = chunks
-        self._at = start - start % chunks.step
+        self._at = start if start == chunks.disk.size else start - start % chunks.step
         """Where the stretches end that were begun."""
         self._stretches: deque[_Stretch] = deque()
         self._jobs = self._all_jobs()
