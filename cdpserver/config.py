@@ -65,6 +65,7 @@ class Config:
 
     listen: Address | None = None
     listen_export: Address | None = None
+    listen_api: Address | None = None
     tls_certificates: str | None = None
     tls_psk: str | None = None
     workers: int = 1
@@ -159,6 +160,14 @@ KEYS = (
         "Where points are served over TCP (NBD), read-only. Without [tls] on loopback only as well.",
         option=True,
         absent="Unix sockets only",
+    ),
+    Key(
+        "listen_api",
+        "listen_api",
+        AddressValue(),
+        "Where the control API is over TCP: with tls.certificates, and for who has a token (cdp token add).",
+        option=True,
+        absent="the Unix socket only",
     ),
     Key(
         "workers",
@@ -355,11 +364,8 @@ def _sections() -> list[tuple[str, list[Key]]]:
 def _config(values: Mapping[str, Any]) -> Config:
     """The values by the keys' full names, and defaults for the rest."""
     config = Config(**{key.attribute: values[key.full_name] for key in KEYS if key.full_name in values})
-    if config.listen is not None and config.listen == config.listen_export:
-        raise UsageError("listen and listen_export are the same", hint="give them different ports")
-    if not config.nbd_tls:
-        tls.refuse_plain("listen", config.listen)
-        tls.refuse_plain("listen_export", config.listen_export)
+    chosen = {name: getattr(config, name) for name in ("listen", "listen_export", "listen_api")}
+    tls.check_addresses(chosen, certificates=config.tls_certificates is not None, nbd_tls=config.nbd_tls)
     if problem := combine([config.policy]).problem:
         raise UsageError(f"[policy]: {problem.message}", hint=problem.hint)
     return config

@@ -198,9 +198,9 @@ def _is_being_written(name: str) -> bool:
 # --- JSON files
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], mode: int = 0o644) -> None:
     """`value` as a readable JSON file, whole."""
-    write_whole(path, json.dumps(value, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(value, indent=1).encode() + b"\n", mode)
 
 
 def read_json(path: Path) -> dict[str, Any]:

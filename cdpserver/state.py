@@ -111,6 +111,10 @@ class StateDir:
         return self.path / "export.sock"
 
     @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.json"
+
+    @property
     def nbd_key(self) -> Path:
         return self.path / "nbd.key"
 

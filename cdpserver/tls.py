@@ -7,8 +7,10 @@ With certificates both sides show one of the same CA.
 """
 
 import ipaddress
+import itertools
 import re
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 
 from cdpserver.config_values import Address
@@ -23,23 +25,40 @@ GUIDE = "docs/security.md has the commands"
 _PSK_LINE = re.compile(r"[^:#]+:[0-9A-Fa-f]{32,}")
 
 
-def refuse_plain(key: str, address: Address | None) -> None:
-    """UsageError for an address that would be open to a network without TLS."""
-    if address is not None and not ipaddress.ip_address(address[0]).is_loopback:
-        raise UsageError(
-            f"{key}: {address[0]} is not loopback, and NBD there would be plain, for anybody",
-            hint="set tls.certificates or tls.psk (docs/security.md), or listen on 127.0.0.1",
-        )
+def check_addresses(chosen: Mapping[str, Address | None], *, certificates: bool, nbd_tls: bool) -> None:
+    """UsageError, naming the key, for two of one address, and for one that would be open to a network without TLS.
+
+    `chosen` is by key. NBD may be plain on loopback; the API never is.
+    """
+    places = {key: place for key, place in chosen.items() if place is not None}
+    for first, second in itertools.combinations(places, 2):
+        if places[first] == places[second]:
+            raise UsageError(f"{first} and {second} are the same", hint="give them different ports")
+    if "listen_api" in places and not certificates:
+        raise UsageError("listen_api takes TLS", hint="set tls.certificates (docs/security.md)")
+    for key, (host, _) in places.items():
+        if not nbd_tls and not ipaddress.ip_address(host).is_loopback:
+            raise UsageError(
+                f"{key}: {host} is not loopback, and NBD there would be plain, for anybody",
+                hint="set tls.certificates or tls.psk (docs/security.md), or listen on 127.0.0.1",
+            )
+
+
+def server_context(certificates: str) -> ssl.SSLContext:
+    """What the API's clients are shown. They show nothing but a token. OSError for files that will not do."""
+    directory = Path(certificates)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(directory / SERVER, directory / SERVER_KEY)
+    return context
 
 
 def check_files(certificates: str | None, psk: str | None) -> None:
     """UsageError, naming the key, for files that would not do: a server that cannot have them must not start."""
     if certificates is not None:
         directory = Path(certificates)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_verify_locations(directory / CA)
-            context.load_cert_chain(directory / SERVER, directory / SERVER_KEY)
+            server_context(certificates).load_verify_locations(directory / CA)
         except OSError as error:  # ssl.SSLError is one
             raise UsageError(
                 f"tls.certificates: {directory} will not do: {error.strerror or error}",

@@ -73,7 +73,7 @@ class _Agent:
 
     async def run(self) -> None:
         """Until cancelled."""
-        say(f"agent {self._name} asks {self._client.socket_path}")
+        say(f"agent {self._name} asks {self._client.where}")
         async with trio.open_nursery() as nursery:
             while True:
                 try:

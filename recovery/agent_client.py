@@ -9,9 +9,9 @@ class AgentClient(Client):
     """A client that knows the routes of agents too."""
 
     @property
-    def socket_path(self) -> str:
-        """The socket that is asked."""
-        return str(self._state.api_socket)
+    def where(self) -> str:
+        """Where it is asked."""
+        return str(self._endpoint)
 
     def agent_vms(self, agent: str) -> list[Object]:
         """The VMs that an agent is to protect."""

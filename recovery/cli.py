@@ -21,7 +21,7 @@ from recovery.export_tree import add_export
 from recovery.files_tree import add_files, add_mount
 from recovery.output import printable
 from recovery.points_tree import add_groups, add_points, add_rpo
-from recovery.protect_tree import add_agent, add_protect
+from recovery.protect_tree import add_agent, add_protect, add_tokens
 from recovery.recover_tree import add_recover
 from recovery.repo_tree import add_repositories
 from recovery.retention_tree import add_capacity, add_retention
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seeing(commands)
     add_protect(commands)
     add_agent(commands)
+    add_tokens(commands)
     _add_disk(commands)
     add_points(commands)
     add_groups(commands)

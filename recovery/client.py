@@ -1,4 +1,4 @@
-"""The control API as the command line uses it: HTTP with JSON over the Unix socket `api.sock`.
+"""The control API as the command line uses it: HTTP with JSON over the Unix socket `api.sock`, or by TLS (see `endpoint`).
 
 Standard library only: every `cdp` pays for what is imported here before it does anything.
 An error of the service comes back as the error that it was there: its class, its message, its hint, its exit code.
@@ -14,7 +14,8 @@ from urllib.parse import quote, unquote, urlencode
 
 from cdpserver.errors import RefusedError, UnreachableError
 from cdpserver.state import StateDir
-from recovery.wire import Connection, ask, error_of
+from recovery.endpoint import Endpoint
+from recovery.wire import ask, error_of
 
 MAX_REPLY_BYTES = 1 << 30
 """Largest reply that is read: a year of points, a second each, is well below."""
@@ -36,6 +37,7 @@ class Client:
     ) -> None:
         """`timeout_s` is for the shell's completion, which rather has nothing than waits; `watch` shows long work."""
         self._state = state
+        self._endpoint = Endpoint.chosen(state)
         self._watch = watch
         self._timeout_s = timeout_s
 
@@ -245,9 +247,11 @@ class Client:
     def follow(self, query: Mapping[str, Any]) -> Iterator[Object]:
         """Events as they come; ends when the service stops."""
         asked = {key: value for key, value in query.items() if value is not None}
-        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        connection = self._endpoint.connection(self._timeout_s)
         try:
-            connection.request("GET", f"/v1/events:stream?{urlencode(asked)}")
+            connection.request(
+                "GET", f"/v1/events:stream?{urlencode(asked)}", headers=self._endpoint.headers()
+            )
             reply = connection.getresponse()
             if reply.status >= 300:
                 raise error_of(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
@@ -269,9 +273,9 @@ class Client:
         self, route: str, query: Mapping[str, Any], remark: Callable[[list[str]], None]
     ) -> Iterator[bytes]:
         """A body, piece by piece, after the remarks in its head. UnreachableError if it ends before its end."""
-        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        connection = self._endpoint.connection(self._timeout_s)
         try:
-            connection.request("GET", f"/v1/{route}?{urlencode(query)}")
+            connection.request("GET", f"/v1/{route}?{urlencode(query)}", headers=self._endpoint.headers())
             reply = connection.getresponse()
             if reply.status >= 300:
                 raise error_of(reply.status, json.loads(reply.read(MAX_LINE_BYTES)))
@@ -401,8 +405,12 @@ class Client:
         asked = {key: value for key, value in (query or {}).items() if value is not None}
         target = f"/v1/{path}?{urlencode(asked)}" if asked else f"/v1/{path}"
         sent = None if body is None else json.dumps(body).encode()
-        said = dict(headers or {}) | ({} if sent is None else {"Content-Type": "application/json"})
-        connection = Connection(os.fspath(self._state.api_socket), self._timeout_s)
+        said = (
+            self._endpoint.headers()
+            | dict(headers or {})
+            | ({} if sent is None else {"Content-Type": "application/json"})
+        )
+        connection = self._endpoint.connection(self._timeout_s)
         try:
             reply = ask(connection, method, target, sent, said)
             raw = reply.read(MAX_REPLY_BYTES + 1)
@@ -417,24 +425,11 @@ class Client:
         return reply.status, raw
 
     def _unreachable(self, error: Exception) -> UnreachableError:
-        message = f"cdpserver does not answer at {self._state.api_socket}"
-        start = f"start it: cdpserver --state-dir {self._state.path}"
-        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            return UnreachableError(message, hint=start)
-        if isinstance(error, PermissionError):
-            return UnreachableError(
-                f"{message}: {error.strerror}",
-                hint="run cdp as the user that cdpserver runs as, or have [roles] set up",
-            )
-        if isinstance(error, ConnectionError | http.client.HTTPException):
-            return UnreachableError(
-                f"{message}: it closed the connection", hint="look at its log, then try again"
-            )
-        return UnreachableError(f"{message}: {error}", hint=start)
+        return self._endpoint.unreachable(error, f"start it: cdpserver --state-dir {self._state.path}")
 
     def _strange(self, what: str) -> UnreachableError:
         return UnreachableError(
-            f"what answers at {self._state.api_socket} is no cdpserver of this version: {what}",
+            f"what answers at {self._endpoint} is no cdpserver of this version: {what}",
             hint="restart cdpserver after an upgrade",
         )
 

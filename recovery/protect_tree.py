@@ -66,3 +66,31 @@ def add_agent(commands: Commands) -> None:
         help="this host's ca-cert.pem, client-cert.pem and client-key.pem, or keys.psk; QEMU reads them as well",
     )
     agent.add_argument("--tls-user", metavar="NAME", help="whose key it is in keys.psk; default: qemu")
+
+
+ROLES = ("viewer", "operator", "admin", "protect")
+"""As in cdpserver.tokens, which is loaded only when it is needed."""
+
+
+def add_tokens(commands: Commands) -> None:
+    """`cdp token`."""
+    token = commands.group("token", "who may use the control API over TCP (docs/security.md)")
+    add = token.leaf(
+        "add",
+        lazy("tokens", "add"),
+        "Make a token for the API, and print it, this once; on the service's host, as root or its user.",
+        "cdp token add hv1 --role protect --out hv1.token",
+    )
+    add.add_argument(
+        "name", metavar="NAME", type=names.check_name, help="whose it is; of the role protect the agent's"
+    )
+    add.add_argument(
+        "--role",
+        required=True,
+        choices=ROLES,
+        help="viewer, operator or admin as in docs/configuration.md; protect: what an agent asks, and no more",
+    )
+    add.add_argument("--out", metavar="FILE", help="put it into a new file (mode 0600) instead")
+    token.leaf("list", lazy("tokens", "list_"), "List the tokens, without what they are.", "cdp token list")
+    remove = token.leaf("remove", lazy("tokens", "remove"), "End a token, at once.", "cdp token remove hv1")
+    remove.add_argument("name", metavar="NAME", type=names.check_name)

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,22 +15,12 @@ _ERRORS = {
 }
 
 
-class Connection(http.client.HTTPConnection):
-    """HTTP to a Unix socket."""
-
-    def __init__(self, path: str, timeout_s: float | None) -> None:
-        super().__init__("localhost")
-        self._path = path
-        self._timeout_s = timeout_s
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self._timeout_s)
-        self.sock.connect(self._path)
-
-
 def ask(
-    connection: Connection, method: str, target: str, body: bytes | None, headers: Mapping[str, str]
+    connection: http.client.HTTPConnection,
+    method: str,
+    target: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
 ) -> http.client.HTTPResponse:
     """The head of the answer. A service that ended as it took the connection is asked once more: the next one is near."""
     connection.request(method, target, body=body, headers=dict(headers))

@@ -630,6 +630,9 @@ def test_help_has_an_example_of_every_command() -> None:
         *(
             "protect",
             "agent",
+            "token add",
+            "token list",
+            "token remove",
             "disk add",
             "disk resize",
             "disk list",

@@ -51,6 +51,7 @@ def test_every_key_is_read() -> None:
     text = """
         listen = "127.0.0.1:10809"
         listen_export = "[::1]:10809"
+        listen_api = "127.0.0.1:8443"
         durable_lag_limit = "2s"
         workers = 4
         socket_linger = "90s"
@@ -95,6 +96,7 @@ def test_every_key_is_read() -> None:
     assert parse_config(text) == Config(
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
+        listen_api=("127.0.0.1", 8443),
         tls_certificates="/etc/cdpserver/tls",
         tls_psk="/etc/cdpserver/keys.psk",
         durable_lag_limit_ns=2 * SECOND,
@@ -399,11 +401,13 @@ CONFIGS = (
     st.builds(Config, **{key.attribute: values_of(key) for key in KEYS})
     .filter(
         lambda config: (
-            (config.listen is None or config.listen != config.listen_export)
+            len({config.listen, config.listen_export, config.listen_api, None})
+            == 1
+            + sum(1 for one in (config.listen, config.listen_export, config.listen_api) if one is not None)
             and (config.policy_backup is None or config.policy_backup_to is not None)
         )
     )
-    .map(lambda config: config if config.nbd_tls else replace(config, tls_psk="/k"))
+    .map(lambda config: config if config.tls_certificates else replace(config, tls_certificates="/c"))
 )
 
 

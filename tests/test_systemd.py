@@ -134,9 +134,9 @@ def test_the_service_is_told_apart_watched_and_never_given_up() -> None:
     }
     assert {key: service[key] for key in expected} == {key: [value] for key, value in expected.items()}
     assert "WatchdogSec" in service
-    most = Config(workers=MAX_WORKERS, listen=("::1", 1), listen_export=("::1", 2))
+    most = Config(workers=MAX_WORKERS, listen=("::1", 1), listen_export=("::1", 2), listen_api=("::1", 3))
     sockets = Listeners(STATE_DIR, most, SystemdStore())._wanted
-    assert len(sockets) == 2 * MAX_WORKERS + 3 <= int(service["FileDescriptorStoreMax"][0])
+    assert len(sockets) == 2 * MAX_WORKERS + 4 <= int(service["FileDescriptorStoreMax"][0])
     assert service["TimeoutStartSec"] == [f"{notify.START_S / 60:.0f}min"], "what a reload is given"
 
 

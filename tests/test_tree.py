@@ -34,6 +34,7 @@ STAGES = (
         "cdpserver.state",
         "cdpserver.sealed",
         "cdpserver.tls",
+        "cdpserver.tokens",
         "cdpserver.catalog",
         "cdpserver.events",
         "cdpserver.timeline",

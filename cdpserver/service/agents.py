@@ -6,6 +6,7 @@ what it sees. It may die at any time: the mirrors go on, and the next one takes 
 
 from typing import Any
 
+from cdpserver.errors import ForbiddenError
 from cdpserver.events import Level
 from cdpserver.names import check_name
 from cdpserver.service.core import Core
@@ -92,6 +93,16 @@ class Agents:
                     level = known
             self._core.log.emit(event["event"], level=level, agent=agent, **fields)
         return {"taken": taken}
+
+    def check_own(self, agent: str | None, disk: str) -> None:
+        """ForbiddenError for a disk of a VM that another than this agent protects; None may ask for any."""
+        if agent is None:
+            return
+        vms = [one.controller.vm for one in self._protection.running()] + self._protection.moves.of(agent)
+        if not any(vm.by == agent and any(one.name == disk for one in vm.disks) for vm in vms):
+            raise ForbiddenError(
+                f"{disk} is of no VM that the agent {agent} protects"[:300], hint="cdp status shows who does"
+            )
 
     # -- a mirror's other side -------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ BACKLOG = 1024
 Place: TypeAlias = Path | Address
 
 API = "api"
+API_TCP = "api-tcp"
 EXPORT = "export"
 
 ALIASES = {"target-tcp": "worker-0-tcp"}
@@ -51,6 +52,8 @@ class Listeners:
         self._wanted: dict[str, Place] = {API: state.api_socket, EXPORT: state.export_socket}
         if config.listen_export is not None:
             self._wanted[f"{EXPORT}-tcp"] = config.listen_export
+        if config.listen_api is not None:
+            self._wanted[API_TCP] = config.listen_api
         for number in range(config.workers):
             self._wanted[worker_name(number)] = state.worker_socket(number)
             if config.listen is not None:
@@ -119,6 +122,12 @@ class Listeners:
         """What the control API listens on, to be closed by it."""
         return self._sockets[API].dup()
 
+    @property
+    def api_tcp(self) -> socket.socket | None:
+        """What it listens on over TCP, to be closed by it."""
+        found = self._sockets.get(API_TCP)
+        return None if found is None else found.dup()
+
     def _those(self, name: str) -> list[socket.socket]:
         return [self._sockets[n] for n in (name, f"{name}-tcp") if n in self._sockets]
 
@@ -128,6 +137,7 @@ class Listeners:
             keeper.leave_to_self(self._sockets)
             return
         self._keeper.stop(API)
+        self._keeper.stop(API_TCP)
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()

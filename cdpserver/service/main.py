@@ -152,7 +152,11 @@ async def _serve_api(
     stop: Stop,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await api.serve(app, listeners.api, roles, core.log, until=stop.asked, task_status=task_status)
+    certificates, tcp = core.config.tls_certificates, listeners.api_tcp
+    secured = None if tcp is None or certificates is None else (tcp, tls.server_context(certificates))
+    await api.serve(
+        app, listeners.api, roles, core.log, secured=secured, until=stop.asked, task_status=task_status
+    )
 
 
 async def stop_at_signal(

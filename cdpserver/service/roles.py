@@ -1,4 +1,4 @@
-"""Who may do what over the API's socket: a role follows from the Unix groups of the process that connected.
+"""Who may do what over the API. On its socket a role follows from the Unix groups of the process that connected.
 
     viewer < operator < admin       `[roles]` in the configuration: role = "group"
 
@@ -29,8 +29,9 @@ GROUPS_BYTES = 1024
 
 
 class Role(enum.IntEnum):
-    """What somebody may do; each includes what stands before it."""
+    """What somebody may do; each includes what stands before it, but for PROTECT: an agent's, which has its own routes alone."""
 
+    PROTECT = -1
     NONE = 0
     VIEWER = 1
     OPERATOR = 2

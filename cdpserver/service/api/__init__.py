@@ -1,9 +1,10 @@
-"""The control API: HTTP with JSON on `STATE_DIR/api.sock`. `cdp` is its client; `/v1/openapi.json` describes it.
+"""The control API: HTTP with JSON on `STATE_DIR/api.sock`, or over TLS with tokens. `cdp` is its client.
+
+`/v1/openapi.json` describes it.
 
 Names are stable: a disk is its name, a job `jobs/N`. A list comes whole, or in pages when `page_size` or `page_token` is given.
 """
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -24,7 +25,7 @@ from cdpserver.service.api import events as event_routes
 from cdpserver.service.api import files as file_routes
 from cdpserver.service.api import jobs as job_routes
 from cdpserver.service.api import locks as lock_routes
-from cdpserver.service.api import models, seeing, together
+from cdpserver.service.api import models, rights, seeing, together
 from cdpserver.service.api import policies as policy_routes
 from cdpserver.service.api import protection as protection_routes
 from cdpserver.service.api import pruning as pruning_routes
@@ -33,6 +34,7 @@ from cdpserver.service.api import repositories as repository_routes
 from cdpserver.service.api import times as time_routes
 from cdpserver.service.api import vms as vm_routes
 from cdpserver.service.api.answers import ERRORS, Answers, Rim, WholeBody, add_error_handlers
+from cdpserver.service.api.bearers import Bearers
 from cdpserver.service.api.jobs import Long
 from cdpserver.service.api.server import serve
 from cdpserver.service.capacity import Capacity
@@ -46,6 +48,7 @@ from cdpserver.service.parts import Parts
 from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
 from cdpserver.service.vms import Vms
+from cdpserver.tokens import Known
 
 __all__ = ["build", "serve"]
 
@@ -55,61 +58,6 @@ DESCRIPTION = __doc__ or ""
 def _operation_id(route: APIRoute) -> str:
     """The name of the function: programs made from the description call their methods so, hence it never changes."""
     return route.name
-
-
-ADMINS_ONLY = {
-    "add_disk",
-    "remove_disk",
-    "resize_disk",
-    "remove_fork",
-    "merge_base_points",
-    "set_policy",
-    "add_group",
-    "remove_group",
-    "clear_policy",
-    "remove_lock",
-    "prune",
-    "protect_vm",
-    "protect_agent_vm",
-    "say_mirror_size",
-    "add_repository",
-    "remove_repository",
-    "unprotect_vm",
-}
-"""What loses history, or lets a disk use the store."""
-
-
-READS_FILES = {
-    "show_disk_uri",
-    "show_mirror",
-    "list_files",
-    "find_files",
-    "stat_file",
-    "preview_file",
-    "download_file",
-    "download_tree",
-    "list_file_versions",
-    "diff_files",
-}
-"""What shows what guests have stored, or how to get at it."""
-
-
-def _least_role(operation: str, method: str) -> Role:
-    """Who may do it: looking is for viewers, the rest for operators."""
-    if operation in ADMINS_ONLY:
-        return Role.ADMIN
-    if operation in READS_FILES:
-        return Role.OPERATOR
-    return Role.VIEWER if method == "GET" else Role.OPERATOR
-
-
-def _role_check(roles: Roles) -> Callable[[Request], Awaitable[None]]:
-    async def check(request: Request) -> None:
-        operation = str(request.scope["route"].name)
-        role: Role = request.scope["state"]["role"]
-        roles.check(role, _least_role(operation, request.method), operation)
-
-    return check
 
 
 def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastAPI:
@@ -126,7 +74,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
         openapi_url="/v1/openapi.json",
         generate_unique_id_function=_operation_id,
         responses=ERRORS,
-        dependencies=[Depends(_role_check(roles))],
+        dependencies=[Depends(rights.guard(roles))],
     )
     children, disks, protection = parts.children, parts.disks, parts.protection
     base_points = protection.base_points
@@ -134,6 +82,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     long = Long(answers, parts.jobs)
     add_error_handlers(app)
     app.add_middleware(WholeBody)
+    app.add_middleware(Bearers, known=Known(core.state), log=core.log)
     app.add_middleware(Rim, log=core.log)
     app.include_router(vm_routes.marks_routes(answers, parts.marks))
     app.include_router(disk_routes.verbs(answers, long, disks, instants, base_points))
@@ -190,6 +139,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
         """One instant of a disk, VM or group: its grade, and what that rests on."""
         return await answers.one(await instants.show(point))
 
+    rights.check_all(app)
     return app
 
 
@@ -200,9 +150,10 @@ def _description(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         for operations in made["paths"].values():
-            for method, operation in operations.items():
-                least = _least_role(operation["operationId"], method.upper())
-                operation["x-least-role"] = least.name.lower()
+            for operation in operations.values():
+                name = operation["operationId"]
+                operation["x-least-role"] = rights.LEAST[name].name.lower()
+                operation["x-agents-own"] = name in rights.AGENTS_OWN
                 operation["responses"].pop("422", None)
         for unused in ("HTTPValidationError", "ValidationError"):
             made["components"]["schemas"].pop(unused, None)

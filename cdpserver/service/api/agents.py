@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from cdpserver.service.agents import Agents
@@ -17,6 +17,9 @@ AGENT = "/v1/agents/{agent}"
 def routes(answers: Answers, agents: Agents) -> APIRouter:
     """An agent asks what it is to protect, and says what it sees."""
     routes = APIRouter(tags=["vms"])
+
+    def own(asked: Request, disk: str) -> None:
+        agents.check_own(asked.scope["state"].get("agent"), disk)
 
     @routes.post(f"{AGENT}:report", response_model=agent_models.Taken)
     async def report(agent: str, body: agent_models.Report) -> Response:
@@ -43,32 +46,37 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
         return await answers.one(await agents.arrived(agent, name))
 
     @routes.get("/v1/mirror", response_model=agent_models.MirrorSide)
-    async def show_mirror(disk: Annotated[str, Query()]) -> Response:
+    async def show_mirror(asked: Request, disk: Annotated[str, Query()]) -> Response:
         """Who a disk is, where its mirror writes to, and what its worker says."""
+        own(asked, disk)
         return await answers.one(await agents.mirror(disk))
 
     @routes.post("/v1/mirror:synced", response_model=agent_models.Done)
-    async def say_mirror_synced(body: agent_models.SyncedMirror) -> Response:
+    async def say_mirror_synced(asked: Request, body: agent_models.SyncedMirror) -> Response:
         """The mirror of this session is in sync and write-blocking; with `bitmap`: anchored to that."""
+        own(asked, body.disk)
         seen = None if body.seen is None else SeenJob(**body.seen.model_dump(), by="agent")
         await agents.target.synced(body.disk, body.session, body.bitmap, seen=seen)
         return await answers.one({"disk": body.disk})
 
     @routes.post("/v1/mirror:holds", response_model=agent_models.Held)
-    async def ask_mirror_holds(body: agent_models.HeldPlace) -> Response:
+    async def ask_mirror_holds(asked: Request, body: agent_models.HeldPlace) -> Response:
         """Is a place that its worker said earlier in the history of the disk?"""
+        own(asked, body.disk)
         return await answers.one({"holds": await agents.target.holds(body.disk, body.place)})
 
     @routes.post("/v1/mirror:lost", response_model=agent_models.Done)
-    async def say_mirror_lost(body: agent_models.LostMirror) -> Response:
+    async def say_mirror_lost(asked: Request, body: agent_models.LostMirror) -> Response:
         """Writes of the guest did not arrive."""
+        own(asked, body.disk)
         ago = Ago(body.ago_ns, body.freed_ago_ns)
         await agents.target.lost(body.disk, body.session, body.reason, ago=ago)
         return await answers.one({"disk": body.disk})
 
     @routes.post("/v1/mirror:size", response_model=agent_models.Done)
-    async def say_mirror_size(body: agent_models.SizedMirror) -> Response:
+    async def say_mirror_size(asked: Request, body: agent_models.SizedMirror) -> Response:
         """The source has this size: the disk grows with it."""
+        own(asked, body.disk)
         await agents.target.check_size(body.disk, body.size)
         return await answers.one({"disk": body.disk})
 

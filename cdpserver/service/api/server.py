@@ -1,4 +1,4 @@
-"""HTTP on the API's socket: Hypercorn's connections, accepted by us.
+"""HTTP on the API's socket, and over TLS: Hypercorn's connections, accepted by us.
 
 A client that does not read its answer is cut off: Hypercorn shields its sending from cancellation, so that one such
 client would keep the service from stopping.
@@ -6,6 +6,8 @@ client would keep the service from stopping.
 
 import functools
 import socket
+import ssl
+from typing import Any, TypeAlias
 
 import trio
 from fastapi import FastAPI
@@ -16,7 +18,8 @@ from hypercorn.typing import ConnectionState, LifespanState
 from hypercorn.utils import wrap_app
 
 from cdpserver.events import EventLog
-from cdpserver.service.roles import Roles, peer, user_name
+from cdpserver.service.api.bearers import AUTHENTICATE_S
+from cdpserver.service.roles import Role, Roles, peer, user_name
 
 GRACE_S = 5.0
 """How long requests under way may take to end when the service stops."""
@@ -29,13 +32,18 @@ SEND_BYTES = 64 << 10
 MAX_HEAD = 64 << 10
 """A request line and its headers; a name or two."""
 
+MAX_REMOTE = 256
+"""Connections over TCP at once: so many cost a few MiB. The Unix socket is not counted, and so never full of them."""
+
+Secured: TypeAlias = tuple[socket.socket, ssl.SSLContext]
+
 
 class _Stream:
     """A connection whose sending ends: with the client's reading, at the latest."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: Any, socket: trio.socket.SocketType) -> None:
         self._stream = stream
-        self.socket = stream.socket
+        self.socket = socket
 
     async def send_all(self, data: bytes) -> None:
         with memoryview(data) as whole:
@@ -67,30 +75,52 @@ class _Server:
         self._roles = roles
         self._log = log
         self._open: set[_Stream] = set()
+        self._remotes = 0
 
-    async def run(self, listener: trio.SocketListener, until: trio.Event) -> None:
+    async def run(self, listener: socket.socket, secured: Secured | None, until: trio.Event) -> None:
         async with trio.open_nursery() as around:
             around.start_soon(self._cut_off, until)
             async with trio.open_nursery() as requests:
                 async with trio.open_nursery() as accepting:
-                    accepting.start_soon(
-                        functools.partial(
-                            trio.serve_listeners, self._connection, [listener], handler_nursery=requests
-                        )
-                    )
+                    accept = functools.partial(trio.serve_listeners, handler_nursery=requests)
+                    accepting.start_soon(accept, self._local, [_listener(listener)])
+                    if secured is not None:
+                        remote = functools.partial(self._remote, secured[1])
+                        accepting.start_soon(accept, remote, [_listener(secured[0])])
                     await until.wait()
                     accepting.cancel_scope.cancel()
                 await self._context.terminated.set()  # idle connections end
                 requests.cancel_scope.deadline = trio.current_time() + GRACE_S
             around.cancel_scope.cancel()
 
-    async def _connection(self, accepted: trio.SocketStream) -> None:
-        stream = _Stream(accepted)
+    async def _local(self, accepted: trio.SocketStream) -> None:
+        """A process of this host, with the role that its groups have."""
+        role, user = self._roles.of_peer(accepted.socket), user_name(peer(accepted.socket)[0])
+        await self._talk(_Stream(accepted, accepted.socket), {"role": role, "user": user})
+
+    async def _remote(self, context: ssl.SSLContext, accepted: trio.SocketStream) -> None:
+        """A client over TCP, which has a role when it has shown a token (see `bearers`), and little time until then."""
+        if self._remotes >= MAX_REMOTE:
+            await accepted.aclose()
+            return
+        self._remotes += 1
+        try:
+            with trio.move_on_after(AUTHENTICATE_S) as until_known:
+                stream = trio.SSLStream(accepted, context, server_side=True, https_compatible=True)
+                try:
+                    await stream.do_handshake()
+                except trio.BrokenResourceError:
+                    return  # no TLS, or not one that we speak
+                state = {"role": Role.NONE, "user": "", "until_known": until_known}
+                await self._talk(_Stream(stream, accepted.socket), state)
+        finally:
+            self._remotes -= 1
+            await trio.aclose_forcefully(accepted)
+
+    async def _talk(self, stream: _Stream, known: dict[str, Any]) -> None:
         self._open.add(stream)
         try:
-            role = self._roles.of_peer(accepted.socket)
-            user = user_name(peer(accepted.socket)[0])
-            state = ConnectionState(LifespanState({"role": role, "user": user}))
+            state = ConnectionState(LifespanState(known))
             await TCPServer(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001
             # The process's rim: what goes wrong with one connection is no matter of the others.
@@ -112,11 +142,19 @@ async def serve(
     roles: Roles,
     log: EventLog,
     *,
+    secured: Secured | None = None,
     until: trio.Event,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer requests until the event; then no new ones are taken, and those under way have a few seconds."""
-    listener.setblocking(False)
+    """Answer requests until the event; then no new ones are taken, and those under way have a few seconds.
+
+    `secured` is where they come over TCP as well, and with which certificate.
+    """
     server = _Server(app, roles, log)
     task_status.started()
-    await server.run(trio.SocketListener(trio.socket.from_stdlib_socket(listener)), until)
+    await server.run(listener, secured, until)
+
+
+def _listener(listener: socket.socket) -> trio.SocketListener:
+    listener.setblocking(False)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listener))
