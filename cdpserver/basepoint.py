@@ -315,7 +315,7 @@ def publish(
         delta = Delta(views.new, views.old)
         with qemu.serve(building, state.run / f"bp-{history.timeline.id}.sock") as served:
             compare(served, delta, part(progress, 0.5, 1.0))
-        building.chmod(0o444)
+        building.chmod(0o400)
         with lock.standing_on(under.path, history.directory):
             write_note(history.directory, note(history, cut))
             durable.publish(building, final)

@@ -101,7 +101,7 @@ class EventLog:
             structlog.get_logger().error("events.file-failed", path=str(self._path), error=error.strerror)
 
     def _append(self, line: bytes) -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(fd).st_size
             # A line cut short by a full disk or a power loss must not swallow this one. (Another process may be

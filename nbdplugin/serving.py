@@ -16,6 +16,7 @@ from nbdplugin.parent import outlive_parent
 def begin(lock: Path, start: Callable[[], None]) -> None:
     """Wait for `lock`, which this process then holds for life, and `start`."""
     outlive_parent()
+    os.umask(0o077)  # nbdkit has set its own, 022
     _say(b"warm\n")
     # Never closed: the kernel lets go of it when the process ends, however it ends.
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

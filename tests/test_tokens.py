@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cdpserver import tls, tokens
+from cdpserver import sealed, timeline, tls, tokens
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UnreachableError, UsageError
 from cdpserver.service.api import rights
@@ -22,7 +22,7 @@ from cdpserver.state import StateDir
 from recovery.client import Client
 from recovery.endpoint import Endpoint
 from tests.test_protect_agent import free_port
-from tests.test_service import Server
+from tests.test_service import Server, connected
 from tests.test_tls import BLOCK, PAGE
 
 ROLES = ("viewer", "operator", "admin")
@@ -200,6 +200,28 @@ def test_tokens_that_cannot_be_read_let_nobody_in(far: Far) -> None:
     finally:
         stored.write_bytes(whole)
     assert far.ask(far.tokens["admin"], "GET", "/v1/status")[0] == 200
+
+
+def test_no_file_is_for_others_and_no_process_shows_a_secret(far: Far) -> None:
+    with connected(far.server.add("seen")) as client:
+        client.pwrite(b"x" * 4096, 0)
+    far.server.synced("seen")
+    far.server.post("/v1/disks/seen:cut")
+    paths = [path for path in far.server.state_dir.rglob("*") if not path.is_symlink()]
+    modes = {str(path): path.stat().st_mode for path in paths if path.exists()}
+    assert len(modes) > 30
+    assert {path: oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+    key = sealed.load_key(StateDir(far.server.state_dir))
+    disk = timeline.load(far.server.state_dir / "timelines" / far.server.get("/v1/disks/seen")["id"])
+    secrets = [*far.tokens.values(), key.hex(), sealed.secret_of(key, disk.uuid)]
+    shown = [far.server.log.read_text()]
+    for pid in (far.server.process.pid, *far.server.pids().values()):
+        shown += [
+            Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace")
+            for what in ("cmdline", "environ")
+        ]
+    shown += [path.read_text() for path in far.server.state_dir.glob("events*.jsonl")]
+    assert not [secret for secret in secrets if any(secret in text for text in shown)]
 
 
 def test_cdp_speaks_to_it(far: Far, tmp_path: Path) -> None:

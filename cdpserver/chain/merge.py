@@ -81,7 +81,7 @@ def _execute(directory: Path, planned: Merge, progress: Progress) -> None:
         if read_header(building)[0] != planned.on:
             raise CorruptError(f"the merged {final.name} does not stand on {planned.on}", hint="try again")
         check_same(building, final, layers=1 + len(planned.gone), progress=part(progress, 0.6, 1.0))
-        building.chmod(0o444)
+        building.chmod(0o400)
         durable.write_json(
             directory / lock.NOTE, {"keep": planned.keep, "on": planned.on, "gone": list(planned.gone)}
         )

@@ -233,6 +233,8 @@ def run(chosen: argparse.Namespace) -> bool:
     # Segments, indexes and connections of many disks; the children inherit it.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # What we and our processes make is for our own user; who else may read a recovered disk is for its directory's owner to say.
+    os.umask(0o077)
     state = StateDir.create_or_open(default_state_dir(chosen.state_dir))
     events.configure("cdpserver")
     log = events.EventLog(state.events)

@@ -81,14 +81,10 @@ class Roles:
             raise ForbiddenError(f"{doing} takes the role {least.name.lower()}", hint=hint)
 
     def open_up(self, state: StateDir) -> None:
-        """Let the groups reach the API's socket, and nobody anything else in the state directory; or only us, without roles.
-
-        Before any process of ours is started: they inherit the umask.
-        """
+        """Let the groups reach the API's socket, and nobody anything else in the state directory; or only us, without roles."""
         if not self.groups:
             state.path.chmod(0o700)
             return
-        os.umask(0o077)
         for path in state.path.iterdir():
             # The API's socket may be kept from before, with clients that wait; `serve` sees to it.
             if path != state.api_socket and not path.is_symlink() and path.stat().st_uid == os.geteuid():
