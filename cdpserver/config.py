@@ -30,7 +30,7 @@ from cdpserver.config_values import (
     parse_listen,
 )
 from cdpserver.errors import NotFoundError, UsageError
-from cdpserver.limits import COMMIT_LAG_NS
+from cdpserver.limits import COMMIT_LAG_NS, NBD_CLIENTS
 from cdpserver.names import show
 from cdpserver.retention.policy import FIELDS as POLICY_FIELDS
 from cdpserver.retention.policy import MIN_SIZE_CAP, Layer, Policy, combine
@@ -69,6 +69,7 @@ class Config:
     tls_certificates: str | None = None
     tls_psk: str | None = None
     workers: int = 1
+    nbd_clients: int = NBD_CLIENTS
     socket_linger_ns: int = 60 * SECOND_NS
     durable_lag_limit_ns: int = COMMIT_LAG_NS
     role_viewer: str | None = None
@@ -175,6 +176,12 @@ KEYS = (
         NumberValue(least=1, most=MAX_WORKERS),
         "How many processes take writes; each disk is with one of them. More than cores is no use.",
         option=True,
+    ),
+    Key(
+        "nbd_clients",
+        "nbd_clients",
+        NumberValue(least=4, most=4096),
+        "How many clients one disk, or its points, may have at once in one process; one more is refused.",
     ),
     Key(
         "socket_linger",

@@ -54,6 +54,9 @@ INDEX_READERS = 1024
 SEQ_JUMP = 1 << 32
 """Added to the durable seq after an unclean boot, so that a lost seq is never given twice."""
 
+NBD_CLIENTS = 64
+"""Of one disk in one process at once: nbdcopy opens 16. A slow one holds the buffer of one request, 64 MiB at most."""
+
 NAME_LENGTH = 64
 EXPORT_NAME_LENGTH = 4096
 """NBD's own limit for an export name."""

@@ -4,13 +4,17 @@ nbdkit offers TLS to all sockets of a process alike, and its Python API tells `o
 the library's own functions do, for the connection that calls.
 """
 
+import contextlib
 import ctypes
 import hmac
 import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
 
 from cdpserver import sealed, timeline
 from cdpserver.catalog import Catalog
-from cdpserver.errors import CdpError, ForbiddenError
+from cdpserver.errors import CdpError, ForbiddenError, RefusedError
 from cdpserver.names import parse_export
 from cdpserver.state import StateDir
 
@@ -54,6 +58,45 @@ class Admission:
         except CdpError as error:
             raise ForbiddenError(f"{REFUSED}: {error.message}", hint=error.hint) from None
         raise ForbiddenError(REFUSED, hint="cdp disk list shows the disks")
+
+
+class Clients:
+    """How many clients each disk has in this process: one that is opened too often takes no memory that is the others'."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._open: Counter[str] = Counter()
+        self._disks: dict[int, str] = {}
+
+    @contextlib.contextmanager
+    def entering(self, disk: str) -> Iterator[None]:
+        """One more, if it can be opened (see `came`). RefusedError if there are so many already."""
+        with self._lock:
+            if self._open[disk] >= self._most:
+                raise RefusedError(
+                    f"{disk} has {self._most} clients already", hint="nbd_clients in the configuration"
+                )
+            self._open[disk] += 1
+        try:
+            yield
+        except BaseException:
+            self._less(disk)
+            raise
+
+    def came(self, handle: object, disk: str) -> None:
+        """The handle that it has now."""
+        self._disks[id(handle)] = disk
+
+    def left(self, handle: object) -> None:
+        """It is gone."""
+        self._less(self._disks.pop(id(handle)))
+
+    def _less(self, disk: str) -> None:
+        with self._lock:
+            self._open[disk] -= 1
+            if not self._open[disk]:
+                del self._open[disk]
 
 
 def _over_tcp() -> bool:

@@ -26,6 +26,7 @@ from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.files.browser import Browser
 from cdpserver.held import hold, open_history
 from cdpserver.leases import Lease
+from cdpserver.limits import NBD_CLIENTS
 from cdpserver.names import DeltaExport, DiskExport, MirrorExport, Seq, parse_export
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
@@ -33,7 +34,7 @@ from cdpserver.view.history import History
 from cdpserver.view.view import View
 from cdpserver.view.volume import Part, VolumeView
 from nbdplugin import serving, thread_state
-from nbdplugin.admission import Admission
+from nbdplugin.admission import Admission, Clients
 
 API_VERSION = 2
 
@@ -47,6 +48,7 @@ _state_dir = ""
 _alone = False
 _patience_s = 0
 _tls = False
+_clients = Clients(NBD_CLIENTS)
 _came = threading.Event()
 _state: StateDir | None = None
 _catalog: Catalog | None = None
@@ -71,9 +73,10 @@ class Export:
 def config(key: str, value: str) -> None:
     """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one.
 
-    With `patience=SECONDS` it ends if no client has come by then; with `tls=1` nobody is let in over TCP without TLS.
+    With `patience=SECONDS` it ends if no client has come by then; with `tls=1` nobody is let in over TCP without TLS; with
+    `clients=N` no more than so many of each disk at once.
     """
-    global _state_dir, _alone, _patience_s, _tls
+    global _state_dir, _alone, _patience_s, _tls, _clients
     if key == "state_dir":
         _state_dir = value
     elif key == "alone":
@@ -82,9 +85,11 @@ def config(key: str, value: str) -> None:
         _patience_s = int(value)
     elif key == "tls":
         _tls = value == "1"
+    elif key == "clients":
+        _clients = Clients(int(value))
     else:
         raise RuntimeError(
-            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS, tls=1"
+            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS, tls=1, clients=N"
         )
 
 
@@ -201,13 +206,16 @@ def open(readonly: bool) -> Export:
     started = time.monotonic()
     assert _admission is not None
     try:
-        export = _open(_admission.admit(asked))
+        disk = parse_export(_admission.admit(asked)).name
+        with _clients.entering(disk):
+            export = _open(text)
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
     _came.set()  # who only failed to open a point has not come
     assert _log is not None
     _log.emit("export.opened", export=text, seconds=round(time.monotonic() - started, 4))
+    _clients.came(export, disk)
     export.thread_state = thread_state.keep()
     return export
 
@@ -227,6 +235,7 @@ def close(h: Export) -> None:
         for history in h.histories:
             history.close()
     finally:
+        _clients.left(h)
         thread_state.let_go(h.thread_state)
 
 

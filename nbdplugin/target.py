@@ -24,14 +24,14 @@ from cdpserver.errors import (
     RemovedError,
     UsageError,
 )
-from cdpserver.limits import COMMIT_LAG_NS
+from cdpserver.limits import COMMIT_LAG_NS, NBD_CLIENTS
 from cdpserver.names import DiskExport, MirrorExport, format_export, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.connection import Connection
 from cdpserver.target.placement import worker_of
 from cdpserver.target.registry import Registry
 from nbdplugin import serving, thread_state
-from nbdplugin.admission import Admission
+from nbdplugin.admission import Admission, Clients
 from nbdplugin.forward import DIRECT, Forward
 
 API_VERSION = 2
@@ -48,6 +48,7 @@ _state_dir = ""
 _durable_lag_ns = COMMIT_LAG_NS
 _worker, _workers = 0, 1
 _tls = False
+_clients = Clients(NBD_CLIENTS)
 _registry: Registry | None = None
 _admission: Admission | None = None
 
@@ -66,9 +67,9 @@ def admission() -> Admission:
 
 def config(key: str, value: str) -> None:
     """`state_dir=DIR`; `durable_lag_ns=N`: the durable lag past which writes slow down; `worker=K workers=N`: which of them
-    this process is; `tls=1`: over TCP nobody is let in without.
+    this process is; `tls=1`: over TCP nobody is let in without; `clients=N`: so many of each disk at once.
     """
-    global _state_dir, _durable_lag_ns, _worker, _workers, _tls
+    global _state_dir, _durable_lag_ns, _worker, _workers, _tls, _clients
     if key == "state_dir":
         _state_dir = value
     elif key == "durable_lag_ns":
@@ -79,9 +80,11 @@ def config(key: str, value: str) -> None:
         _workers = int(value)
     elif key == "tls":
         _tls = value == "1"
+    elif key == "clients":
+        _clients = Clients(int(value))
     else:
         raise RuntimeError(
-            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1 are known"
+            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1, clients=N are known"
         )
 
 
@@ -153,10 +156,12 @@ def open(readonly: bool) -> Handle:
             raise NotFoundError(
                 "points are served by the export socket", hint="cdp uri DISK@WHEN prints the URI"
             )
-        connection = _connect(export, direct=name != text)
+        with _clients.entering(export.name):
+            connection = _connect(export, direct=name != text)
     except CdpError as error:
         _fail(error, "open", export=text[:200])
         raise
+    _clients.came(connection, export.name)
     connection.thread_state = thread_state.keep()
     return connection
 
@@ -183,6 +188,7 @@ def close(h: Handle) -> None:
     try:
         h.close()
     finally:
+        _clients.left(h)
         thread_state.let_go(h.thread_state)
 
 

@@ -52,6 +52,7 @@ def test_every_key_is_read() -> None:
         listen = "127.0.0.1:10809"
         listen_export = "[::1]:10809"
         listen_api = "127.0.0.1:8443"
+        nbd_clients = 100
         durable_lag_limit = "2s"
         workers = 4
         socket_linger = "90s"
@@ -97,6 +98,7 @@ def test_every_key_is_read() -> None:
         listen=("127.0.0.1", 10809),
         listen_export=("::1", 10809),
         listen_api=("127.0.0.1", 8443),
+        nbd_clients=100,
         tls_certificates="/etc/cdpserver/tls",
         tls_psk="/etc/cdpserver/keys.psk",
         durable_lag_limit_ns=2 * SECOND,

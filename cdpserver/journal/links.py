@@ -63,6 +63,9 @@ class Kind(IntEnum):
     DROPPED = 3
 
 
+KINDS = frozenset(int(kind) for kind in Kind)
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """One link. Those about a whole interval have segment and seqs 0; `old` is zeros in SEALED, `new` in DROPPED."""
@@ -180,6 +183,11 @@ def _whole(data: bytes, path: Path) -> list[Link]:
                     hint="what comes after it is not proven: look at a copy of the file, or at an anchor",
                 )
             break
+        if raw[0] not in KINDS:
+            raise CorruptError(
+                f"link {len(found) + 1} of {path} is of the unknown kind {raw[0]}",
+                hint="a newer cdpserver wrote it; upgrade this one",
+            )
         found.append(_decode(raw))
         before = found[-1].digest
     return found

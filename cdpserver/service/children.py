@@ -70,7 +70,7 @@ def plugin(name: str) -> str:
 
 def _nbdkit(name: str, state: StateDir, config: Config, *parameters: str) -> list[str]:
     options = ["-f", "-t", "1", *tls.nbdkit_arguments(config.tls_certificates, config.tls_psk)]
-    asked = ["tls=1"] if config.nbd_tls else []
+    asked = [f"clients={config.nbd_clients}", *(["tls=1"] if config.nbd_tls else [])]
     return ["nbdkit", *options, "python", plugin(name), f"state_dir={state.path}", *parameters, *asked]
 
 
