@@ -1,15 +1,17 @@
 """Gaps that a controller knows of: writes of the guest that were never received, on record in the journal."""
 
+import errno
 from collections.abc import Iterator
 
 import pytest
 
-from cdpserver.errors import NotFoundError, RefusedError, RemovedError, UsageError
+from cdpserver.errors import NoSpaceError, NotFoundError, RefusedError, RemovedError, UsageError
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade
 from cdpserver.names import At, MirrorExport
 from cdpserver.stretches import grade_at, stretches
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
+from tests.test_journal import Fault
 
 BLOCK = 4096
 MS = 10**6
@@ -144,6 +146,65 @@ def test_what_was_on_its_way_when_the_target_hung_is_no_point_of_when_it_came(li
     assert offered(line, freed_ns, freed_ns + 1, late_ns, world.now_ns) == [Grade.CRASH, None, None, None]
 
 
+def refuse(line: Line, monkeypatch: pytest.MonkeyPatch, *, full: bool) -> None:
+    """A write of the guest finds no room: on the store, or for the disk's cap, where there is some for a control record."""
+    line.disk.full = "" if full else "at its cap"
+    with monkeypatch.context() as patch:
+        if full:
+            Fault(patch, 1, errno.ENOSPC, stuck=True)
+        with pytest.raises(NoSpaceError):
+            line.write(BLOCK, b"r" * BLOCK)
+    line.disk.full = ""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_comes_after_a_write_that_was_refused_is_no_point(
+    line: Line, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """QEMU marks the place, its guest goes on without, and what that writes next, over the same connection, may find room."""
+    world = line.world
+    last_ns, seen_ns = line.writer.last_time_ns, world.now_ns
+    world.now_ns += MS
+    refuse(line, monkeypatch, full=full)
+    assert line.writer.state.synced == full, "if there is room to say so, it is said at once"
+    world.now_ns += SECOND_NS
+    line.write(2 * BLOCK, b"d" * BLOCK)
+    began_ns = world.now_ns
+    world.now_ns += SECOND_NS // 3
+    line.write(3 * BLOCK, b"e" * BLOCK)
+    lose(line, ago_ns=world.now_ns - seen_ns)  # its controller, too, found no room to say so earlier
+    assert (gap(line)["from_ns"], gap(line)["until_ns"]) == (seen_ns, began_ns)
+    world.now_ns += SECOND_NS
+    times = (last_ns, seen_ns, seen_ns + 1, began_ns - 1, began_ns, world.now_ns)
+    assert offered(line, *times) == [Grade.CRASH, Grade.CRASH, None, None, Grade.UNORDERED, Grade.UNORDERED]
+    with line.points() as points:
+        grades = [point.grade for point in points.points(now_ns=world.now_ns, kind="rp")]
+    assert grades == [Grade.CRASH, Grade.UNORDERED]
+    line.synced()
+    line.write(0, b"f" * BLOCK)
+    assert line.writer.state.synced, "one refusal ends one session"
+
+
+def test_a_write_that_waited_for_room_was_not_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest has heard of nothing."""
+    line.connection().waits = True
+    for full in (False, True):
+        refuse(line, monkeypatch, full=full)
+        line.write(BLOCK, b"r" * BLOCK)
+        assert line.writer.state.synced
+
+
+def test_a_read_that_fails_counts_for_who_writes(line: Line) -> None:
+    """QEMU reads around a write that is smaller than a block; if that fails, so does the write, which never comes."""
+    beyond = line.disk.size
+    with pytest.raises(UsageError):
+        line.connection(1).read_into(memoryview(bytearray(BLOCK)), beyond)
+    assert line.writer.state.synced, "a reader"
+    with pytest.raises(UsageError):
+        line.connection().read_into(memoryview(bytearray(BLOCK)), beyond)
+    assert not line.writer.state.synced
+
+
 def test_no_gap_without_being_in_sync(line: Line) -> None:
     line.disk.lost(7, "of another session", ago_ns=None, freed_ago_ns=None)
     line.disconnect()
@@ -198,8 +259,10 @@ def test_what_an_older_mirror_still_sends_is_refused(line: Line) -> None:
         with pytest.raises(RemovedError, match="another mirror"):
             late.zero(0, BLOCK)
     line.synced()
+    with pytest.raises(RemovedError, match="another mirror"):
+        first.write(memoryview(b"1" * BLOCK), 0)
     first.close()
-    assert line.writer.state.synced, "the end of a connection that was replaced is no news"
+    assert line.writer.state.synced, "neither is news, of a connection that was replaced"
     buffer = bytearray(BLOCK)
     second.read_into(memoryview(buffer), 0)
     assert buffer == b"2" * BLOCK

@@ -232,6 +232,7 @@ def _fill_and_free(server: Server, store: Path) -> None:
     ballast.unlink()
     handle.pwrite(b"again" * 16384, 0)
     handle.flush()
+    assert not server.get("/v1/disks/d")["synced"], "a mirror's guest went on without what was refused"
     held[0] = (b"again" * 16384)[:65536]
     held[1] = (b"again" * 16384)[65536:] + held[1][16384:] if 1 in held else b""
     assert handle.pread(65536, 0) == held[0]

@@ -37,6 +37,9 @@ class Disk(Protocol):
     def sync(self) -> None:
         """As `flush`, for FUA."""
 
+    def refused(self) -> None:
+        """A client has heard of an error, and goes on without what it wrote."""
+
     def disconnect(self, connection: "Connection") -> None:
         """A client is gone."""
 
@@ -88,68 +91,88 @@ class Connection:
         self._disk.begin_session(FIRST_WRITE)
         self.wrote = True
 
+    def _refused(self, error: BaseException, *, writing: bool) -> None:
+        """What the client asked for failed. A mirror marks that place, and its guest goes on without: what is written here from
+        then on is not all that the guest wrote. So with a mirror's read, of which it makes a write of whole blocks.
+        """
+        hears = not (self.waits and isinstance(error, NoSpaceError))
+        if hears and not self.replaced and (writing or self.wrote):
+            self._disk.refused()
+
     def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
         """On return the write survives a kill of any process; with `fua` a power loss."""
         if not payload:
             return
-        with self.lock:
-            disk = self._disk
-            if disk.gone or disk.full or self.replaced or offset + len(payload) > disk.size:
-                self._check(offset, len(payload), writing=True)
-            if not self.wrote:
-                self._first_write()
-            counts = self.counts
-            number = counts.writes
-            counts.writes = number + 1
-            counts.data_bytes += len(payload)
-            started = 0 if number & NOT_TIMED else perf_counter_ns()
-            journal = disk.journal
-            if journal is not None:
-                journal.write(payload, offset)
-            else:
-                disk.first_copy.write(payload, offset)  # type: ignore[union-attr]
-            if started:
-                counts.timed += 1
-                counts.timed_ns += perf_counter_ns() - started
-        if fua:
-            disk.sync()
+        try:
+            with self.lock:
+                disk = self._disk
+                if disk.gone or disk.full or self.replaced or offset + len(payload) > disk.size:
+                    self._check(offset, len(payload), writing=True)
+                if not self.wrote:
+                    self._first_write()
+                counts = self.counts
+                number = counts.writes
+                counts.writes = number + 1
+                counts.data_bytes += len(payload)
+                started = 0 if number & NOT_TIMED else perf_counter_ns()
+                journal = disk.journal
+                if journal is not None:
+                    journal.write(payload, offset)
+                else:
+                    disk.first_copy.write(payload, offset)  # type: ignore[union-attr]
+                if started:
+                    counts.timed += 1
+                    counts.timed_ns += perf_counter_ns() - started
+            if fua:
+                disk.sync()
+        except BaseException as error:
+            self._refused(error, writing=True)
+            raise
 
     def zero(self, offset: int, length: int, *, trim: bool = False, fua: bool = False) -> None:
         """Make a range read as zeros: one record, whatever its length. `fua` as for `write`."""
         if length == 0:
             return
-        with self.lock:
-            self._check(offset, length, writing=True)
-            if not self.wrote:
-                self._first_write()
-            disk = self._disk
-            if disk.journal is not None:
-                disk.journal.zero(offset, length, Kind.TRIM if trim else Kind.ZERO)
-            else:
-                assert disk.first_copy is not None
-                disk.first_copy.zero(offset, length)
-            counts = self.counts
-            if trim:
-                counts.trims += 1
-                counts.trim_bytes += length
-            else:
-                counts.zeros += 1
-                counts.zero_bytes += length
-        if fua:
-            disk.sync()
+        try:
+            with self.lock:
+                self._check(offset, length, writing=True)
+                if not self.wrote:
+                    self._first_write()
+                disk = self._disk
+                if disk.journal is not None:
+                    disk.journal.zero(offset, length, Kind.TRIM if trim else Kind.ZERO)
+                else:
+                    assert disk.first_copy is not None
+                    disk.first_copy.zero(offset, length)
+                counts = self.counts
+                if trim:
+                    counts.trims += 1
+                    counts.trim_bytes += length
+                else:
+                    counts.zeros += 1
+                    counts.zero_bytes += length
+            if fua:
+                disk.sync()
+        except BaseException as error:
+            self._refused(error, writing=True)
+            raise
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """What was written last."""
-        with self.lock:
-            self._check(offset, len(buffer))
-            disk = self._disk
-            if disk.reads is not None:
-                disk.reads.read_into(buffer, offset)
-            else:
-                assert disk.first_copy is not None
-                disk.first_copy.read_into(buffer, offset)
-            self.counts.reads += 1
-            self.counts.read_bytes += len(buffer)
+        try:
+            with self.lock:
+                self._check(offset, len(buffer))
+                disk = self._disk
+                if disk.reads is not None:
+                    disk.reads.read_into(buffer, offset)
+                else:
+                    assert disk.first_copy is not None
+                    disk.first_copy.read_into(buffer, offset)
+                self.counts.reads += 1
+                self.counts.read_bytes += len(buffer)
+        except BaseException as error:
+            self._refused(error, writing=False)
+            raise
 
     def status(self, offset: int, length: int, *, one: bool) -> list[tuple[int, int, bool]]:
         """(start, end, zero) runs from `offset` on."""

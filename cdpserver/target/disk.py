@@ -10,6 +10,7 @@ to itself has none, until it is said that a mirror does (`mirrored`).
 Threads: one per connection (`-t 1`), the committer, the control thread.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from cdpserver.errors import (
     BrokenError,
     CdpError,
     CorruptError,
+    NoSpaceError,
     NotFoundError,
     RefusedError,
     RemovedError,
@@ -34,7 +36,7 @@ from cdpserver.journal.log import Journal
 from cdpserver.journal.observed import told
 from cdpserver.journal.writer import JournalWriter
 from cdpserver.names import MirrorExport, format_size
-from cdpserver.target import leftover, place
+from cdpserver.target import leftover, said
 from cdpserver.target.connection import Connection
 from cdpserver.target.counts import Counts, total
 from cdpserver.target.reads import LiveReads
@@ -129,37 +131,9 @@ class TargetDisk:
     def status(self) -> dict[str, Any]:
         """What the service wants to know, as plain values."""
         with self._mode_lock:
-            return self._status() | {
-                "counts": total([self._counts, *(held.counts for held in self._connections.values())])
-            }
-
-    def _status(self) -> dict[str, Any]:
-        shared = {"clients": self.clients, "broken": self.broken}
-        if self.first_copy is not None:
-            wrote, session = self.first_copy.wrote, self.first_copy.session
-            shared |= {"place": place.place(self.first_copy), "synced": False}
-            return {"mode": "first-copy", "wrote": wrote, "session": session, **shared}
-        if self.journal is None:
-            return {"mode": "journal", "session": 0, "synced": False, **shared}
-        state = self.journal.state
-        return {
-            "mode": "journal",
-            "session": state.session,
-            "synced": state.synced,
-            "write_blocking": state.write_blocking,
-            "grade": state.grade.label,
-            "fork": state.fork,
-            "last_seq": self.journal.last_seq,
-            # Without its base a history is worth nothing.
-            "durable_seq": self.journal.durable_seq if self._base_durable else 0,
-            "lag_ns": self.journal.lag_ns(),
-            "gap_until_ns": state.gap_until_ns,
-            "anchor": state.anchor,
-            "anchored": state.anchored,
-            "payload_bytes": self.journal.payload_bytes,
-            "place": place.place(self.journal),
-            **shared,
-        }
+            counts = [self._counts, *(held.counts for held in self._connections.values())]
+            shared = {"clients": self.clients, "broken": self.broken, "counts": total(counts)}
+            return shared | said.of(self.first_copy, self.journal, base_durable=self._base_durable)
 
     # -- connections -----------------------------------------------------------------------------------------
 
@@ -217,6 +191,18 @@ class TargetDisk:
             self._emit(
                 "target.session-late", level="warning", disk=self.timeline.full_name, reason=str(error)
             )
+
+    def refused(self) -> None:
+        """A client has heard of an error, and goes on without what it wrote: its session is over, as with a lost connection.
+
+        Nothing of it is in the journal, so the next write is the first of a session of its own, whoever's that is.
+        """
+        for other in list(self._connections.values()):
+            other.wrote = False
+        if self.journal is not None and self.journal.state.synced and not self.broken:
+            # Until then, too, points count as in sync no more; without room for that the next write says it first.
+            with contextlib.suppress(NoSpaceError, BrokenError):
+                self.begin_session("a write was refused")
 
     def begin_session(self, reason: str) -> None:
         """Points are unordered from here on, until *synced*."""
