@@ -16,7 +16,7 @@ from cdpserver import messages
 from cdpserver.catalog import Catalog
 from cdpserver.clock import fix_clock
 from cdpserver.config import Config
-from cdpserver.errors import RefusedError, UnreachableError
+from cdpserver.errors import NoSpaceError, RefusedError, UnreachableError
 from cdpserver.events import EventLog
 from cdpserver.service.children import Child
 from cdpserver.service.control import Targets
@@ -29,6 +29,7 @@ from cdpserver.vm.probe import Probe
 from cdpserver.vm.qmp import Event, QmpRefusedError
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.release import release
+from cdpserver.vm.target import TargetState
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
 from tests.test_later_qemu import NAME, URI, UUID, KeptTarget
@@ -331,6 +332,116 @@ async def test_a_guest_is_freed_of_a_target_that_hangs(
         else:
             assert not target.lost_said, "it waited"
         assert state() == "synced"
+        nursery.cancel_scope.cancel()
+
+
+class StandingQemu(MirroredQemu):
+    """Its mirror could not write, and stands until it is resumed."""
+
+    failed = False
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        answer = await super().execute(command, arguments)
+        if command == "block-job-resume":
+            self.failed = False
+        elif command == "query-block-jobs" and self.failed:
+            answer = [job | {"status": "paused", "io-status": "nospace"} for job in answer]
+        return answer
+
+
+class FullTarget(HangingTarget):
+    """Our side, which has had no room, not even for what it is told once: that writes are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full: trio.Event | None = None
+        """Set when it was told."""
+        self.whole_at: list[float] = []
+
+    async def lost(self, disk: str, session: int, reason: str, *, ago: Any) -> None:
+        if self.full is not None and not self.full.is_set():
+            self.full.set()
+            raise NoSpaceError("the store's file system is full", hint="free space")
+        if not self.said.synced:
+            return
+        self.whole_at.append(trio.current_time() - ago.whole_ns / 1e9)
+        self.said = TargetState(session=session + 1, synced=False, last_seq=1, place="1:1")
+        self.synced_said = trio.Event()
+
+
+async def test_what_is_missing_is_on_record_before_a_mirror_counts_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The store was full: QEMU could not write, and the gap could not be said. Then there is room, before anybody writes."""
+    qemu, target = StandingQemu(yanks=True), FullTarget()
+
+    @asynccontextmanager
+    async def connect(_: object) -> AsyncIterator[MirroredQemu]:
+        yield qemu
+
+    vm = ProtectedVm("web", QmpSocket("/x"), (ProtectedDisk("web/d", "d"),), 0)
+    controller = Controller(vm, connect, target)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(controller.run)
+        with trio.fail_after(60):
+            await target.synced_said.wait()
+        await trio.sleep(5)
+        assert not target.whole_at
+        failed_at, qemu.failed, target.full = trio.current_time(), True, trio.Event()
+        with trio.fail_after(60):
+            await target.full.wait()
+        await trio.sleep(5)
+        (whole_at,) = target.whole_at
+        assert whole_at <= failed_at, "a gap from when it was seen whole, not from when that could be said"
+        assert controller.states["web/d"].state == "synced" and target.synced_said.is_set(), "said anew"
+        nursery.cancel_scope.cancel()
+
+
+class SlowTarget(HangingTarget):
+    """Our side, which hangs while it is told that the mirror is in sync."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = trio.Event()
+        self.goes_on = trio.Event()
+        self.goes_on.set()
+
+    async def synced(self, disk: str, session: int, bitmap: str = "", *, seen: Any = None) -> None:
+        self.told.set()
+        await self.goes_on.wait()
+        await super().synced(disk, session, bitmap, seen=seen)
+
+
+async def test_a_guest_that_was_freed_while_its_mirror_was_said_to_be_in_sync(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What was seen before is older than the yank: the gap begins there at the latest, whatever still arrives."""
+    qemu, target = MirroredQemu(yanks=True), SlowTarget()
+
+    @asynccontextmanager
+    async def connect(_: object) -> AsyncIterator[MirroredQemu]:
+        yield qemu
+
+    vm = ProtectedVm("web", QmpSocket("/x"), (ProtectedDisk("web/d", "d"),), 0)
+    controller = Controller(vm, connect, target)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(controller.run)
+        with trio.fail_after(60):
+            await target.synced_said.wait()
+        await trio.sleep(5)
+        target.lost_said.clear()
+        target.told, target.goes_on = trio.Event(), trio.Event()
+        target.said = TargetState(session=2, synced=False, last_seq=1, place="1:1")
+        with trio.fail_after(60):
+            await target.told.wait()
+        target.hangs_since = trio.current_time()
+        await trio.sleep(HUNG_S + 1)
+        assert "yank" in qemu.asked
+        target.hangs_since = None
+        target.goes_on.set()
+        await trio.sleep(5)
+        ((reason, freed_ns),) = target.lost_said
+        assert "went on without" in reason and freed_ns is not None
         nursery.cancel_scope.cancel()
 
 

@@ -193,11 +193,8 @@ class _Follower:
         self._mirror: Mirror | None = None
         self._changes: Changes | None = None
         self._uri = ""
-        self._trusted = ""
-        self._tries = 0
-        self._gave_up = ""
-        self._errors = 0
-        self._in_vain = 0
+        self._trusted = self._gave_up = ""
+        self._tries = self._errors = self._in_vain = 0
         self._write_blocking = False
         self._said: TargetState | None = None
         self._steady: tuple[int, int] = (-1, -1)
@@ -276,8 +273,7 @@ class _Follower:
         said = await self._target.state(self._name)
         job = await self._mirror.look()
         distrust = await self._distrust(said, job)
-        if job is None and self._seen.missed:
-            await self._say_lost(said)  # a start may take long, and what is offered meanwhile is wrong
+        await self._say_lost(said)  # first: a start may take long, and a job that goes on would count again
         if job is None:
             await self._start(said)
             self.begun.set()
@@ -285,14 +281,14 @@ class _Follower:
             self._lose(distrust)
             await self._mirror.end(force=True)
         elif job.stands:
-            await self._resume()
+            await self._resume(said)
         else:
             self.begun.set()
             await self._watch(said, job, looked_at)
         seen = self._seen
-        if seen.state == "synced":
+        if seen.state == "synced" and not seen.missed:
             seen.whole_at, seen.freed_at, seen.unsaid = looked_at, None, True
-        elif seen.missed:
+        else:
             await self._say_lost(said)
         if said.place:
             await self._mark.keep(said.place)
@@ -336,7 +332,10 @@ class _Follower:
             self._seen.missed = reason
 
     async def _say_lost(self, said: TargetState) -> None:
+        """Put on record what is missing, if anything is."""
         seen = self._seen
+        if not seen.missed:
+            return
         ago = Ago.of(trio.current_time(), whole_at=seen.whole_at, freed_at=seen.freed_at)
         await self._target.lost(self._name, said.session, seen.missed, ago=ago)
         seen.missed, seen.unsaid = "", False
@@ -393,9 +392,10 @@ class _Follower:
         copy.done = copy.total = sent.sent
         copy.pause_ns = sent.pause_ns
 
-    async def _resume(self) -> None:
+    async def _resume(self, said: TargetState) -> None:
         assert self._mirror is not None
         self._lose("QEMU could not write to the target")
+        await self._say_lost(said)  # while QEMU shows it, whatever becomes of us
         self._in_vain += 1
         if self._in_vain > PATIENCE:
             await self._mirror.end(force=True)
