@@ -8,9 +8,9 @@ is larger than half of that, two chunks. Two packs come on top (packs.py).
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cdpserver.repository.format import ZERO_ID, Kind
 from cdpserver.repository.packs import PackWriter
@@ -44,6 +44,12 @@ class _Run:
         self.first = self.last = 0
 
 
+Put: TypeAlias = Callable[[int, bytes], None]
+"""Takes a chunk's number and id."""
+
+Sent: TypeAlias = tuple[Put, int, bytearray]
+"""Where a chunk's id goes, its number, its content."""
+
 _Named = tuple[bytes, tuple[bytes, int] | None, int]
 """Id, (stored bytes, codec) if this one stores it, raw bytes."""
 
@@ -65,7 +71,7 @@ class Pipeline:
         self.read_bytes = 0
         self.new_bytes = 0
 
-    def store(self, source: Readable, chunks: Iterator[int], put: Callable[[int, bytes], None]) -> None:
+    def store(self, source: Readable, chunks: Iterator[int], put: Put) -> None:
         """Every chunk's id to `put`, in order; those that are new into packs."""
         under_way: deque[tuple[_Run, Future[list[_Named]]]] = deque()
         for first, last in runs_of(chunks, self._chunks):
@@ -91,24 +97,45 @@ class Pipeline:
         content = memoryview(run.buffer)
         for number in range(run.first, run.last):
             at = (number - run.first) * self._step
-            part = content[at : at + min(self._step, size - number * self._step)]
-            id_ = self._repository.id(part)
-            if id_ == self._zero(len(part)):
-                found.append((ZERO_ID, None, len(part)))
-            elif self._writer.claim(id_):
-                found.append((id_, self._repository.seal(id_, Kind.DATA, part), len(part)))
-            else:
-                found.append((id_, None, len(part)))
+            found.append(self._name(content[at : at + min(self._step, size - number * self._step)]))
         return found
 
-    def _take(self, run: _Run, named: "Future[list[_Named]]", put: Callable[[int, bytes], None]) -> None:
+    def _name(self, content: bytearray | memoryview) -> _Named:
+        """What becomes of one chunk. In a worker."""
+        id_ = self._repository.id(content)
+        if id_ == self._zero(len(content)):
+            return ZERO_ID, None, len(content)
+        if self._writer.claim(id_):
+            return id_, self._repository.seal(id_, Kind.DATA, content), len(content)
+        return id_, None, len(content)
+
+    def store_sent(self, chunks: Iterable[Sent]) -> None:
+        """The same for chunks that come as they are, of several disks and in any order."""
+        under_way: deque[tuple[Put, int, Future[_Named]]] = deque()
+
+        def take() -> None:
+            put, number, named = under_way.popleft()
+            self._add(put, number, named.result())
+
+        for put, number, content in chunks:
+            if len(under_way) >= self.most:
+                take()
+            under_way.append((put, number, self._pool.submit(self._name, content)))
+        while under_way:
+            take()
+
+    def _take(self, run: _Run, named: "Future[list[_Named]]", put: Put) -> None:
         """The oldest run's chunks go on; its buffer is free."""
-        for number, (id_, sealed, raw) in enumerate(named.result(), run.first):
-            put(number, id_)
-            if sealed is not None:
-                self.new_bytes += raw
-                self._writer.add(id_, Kind.DATA, raw, sealed)
+        for number, one in enumerate(named.result(), run.first):
+            self._add(put, number, one)
         self._free.append(run)
+
+    def _add(self, put: Put, number: int, named: _Named) -> None:
+        id_, sealed, raw = named
+        put(number, id_)
+        if sealed is not None:
+            self.new_bytes += raw
+            self._writer.add(id_, Kind.DATA, raw, sealed)
 
     def _zero(self, length: int) -> bytes:
         if length not in self._zeros:

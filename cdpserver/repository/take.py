@@ -56,10 +56,7 @@ def choose(
         if disk is None:
             return Choice(FULL, f"backup {parent.id} has no {source.name}")
         try:
-            ChunkList(repository, disk)
-            for number in range(len(disk.pages)):
-                if disk.pages[number] != ZERO_ID and not repository.has(disk.pages[number]):
-                    raise CorruptError("its list is not all there")
+            check_list(repository, disk)
             found.append(tuple(source.changed_since(disk)))
         except CorruptError as error:
             return Choice(FULL, f"backup {parent.id} is damaged: {error.message}")
@@ -68,6 +65,13 @@ def choose(
     if _is_all(sources, sum(map(_bytes, found))):
         return Choice(FULL, f"as much changed since backup {parent.id} as a full one reads")
     return Choice(INCREMENTAL, f"what changed since backup {parent.id} is known", parent, tuple(found))
+
+
+def check_list(repository: Repository, disk: BackedUpDisk) -> None:
+    """Is the list of a disk's chunks all there? CorruptError: nothing can be built on it."""
+    ChunkList(repository, disk)
+    if not all(id_ == ZERO_ID or repository.has(id_) for id_ in disk.pages):
+        raise CorruptError("its list is not all there")
 
 
 def _is_all(sources: Sequence[Source], changed: int) -> bool:
@@ -164,13 +168,13 @@ def back_up(
             tags=tags or {},
             since_ns=repository.now_ns(),
         )
-        retain(repository, backup)
-        _publish(repository, backup, check_held)
+        publish(repository, backup, check_held)
     return backup
 
 
-def _publish(repository: Repository, backup: Backup, check_held: HeldCheck) -> None:
+def publish(repository: Repository, backup: Backup, check_held: HeldCheck) -> None:
     """Now it is a backup, unless `gc` may have taken this session for dead, and chunks from under it. BrokenError."""
+    retain(repository, backup)
     check_held()
     repository.write_backup(backup)
     try:

@@ -19,11 +19,12 @@ from cdpserver.journal.control import Grade
 from cdpserver.names import At
 from cdpserver.service import hooks
 from cdpserver.service.core import Core
-from cdpserver.service.freezer import Freezer, Frozen
+from cdpserver.service.freezer import Freezer
 from cdpserver.service.instants import Instants
 from cdpserver.service.protection import Protection
 from cdpserver.service.vms import Vms
 from cdpserver.vm import record
+from cdpserver.vm.frozen import Frozen
 from cdpserver.vm.instant import Instant, Placed
 from cdpserver.vm.record import ProtectedVm
 from cdpserver.vm.together import CommonPoint

@@ -6,25 +6,36 @@ joins again.
 
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from cdpserver.vm.qmp import Qmp, connect
+from cdpserver.vm.qmp import Monitor, Qmp, connect
 
 Said = TypeVar("Said")
+Opened = TypeVar("Opened", bound=Monitor)
 
 
 def over(path: Path, do: Callable[[Qmp], Awaitable[Said]]) -> Said:
     """What `do` says, given a connection to the monitor at `path`. KeyboardInterrupt, and what both raise."""
-    return trio.run(_over, path, do)
+    return over_any(connect(path), do)
 
 
-async def _over(path: Path, do: Callable[[Qmp], Awaitable[Said]]) -> Said:
+def over_any(
+    connecting: AbstractAsyncContextManager[Opened], do: Callable[[Opened], Awaitable[Said]]
+) -> Said:
+    """The same by any way to a monitor."""
+    return trio.run(_over, connecting, do)
+
+
+async def _over(
+    connecting: AbstractAsyncContextManager[Opened], do: Callable[[Opened], Awaitable[Said]]
+) -> Said:
     said: list[Said] = []
     failed: Exception | None = None
-    async with connect(path) as monitor:
+    async with connecting as monitor:
         # Inside the connection, which must still carry the end of a job that is cancelled.
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
