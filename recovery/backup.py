@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from typing import Any
 
 from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.names import When, format_bytes, parse_point
@@ -23,6 +24,12 @@ from recovery.together import several
 
 def run(options: Namespace) -> None:
     """Make one. Killed, there is none, and the next one is right."""
+    if options.qmp is not None or options.libvirt is not None:
+        from recovery.backup_vm import run_vm
+
+        run_vm(options)
+        return
+    _check_point(options)
     points, name = _points(options)
     most = MAX_INCREMENTS if options.max_increments is None else options.max_increments
     state_dir = default_state_dir(options.state_dir)
@@ -39,15 +46,35 @@ def run(options: Namespace) -> None:
             max_increments=most,
             progress=lambda done: bar(int(done * 1000), 1000),
         )
+    tell_made(options, made.show())
+
+
+def _check_point(options: Namespace) -> None:
+    """What a running VM's backup takes does not go with a point."""
+    given = {
+        "--domain": options.domain,
+        "--disk": options.disk,
+        "--freeze": options.freeze,
+        "--or-crash": options.or_crash,
+        "--agent": options.agent,
+    }
+    if wrong := [name for name, value in given.items() if value]:
+        raise UsageError(
+            f"{wrong[0]} goes with --qmp or --libvirt",
+            hint="a point was taken already: cdp point mark VM --name N --freeze, then VM@N",
+        )
+    parse_point(options.point)
+
+
+def tell_made(options: Namespace, made: dict[str, Any]) -> None:
+    """A backup that was made, as `show` has it."""
     if options.json:
-        answer_json(made.show())
+        answer_json(made)
         return
-    rate = format_bytes(int(made.read_bytes / max(made.seconds, 0.001)))
-    answer(
-        f"backup:{made.id}  {made.kind}: {format_bytes(made.read_bytes)} read ({rate}/s), {format_bytes(made.new_bytes)} new,"
-        f" {format_bytes(made.stored_bytes)} stored"
-    )
-    say(f"{made.kind}, since {made.reason}" if made.kind == "full" else made.reason)
+    rate = format_bytes(int(made["read_bytes"] / max(made["seconds"], 0.001)))
+    read, new, stored = (format_bytes(made[key]) for key in ("read_bytes", "new_bytes", "stored_bytes"))
+    answer(f"backup:{made['id']}  {made['kind']}: {read} read ({rate}/s), {new} new, {stored} stored")
+    say(f"{made['kind']}, since {made['reason']}" if made["kind"] == FULL else made["reason"])
 
 
 def _points(options: Namespace) -> tuple[list[tuple[str, When]], str]:

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from cdpserver import names
 from cdpserver.errors import UsageError
-from recovery.arguments import count, take_point, take_yes
+from recovery.arguments import count, point, take_yes
 from recovery.tree import Commands, lazy
 
 REPO_VARIABLE = "CDP_REPO"
@@ -128,10 +128,18 @@ def _add_backup(commands: Commands) -> None:
     run = backup.leaf(
         "run",
         lazy("backup", "run"),
-        "Back up a point; only what changed since an earlier backup is read. Works without the server.",
-        "cdp backup run web/vda@latest --repo /mnt/nas/backups",
+        "Back up a point, or a running VM that has no points here; only what changed since an earlier backup is read. Works"
+        " without the server.",
+        "cdp backup run web/vda@latest --repo /mnt/nas/backups\n"
+        "  cdp backup run mail --libvirt qemu:///system --repo /mnt/nas/backups --freeze",
     )
-    take_point(run, help="or VM@WHEN, GROUP@WHEN: all disks at one instant, in one backup")
+    run.add_argument(
+        "point",
+        metavar="DISK@WHEN",
+        type=_point_or_vm,
+        help="or VM@WHEN, GROUP@WHEN: all disks at one instant, in one backup; with --qmp or --libvirt a VM's name",
+    )
+    _take_running_vm(run)
     run.add_argument("--full", action="store_true", help="read everything, whatever is known of changes")
     run.add_argument(
         "--max-increments",
@@ -226,6 +234,35 @@ def _add_backup(commands: Commands) -> None:
         take_repo(command)
 
 
+def _take_running_vm(run: ArgumentParser) -> None:
+    """How a VM is reached that CDP does not protect."""
+    run.add_argument(
+        "--qmp",
+        metavar="PATH",
+        help="back up a running VM, as it is now: the socket of a QMP monitor of its QEMU",
+    )
+    run.add_argument("--libvirt", metavar="URI", help="the same by the libvirt that owns the monitor")
+    run.add_argument("--domain", metavar="NAME", help="its domain, if its name is not VM")
+    run.add_argument(
+        "--disk",
+        metavar="DISK",
+        action="append",
+        default=[],
+        help="a drive name, libvirt's target (vda), device id or node name; can be given again; else all that the guest has",
+    )
+    run.add_argument(
+        "--freeze", action="store_true", help="with the guest's file systems frozen, by its agent: grade app"
+    )
+    run.add_argument(
+        "--or-crash",
+        action="store_true",
+        help="back it up also if the guest cannot be frozen, with its lesser grade",
+    )
+    run.add_argument(
+        "--agent", metavar="PATH", help="the socket of its guest agent; else libvirt's, with --libvirt"
+    )
+
+
 def take_repo(command: ArgumentParser) -> None:
     """Which repository is meant, and its key."""
     command.add_argument("--repo", metavar="PATH", help=f"the repository of a backup; else ${REPO_VARIABLE}")
@@ -237,6 +274,10 @@ def take_key(command: ArgumentParser) -> None:
     keys = command.add_mutually_exclusive_group()
     keys.add_argument("--key-file", metavar="FILE", help="holds the key of an encrypted repository")
     keys.add_argument("--key-command", metavar="COMMAND", help="prints the key, such as 'pass show backup'")
+
+
+def _point_or_vm(text: str) -> str:
+    return point(text) if "@" in text or text.startswith(names.BACKUP) else names.check_disk_name(text)
 
 
 def _id(text: str) -> str:

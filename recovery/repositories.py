@@ -57,9 +57,17 @@ def location_of(options: Namespace) -> str:
 @contextlib.contextmanager
 def opened_repository(options: Namespace) -> Iterator[Repository]:
     """NotFoundError, RefusedError for a wrong key, CorruptError."""
-    with Repository(open_place(location_of(options)), secret=read_key(options)) as repository:
-        note(repository.place.where, repository.config.id.hex())
+    with opened_with_key(options) as (repository, _):
         yield repository
+
+
+@contextlib.contextmanager
+def opened_with_key(options: Namespace) -> Iterator[tuple[Repository, bytes | None]]:
+    """The same with its key, for a process that opens it too."""
+    secret = read_key(options)
+    with Repository(open_place(location_of(options)), secret=secret) as repository:
+        note(repository.place.where, repository.config.id.hex())
+        yield repository, secret
 
 
 def find_backup(repository: Repository, text: str) -> Backup:

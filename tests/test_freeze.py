@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from cdpserver.errors import RefusedError
 from cdpserver.service.marks import SETTLE_S
 from cdpserver.vm.agent import Agent
+from recovery import cli
 from tests.guest_image import guest_image
 from tests.guest_vm import Guest, booted, file_disk
 from tests.test_service import ApiError, Server, until
@@ -83,9 +85,14 @@ def fsck(world: World, point: str, work: Path) -> tuple[str, Path]:
     found = world.server.get(f"/v1/uri?point={point}")
     (disk,) = found.get("disks", [found])
     subprocess.run(["qemu-img", "convert", "-O", "raw", disk["uri"], str(image)], check=True)
+    return said_by_e2fsck(image), image
+
+
+def said_by_e2fsck(image: Path) -> str:
+    """Without touching it; a file system that is clean."""
     done = subprocess.run(["e2fsck", "-fn", str(image)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    return done.stdout + done.stderr, image
+    return done.stdout + done.stderr
 
 
 def test_a_file_that_nobody_synced_is_in_an_app_point(world: World, tmp_path: Path) -> None:
@@ -319,3 +326,37 @@ def test_marks_by_the_clock(world: World) -> None:
     server.request("PATCH", "/v1/policies/web", {"mark_every": "none"})
     assert json.loads(json.dumps(server.get("/v1/policies/web")))["mark_every"] == "none"
     world.guest.wait_acks(3)
+
+
+def test_a_backup_of_a_guest_that_is_not_protected(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By QEMU's backup job, frozen for its beginning: nothing is to be replayed. The last one: its protection ends here."""
+    guest, server = world.guest, world.server
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CDP_REPO", str(tmp_path / "repo"))
+
+    def cdp(*arguments: object) -> Any:
+        options = cli.parse([*map(str, arguments), "--json"])
+        assert not options.run(options)
+        return json.loads(capsys.readouterr().out)
+
+    cdp("repo", "init", tmp_path / "repo")
+    run = ("backup", "run", "web", "--qmp", guest.qmp2, "--freeze", "--agent", guest.agent)
+    with pytest.raises(RefusedError, match="is protected here"):
+        cdp(*run)
+    server.delete("/v1/vms/web")
+    guest.run("echo precious > /data/unsynced")
+    since = len(guest.console)
+    made = cdp(*run)
+    assert (made["grade"], made["not_frozen"], made["disks"][0]["name"]) == ("app", "", "web/root-device")
+    guest.wait_for("GUEST freeze", since=since)
+    guest.wait_for("GUEST thaw", since=since)
+    guest.wait_acks(3)
+    output = tmp_path / "out.raw"
+    cdp("backup", "restore", "latest", "--output", output)
+    assert "recover" not in said_by_e2fsck(output)
+    said = subprocess.run(
+        ["debugfs", "-R", "cat /data/unsynced", str(output)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "precious\n"

@@ -68,6 +68,10 @@ class LibvirtMonitor:
                 block["device"] = block.get("device") or targets.get(peripheral(block) or "", "")
         return value
 
+    async def user(self) -> int | None:
+        """Who its QEMU runs as, by the domain's label; None where none is told."""
+        return user_of(await self._call(self._domain.XMLDesc, 0))
+
     async def _call(self, function: Any, *arguments: Any) -> Any:
         error_class = module("libvirt").libvirtError
         try:
@@ -124,6 +128,15 @@ class LibvirtMonitor:
             self._lost = True
         except trio.ClosedResourceError:
             return  # it came after the end
+
+
+def user_of(xml: str) -> int | None:
+    """The user's number in the label of a running domain's description: `+64055:+64055`."""
+    for label in ElementTree.fromstring(xml).iterfind("./seclabel[@model='dac']/label"):
+        number = (label.text or "").partition(":")[0].removeprefix("+")
+        if number.isascii() and number.isdecimal():
+            return int(number)
+    return None
 
 
 def targets_of(xml: str) -> dict[str, str]:

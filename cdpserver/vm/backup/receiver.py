@@ -1,0 +1,152 @@
+"""The process that takes a backup (nbdplugin/intake.py), as seen by who runs it: started, asked, ended.
+
+It speaks over one end of a pair of sockets, and ends when the other end does. QEMU's user must reach its NBD socket: that lies in
+a directory of its own, which is given to that user.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import trio
+
+from cdpserver import messages
+from cdpserver.errors import BrokenError
+from cdpserver.repository.pushed import Intent
+
+ANSWER_S = 20.0
+"""A process that says nothing for so long hangs: it has a thread for answers alone."""
+
+START_S = 60.0
+"""It opens the repository meanwhile, which may be far away."""
+
+END_S = 20.0
+"""What it may take to let go of the repository; it is killed then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The repository: its location, and the key of an encrypted one."""
+
+    location: str
+    secret: bytes | None
+
+
+class Receiver:
+    """One backup on its way."""
+
+    def __init__(self, process: trio.Process, control: trio.SocketStream, nbd: Path, log: BinaryIO) -> None:
+        self._process, self._control, self._nbd, self._log = process, control, nbd, log
+
+    def uri(self, disk: str) -> str:
+        """Where QEMU sends a disk to."""
+        return f"nbd+unix:///{disk}?socket={self._nbd}"
+
+    async def much(self) -> bool:
+        """Has it much to do still? The error that ended the backup, if one did."""
+        return bool((await self._ask({"op": "status"}))["much"])
+
+    async def commit(self, *, time_ns: int, grade: str) -> dict[str, Any]:
+        """Publish the backup; what `cdp backup show` tells of it. The error if there is none."""
+        asked = {"op": "commit", "time_ns": time_ns, "grade": grade}
+        return await self._ask(asked, within_s=float("inf"))
+
+    async def end(self) -> None:
+        """Let it let go of the repository, and end."""
+        with trio.move_on_after(END_S), contextlib.suppress(BrokenError):
+            await self._ask({"op": "end"}, within_s=END_S)
+
+    async def _ask(self, asked: dict[str, Any], *, within_s: float = ANSWER_S) -> dict[str, Any]:
+        try:
+            with trio.fail_after(within_s):
+                await self._control.send_all(messages.pack(asked))
+                length = messages.check_length(await self._exactly(messages.LENGTH.size))
+                said = messages.unpack(await self._exactly(length))
+        except trio.TooSlowError:
+            raise BrokenError(
+                f"what takes the backup said nothing for {within_s:.0f} s", hint="make the backup again"
+            ) from None
+        except (trio.BrokenResourceError, EOFError):
+            raise BrokenError(
+                f"what takes the backup has ended: {self._said()}", hint="make the backup again"
+            ) from None
+        messages.raise_error(said)
+        return said
+
+    async def _exactly(self, length: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < length:
+            part = await self._control.receive_some(length - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it said nothing"
+
+    async def _begin(self, where: Where, intent: Intent) -> None:
+        asked = {"repo": where.location, "secret": where.secret, "intent": asdict(intent)}
+        await self._ask(asked, within_s=START_S)
+
+
+@contextlib.asynccontextmanager
+async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncIterator[Receiver]:
+    """It listens, with the repository open. `user` is who QEMU runs as, if that is known. What was not committed is no backup."""
+    directory = Path(tempfile.mkdtemp(prefix="cdp-"))
+    ours, theirs = socket.socketpair()
+    try:
+        with tempfile.TemporaryFile() as log, theirs:
+            nbd = directory / "nbd"
+            process = await _start(nbd, theirs, log)
+            try:
+                theirs.close()
+                async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as control:
+                    receiver = Receiver(process, control, nbd, log)
+                    await receiver._begin(where, intent)
+                    if user is not None and os.geteuid() == 0:
+                        for path in (directory, nbd):
+                            os.chown(path, user, -1)
+                    yield receiver
+                    await receiver.end()
+            finally:
+                with trio.CancelScope(shield=True):
+                    process.kill()
+                    await process.wait()
+    finally:
+        ours.close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _start(nbd: Path, control: socket.socket, log: BinaryIO) -> trio.Process:
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    try:
+        return await trio.lowlevel.open_process(
+            [*_command(nbd), f"control={control.fileno()}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log.fileno(),
+            pass_fds=[control.fileno()],
+            env={**os.environ, "PATH": path},
+            start_new_session=True,  # it is not to hear the terminal's Ctrl-C before we have ended
+        )
+    except OSError as error:
+        raise BrokenError(f"nbdkit cannot be started: {error}", hint="apt-get install nbdkit") from None
+
+
+def _command(nbd: Path) -> list[str]:
+    found = importlib.util.find_spec("nbdplugin")
+    assert found is not None and found.submodule_search_locations
+    plugin = Path(found.submodule_search_locations[0]) / "intake.py"
+    return ["nbdkit", "-f", "-t", "1", "-U", str(nbd), "python", str(plugin)]

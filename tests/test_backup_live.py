@@ -1,0 +1,388 @@
+"""Backups of running VMs that CDP does not protect: a real QEMU's backup job into a repository, killed on the way, and back."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbd
+import pytest
+
+from cdpserver.errors import BrokenError, CdpError, UnreachableError, UsageError
+from cdpserver.repository.content import Content
+from cdpserver.repository.places import open_place
+from cdpserver.repository.repository import Repository
+from cdpserver.vm.backup.choice import prefix_of
+from cdpserver.vm.virt import user_of
+from recovery import cli
+from tools.kit.libvirtd import Libvirtd
+from tools.kit.processes import listens, start, stop, until
+from tools.kit.qmp import Qmp
+from tools.kit.source import Machine, first, make_image
+
+pytestmark = pytest.mark.real
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+CHUNK = 64 << 10
+
+
+class Disks:
+    """A qemu-storage-daemon with two disks that a guest has, and two monitors, of which the test holds one.
+
+    The storage of vda is an NBD server of its own, which can be made to stand still: a job that reads it is met on its way.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name in "ab":
+            (directory / f"{name}.raw").touch()
+            os.truncate(directory / f"{name}.raw", SIZE)
+        socket, log = directory / "storage.sock", directory / "storage.log"
+        self.storage = start(["nbdkit", "-f", "-U", socket, "file", directory / "a.raw"], log)
+        listens(self.storage, socket, log)
+        self.monitor = directory / "qsd.qmp"
+        self.start()
+
+    def start(self) -> None:
+        """The daemon; again after its end."""
+        d, log = self.directory, self.directory / "qsd.log"
+        storage = f"driver=nbd,server.type=unix,server.path={d}/storage.sock"
+        self.process = start(
+            [
+                "qemu-storage-daemon",
+                *("--blockdev", f"{storage},node-name=vda,discard=unmap"),
+                *("--blockdev", f"driver=file,node-name=vdb,filename={d}/b.raw,discard=unmap"),
+                *("--nbd-server", f"addr.type=unix,addr.path={d}/guest.sock,max-connections=0"),
+                *("--export", "type=nbd,id=a,node-name=vda,name=vda,writable=on"),
+                *("--export", "type=nbd,id=b,node-name=vdb,name=vdb,writable=on"),
+                *("--chardev", f"socket,id=m1,path={self.monitor},server=on,wait=off", "--monitor", "chardev=m1"),
+                *("--chardev", f"socket,id=m2,path={d}/own.qmp,server=on,wait=off", "--monitor", "chardev=m2"),
+            ],
+            log,
+        )  # fmt: skip
+        listens(self.process, d / "own.qmp", log)
+        self.qmp = until(lambda: first(d / "own.qmp"), "the daemon's monitor")
+
+    def end(self) -> None:
+        """All of it."""
+        self.stand_still(False)
+        self.close()
+        stop(self.storage)
+
+    def stand_still(self, still: bool) -> None:
+        """The storage of vda answers no more, or goes on."""
+        self.storage.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def close(self) -> None:
+        """The daemon ends, and leaves no sockets."""
+        self.qmp.close()
+        stop(self.process)
+        for name in ("qsd.qmp", "own.qmp", "guest.sock"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def guest(self, disk: str = "vda") -> Iterator[nbd.NBD]:
+        """What plays the guest."""
+        handle = nbd.NBD()
+        handle.connect_uri(f"nbd+unix:///{disk}?socket={self.directory}/guest.sock")
+        try:
+            yield handle
+        finally:
+            handle.shutdown()
+
+    def write(self, data: bytes, offset: int, disk: str = "vda") -> None:
+        with self.guest(disk) as handle:
+            handle.pwrite(data, offset)
+
+    def content(self, disk: str = "vda") -> bytes:
+        with self.guest(disk) as handle:
+            return bytes(handle.pread(handle.get_size(), 0))
+
+    def job(self) -> dict[str, Any] | None:
+        """A job of ours."""
+        jobs = [dict(job) for job in self.qmp.call("query-jobs") if job["id"].startswith("cdp-")]
+        return jobs[0] if jobs else None
+
+    def ours(self) -> list[str]:
+        """Jobs and nodes of ours that QEMU has."""
+        names = [job["id"] for job in self.qmp.call("query-jobs")]
+        names += [node["node-name"] for node in self.qmp.call("query-named-block-nodes")]
+        return [name for name in names if name.startswith("cdp-")]
+
+    def bitmaps(self, node: str = "vda") -> list[str]:
+        nodes = self.qmp.call("query-named-block-nodes")
+        return sorted(b["name"] for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", []))
+
+
+@pytest.fixture
+def qemu(short_path: Path) -> Iterator[Disks]:
+    running = Disks(short_path)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@pytest.fixture(autouse=True)
+def place(short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sockets and caches of ours in the test's own directory, and a repository."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    monkeypatch.setenv("TMPDIR", str(short_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(short_path / "xdg"))
+    monkeypatch.setenv("CDP_REPO", str(short_path / "repo"))
+    cdp(capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
+
+
+def cdp(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """What a command answers in JSON."""
+    options = cli.parse([*map(str, arguments), "--json"])
+    assert not options.run(options)
+    return json.loads(capsys.readouterr().out)
+
+
+def command(qemu: Disks, *more: object) -> list[object]:
+    return ["backup", "run", "web", "--qmp", qemu.monitor, "--disk", "vda", *more]
+
+
+@contextlib.contextmanager
+def started(qemu: Disks) -> Iterator["subprocess.Popen[str]"]:
+    """A run in a process of its own."""
+    words = [sys.executable, "-m", "recovery.cli", *map(str, command(qemu))]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def backed_up(disk: str, id_: str = "") -> bytes:
+    """What a backup has of a disk; of the newest one, if none is named."""
+    with Repository(open_place(os.environ["CDP_REPO"])) as repository:
+        found = repository.backup(id_ or repository.backup_ids()[-1]).disk(disk)
+        assert found is not None
+        return Content(repository, found).read(0, found.size)
+
+
+def test_full_then_what_changed(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only used data is sent; a block that was overwritten, one that was discarded, and nothing at all."""
+    qemu.write(os.urandom(3 * MIB), MIB)
+    contents = {}
+    made = cdp(capsys, *command(qemu))
+    contents[made["id"]] = qemu.content()
+    assert (made["kind"], made["reason"]) == ("full", "there is no backup of it in this repository")
+    assert (made["read_bytes"], made["new_bytes"], made["disks"][0]["name"]) == (3 * MIB, 3 * MIB, "web/vda")
+    assert made["stored_bytes"] >= 3 * MIB
+    qemu.write(os.urandom(4096), 6 * MIB)
+    with qemu.guest() as guest:
+        guest.trim(MIB, 2 * MIB)
+    again = cdp(capsys, *command(qemu))
+    contents[again["id"]] = qemu.content()
+    assert (again["kind"], again["parent"], again["read_bytes"], again["new_bytes"]) == (
+        "incremental", made["id"], CHUNK, CHUNK,
+    )  # fmt: skip
+    assert made["id"] in again["reason"]
+    assert cdp(capsys, *command(qemu))["read_bytes"] == 0
+    for id_, content in contents.items():
+        assert backed_up("vda", id_) == content
+    assert backed_up("vda") == qemu.content()
+    assert qemu.ours() == []
+    assert len(qemu.bitmaps()) == 1
+    assert cdp(capsys, "repo", "check", os.environ["CDP_REPO"])["sound"]
+
+
+def test_all_disks_are_of_one_instant(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest numbers its writes, on one disk and then on the other, while the jobs run."""
+    both = ("--disk", "vdb")
+    for disk in ("vda", "vdb"):
+        qemu.write(os.urandom(2 * MIB), MIB, disk)
+    ended = threading.Event()
+    numbers = [0]
+
+    def write() -> None:
+        with qemu.guest("vda") as first_disk, qemu.guest("vdb") as second_disk:
+            dice = random.Random(5)
+            while not ended.is_set():
+                numbers[0] += 1
+                for disk in (first_disk, second_disk):
+                    disk.pwrite(numbers[0].to_bytes(8, "little") * 512, 0)
+                    disk.pwrite(dice.randbytes(4096), MIB + dice.randrange(64) * 4096)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        until(lambda: numbers[0], "the guest's first write")
+        for kind in ("full", "incremental"):
+            assert cdp(capsys, *command(qemu, *both))["kind"] == kind
+            one, other = (int.from_bytes(backed_up(disk)[:8], "little") for disk in ("vda", "vdb"))
+            assert other <= one <= other + 1
+    finally:
+        ended.set()
+        thread.join()
+    assert cdp(capsys, *command(qemu, *both))["kind"] == "incremental"
+    for disk in ("vda", "vdb"):
+        assert backed_up(disk) == qemu.content(disk)
+
+
+def test_a_qemu_that_was_started_anew(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its bitmaps are lost: a full one, and incremental ones from there on."""
+    qemu.write(os.urandom(3 * MIB), MIB)
+    cdp(capsys, *command(qemu))
+    qemu.close()
+    qemu.start()
+    qemu.write(os.urandom(4096), 5 * MIB)
+    made = cdp(capsys, *command(qemu))
+    assert (made["kind"], backed_up("vda")) == ("full", qemu.content())
+    assert "was started anew" in made["reason"]
+    assert made["new_bytes"] == CHUNK
+    qemu.write(os.urandom(4096), 6 * MIB)
+    assert cdp(capsys, *command(qemu))["parent"] == made["id"]
+    assert backed_up("vda") == qemu.content()
+
+
+def test_what_a_killed_run_left_counts_for_nothing(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed between QEMU's end and the commit, and after the commit: the repository says which bitmap counts."""
+    prefix = prefix_of(bytes.fromhex(cdp(capsys, "repo", "show", os.environ["CDP_REPO"])["id"]))
+    qemu.write(os.urandom(2 * MIB), 0)
+    made = cdp(capsys, *command(qemu))
+    qemu.write(b"a" * 4096, 4 * MIB)
+    qemu.qmp.call("block-dirty-bitmap-add", node="vda", name=f"{prefix}20991122T201805.250000Z-0badcafe")
+    qemu.qmp.call("block-dirty-bitmap-add", node="vda", name="somebody-else")
+    qemu.write(b"b" * 4096, 5 * MIB)
+    again = cdp(capsys, *command(qemu))
+    assert (again["parent"], backed_up("vda")) == (made["id"], qemu.content())
+    qemu.qmp.call("block-dirty-bitmap-add", node="vda", name=prefix + made["id"])
+    qemu.write(b"c" * 4096, 6 * MIB)
+    third = cdp(capsys, *command(qemu))
+    assert (third["parent"], backed_up("vda")) == (again["id"], qemu.content())
+    assert qemu.bitmaps() == [prefix + third["id"], "somebody-else"]
+
+
+def child(parent: int, name: str) -> int:
+    """The pid of a process's child, whichever of its threads started it."""
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                return int(pid)
+    raise LookupError(name)
+
+
+@pytest.mark.parametrize("victim", ["cdp", "target", "job"])
+def test_killed_on_the_way(qemu: Disks, capsys: pytest.CaptureFixture[str], victim: str) -> None:
+    """No half backup, no error for the guest; the next one is incremental, and right."""
+    qemu.write(os.urandom(3 * MIB), 0)
+    before = cdp(capsys, *command(qemu))["id"]
+    qemu.write(os.urandom(MIB), 4 * MIB)
+    qemu.stand_still(True)
+    with started(qemu) as process:
+        job = until(qemu.job, "its job")
+        if victim == "job":
+            qemu.qmp.call("job-cancel", id=job["id"])
+        else:
+            os.kill(process.pid if victim == "cdp" else child(process.pid, "nbdkit"), signal.SIGKILL)
+        qemu.stand_still(False)
+        qemu.write(os.urandom(CHUNK), 6 * MIB)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == (-signal.SIGKILL if victim == "cdp" else BrokenError.exit_code), said
+    if victim != "cdp":
+        assert qemu.ours() == []
+    assert [row["id"] for row in cdp(capsys, "backup", "list")] == [before]
+    made = cdp(capsys, *command(qemu))
+    assert (made["kind"], made["parent"]) == ("incremental", before)
+    assert backed_up("vda") == qemu.content()
+    assert backed_up("vda", before) != qemu.content()
+    assert qemu.ours() == []
+    assert cdp(capsys, "repo", "check", os.environ["CDP_REPO"])["sound"]
+
+
+def test_qemu_killed_on_the_way(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    qemu.write(os.urandom(3 * MIB), 0)
+    qemu.stand_still(True)
+    with started(qemu) as process:
+        until(qemu.job, "its job")
+        qemu.process.kill()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode in (BrokenError.exit_code, UnreachableError.exit_code), said
+    qemu.close()
+    qemu.stand_still(False)
+    assert cdp(capsys, "backup", "list") == []
+    with pytest.raises(UnreachableError, match="no QEMU listens"):
+        cdp(capsys, *command(qemu))
+    qemu.start()
+    assert cdp(capsys, *command(qemu))["kind"] == "full"
+    assert backed_up("vda") == qemu.content()
+
+
+def test_what_is_refused(qemu: Disks, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: object) -> CdpError:
+        with pytest.raises(CdpError) as caught:
+            cdp(capsys, *words)
+        return caught.value
+
+    run = ("backup", "run", "web", "--qmp", qemu.monitor)
+    assert "choose with --disk" not in str(refused(*run, "--disk", "vdx"))
+    assert "choose with --disk: " in refused(*run).hint
+    assert isinstance(refused("backup", "run", "web"), UsageError)
+    assert "as it is now" in str(refused("backup", "run", "web@latest", "--qmp", qemu.monitor))
+    assert "two monitors" in str(refused(*run, "--libvirt", "qemu:///system"))
+    assert "which guest agent" in str(refused(*run, "--disk", "vda", "--freeze"))
+    assert "--freeze goes with --qmp" in str(refused("backup", "run", "d@latest", "--freeze"))
+    agent = ("--disk", "vda", "--freeze", "--agent", short_path / "nobody")
+    assert "no guest agent" in str(refused(*run, *agent))
+    made = cdp(capsys, *run, *agent, "--or-crash")
+    assert made["grade"] == "crash" and "no guest agent" in made["not_frozen"]
+    with Qmp(qemu.monitor):
+        assert "sends no greeting" in str(refused(*run, "--disk", "vda"))
+    assert qemu.ours() == []
+    assert len(cdp(capsys, "backup", "list")) == 1
+
+
+def test_a_machine(short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its disks are known without being named; a guest's own reboot keeps the bitmap, a disk that grew makes a full one."""
+    with Machine(short_path, SIZE, format="qcow2") as machine:
+        run = ("backup", "run", "vm", "--qmp", machine.monitor2)
+        machine.io("write -P 1 0 2M")
+        assert cdp(capsys, *run)["disks"][0]["name"] == "vm/drive0"
+        machine.io("write -P 2 4M 64k")
+        machine.qmp.call("system_reset")
+        made = cdp(capsys, *run)
+        assert (made["kind"], made["read_bytes"]) == ("incremental", CHUNK)
+        content = b"\1" * 2 * MIB + bytes(2 * MIB) + b"\2" * CHUNK + bytes(4 * MIB - CHUNK)
+        assert backed_up("drive0") == content
+        machine.qmp.call("block_resize", device="drive0", size=SIZE + MIB)
+        made = cdp(capsys, *run)
+        assert (made["kind"], made["new_bytes"]) == ("full", 0)
+        assert "was resized" in made["reason"]
+        assert backed_up("drive0") == content + bytes(MIB)
+
+
+def test_a_domain_of_libvirt(short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through libvirt's monitor; its disk goes by its target's name."""
+    make_image(short_path / "web.qcow2", SIZE, "qcow2")
+    with Libvirtd(short_path) as daemon:
+        daemon.define("web", short_path / "web.qcow2")
+        daemon.io("web", "write -P 1 0 2M")
+        run = ("backup", "run", "mail", "--libvirt", daemon.uri, "--domain", "web")
+        made = cdp(capsys, *run)
+        assert (made["kind"], made["disks"][0]["name"]) == ("full", "mail/vda")
+        daemon.io("web", "write -P 2 4M 64k")
+        made = cdp(capsys, *run)
+        assert (made["kind"], made["read_bytes"]) == ("incremental", CHUNK)
+        said = daemon.virsh("qemu-monitor-command", "web", '{"execute":"query-named-block-nodes"}')
+        assert not [n for n in json.loads(said)["return"] if n["node-name"].startswith("cdp-")]
+    assert backed_up("vda") == b"\1" * 2 * MIB + bytes(2 * MIB) + b"\2" * CHUNK + bytes(4 * MIB - CHUNK)
+
+
+def test_whose_a_domain_is() -> None:
+    label = "<domain><seclabel type='dynamic' model='{}'><label>{}</label></seclabel></domain>"
+    assert user_of(label.format("dac", "+64055:+108")) == 64055
+    assert user_of(label.format("dac", "qemu:kvm")) is None
+    assert user_of(label.format("apparmor", "+1:+1")) is None

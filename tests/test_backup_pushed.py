@@ -1,0 +1,201 @@
+"""Backups whose content is sent: pieces in any order become whole chunks, and nothing is published that is not whole."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdpserver.errors import BrokenError, CdpError, RefusedError, UsageError
+from cdpserver.repository import sessions
+from cdpserver.repository.assembly import UNIT, Assembly
+from cdpserver.repository.content import Content
+from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.pushed import Intent, Pushed, Sent
+from cdpserver.repository.record import FULL, INCREMENTAL, Backup
+from cdpserver.repository.repository import Repository, create
+from cdpserver.vm.backup.choice import LiveDisk, Marks, choose, prefix_of
+
+STEP = 64 << 10
+SIZE = 5 * STEP + 3 * UNIT
+DISK = "web/vda"
+
+
+@given(st.integers(0, 1 << 32), st.sampled_from([0, STEP, 1 << 30]))
+def test_pieces_in_any_order(seed: int, memory: int) -> None:
+    """Data and zeros, in memory or in the file: each chunk comes out once, when its last piece is there, as it was sent."""
+    dice, content = random.Random(seed), bytearray(SIZE)
+    pieces: list[tuple[int, int, bool]] = []
+    at = 0
+    while at < SIZE:
+        end = min(SIZE, at + UNIT * dice.choice([1, 3, 64, 128, 300]))
+        if data := dice.random() < 0.6:
+            content[at:end] = dice.randbytes(end - at)
+        pieces.append((at, end, data))
+        at = end
+    dice.shuffle(pieces)
+    assembly = Assembly(SIZE, STEP, memory=memory)
+    seen: dict[int, bytes] = {}
+    with contextlib.closing(assembly):
+        for start, end, data in pieces:
+            whole = assembly.write(start, content[start:end]) if data else assembly.zero(start, end - start)
+            for chunk, got in whole:
+                assert chunk not in seen
+                seen[chunk] = bytes(got) if got is not None else bytes(min(STEP, SIZE - chunk * STEP))
+            assert assembly.held <= memory + SIZE
+        assert (assembly.unfinished, assembly.held) == (0, 0)
+    assert b"".join(seen[chunk] for chunk in sorted(seen)) == content
+
+
+def test_what_is_sent_twice_counts_once() -> None:
+    with contextlib.closing(Assembly(2 * STEP, STEP)) as assembly:
+        assert assembly.write(0, b"a" * 4096) == []
+        assert assembly.write(0, b"b" * 4096) == []
+        assert assembly.zero(0, UNIT) == []
+        ((chunk, content),) = assembly.zero(4096, STEP - 4096)
+        assert (chunk, bytes(content or b"")[:4096]) == (0, bytes(UNIT) + b"b" * (4096 - UNIT))
+    with pytest.raises(UsageError, match="no multiple of 512"):
+        Assembly(1000, STEP)
+
+
+# -- into a repository
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Repository]:
+    place = DirectoryPlace(tmp_path / "repo")
+    create(place, chunk_size=STEP)
+    with Repository(place, cache=tmp_path / "cache") as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def sending(repository: Repository, parent: Backup | None = None, size: int = SIZE) -> Iterator[Pushed]:
+    kind = INCREMENTAL if parent is not None else FULL
+    number = len(repository.backup_ids()) + 1
+    id_ = sessions.new_id(number * 10**9)
+    intent = Intent(
+        id_, 1, "web", kind, "for a test", parent.id if parent is not None else "", (Sent(DISK, size),)
+    )
+    with sessions.session(repository.place, id_) as check_held:
+        pushed = Pushed(repository, intent, check_held)
+        try:
+            yield pushed
+        finally:
+            pushed.close()
+
+
+def full(repository: Repository, content: bytes) -> Backup:
+    with sending(repository, size=len(content)) as pushed:
+        disk = pushed.connect(DISK)
+        pushed.write(disk, 0, content)
+        return pushed.commit(1000, "crash")
+
+
+def read(repository: Repository, backup: Backup) -> bytes:
+    return Content(repository, backup.disks[0]).read(0, backup.disks[0].size)
+
+
+def test_full_and_incremental(repository: Repository) -> None:
+    """What is sent of an incremental one replaces what was, zeros too; the rest is as in the backup before."""
+    content = bytearray(random.Random(1).randbytes(SIZE))
+    first = full(repository, bytes(content))
+    assert (first.kind, first.read_bytes, first.new_bytes, read(repository, first)) == (
+        "full", SIZE, SIZE, bytes(content),
+    )  # fmt: skip
+    with sending(repository, first) as pushed:
+        disk = pushed.connect(DISK)
+        content[STEP : 2 * STEP] = b"n" * STEP
+        pushed.write(disk, STEP, content[STEP : 2 * STEP])
+        content[3 * STEP : 4 * STEP] = bytes(STEP)
+        pushed.zero(disk, 3 * STEP, STEP)
+        second = pushed.commit(2000, "app")
+    assert (second.read_bytes, second.new_bytes, second.increments) == (STEP, STEP, 1)
+    assert read(repository, second) == content
+    assert (second.disks[0].grade, second.disks[0].time_ns, second.name.partition("@")[0]) == (
+        "app",
+        2000,
+        "web",
+    )
+
+
+@pytest.mark.parametrize("what", ["unfinished", "not all", "lost", "second", "space"])
+def test_nothing_is_published_that_is_not_whole(repository: Repository, what: str) -> None:
+    before = full(repository, b"x" * SIZE)
+    parent = before if what == "unfinished" else None
+    failed: type[CdpError] = BrokenError
+    with sending(repository, parent) as pushed:
+        disk = pushed.connect(DISK)
+        if what == "unfinished":
+            pushed.write(disk, 0, b"y" * 4096)
+        elif what == "not all":
+            pushed.zero(disk, STEP, SIZE - STEP)
+        else:
+            pushed.zero(disk, 0, SIZE)
+        if what == "lost":
+            pushed.lost(disk)
+        if what == "second":
+            failed = RefusedError
+            with pytest.raises(RefusedError, match="has a client already"):
+                pushed.connect(DISK)
+        if what == "space":
+            (repository.place.path / "packs").rename(repository.place.path / "away")  # type: ignore[attr-defined]
+            (repository.place.path / "packs").touch()  # type: ignore[attr-defined]
+            pushed.close()
+            failed = CdpError
+        else:
+            assert ("error" in pushed.status()) == (what in ("lost", "second"))
+        with pytest.raises(failed):
+            pushed.commit(1, "crash")
+        with pytest.raises(CdpError):
+            pushed.write(disk, 0, b"z" * 4096)
+    assert repository.backup_ids() == [before.id]
+
+
+# -- full or incremental
+
+
+def live(repository: Repository, backup: Backup | None = None, **more: object) -> LiveDisk:
+    """The disk as QEMU has it, with a bitmap since that backup."""
+    marks = {}
+    if backup is not None:
+        name = prefix_of(repository.config.id) + backup.id
+        given = {"marked": STEP, "inconsistent": False, "recording": True} | more
+        marks[name] = Marks(name=name, granularity=STEP, **given)  # type: ignore[arg-type]
+    return LiveDisk(DISK, "node", SIZE, SIZE, marks)
+
+
+def why(repository: Repository, disk: LiveDisk, *, full: bool = False, most: int = 63) -> tuple[str, str]:
+    found = choose(repository, "web", [disk], full=full, max_increments=most)
+    assert (found.parent is not None) == (found.kind == INCREMENTAL)
+    return found.kind, found.reason
+
+
+def test_full_or_incremental_and_why(repository: Repository) -> None:
+    assert why(repository, live(repository))[1] == "there is no backup of it in this repository"
+    first = full(repository, random.Random(1).randbytes(SIZE))
+    second = full(repository, random.Random(2).randbytes(SIZE))
+    kind, reason = why(repository, live(repository, second))
+    assert kind == INCREMENTAL and second.id in reason
+    assert first.id in why(repository, live(repository, first))[1], "an older one will do"
+    for disk, expected in (
+        (live(repository), "was started anew"),
+        (live(repository, second, inconsistent=True), "is not consistent"),
+        (live(repository, second, recording=False), "is not consistent"),
+        (live(repository, second, marked=SIZE), "as much changed"),
+        (LiveDisk("web/vdb", "node", SIZE, SIZE, {}), "has no web/vdb"),
+        (LiveDisk(DISK, "node", 2 * SIZE, SIZE, live(repository, second).marks), "was resized"),
+    ):
+        assert why(repository, disk)[0] == FULL
+        assert expected in why(repository, disk)[1]
+    assert why(repository, live(repository, second), full=True)[1] == "a full one was asked for"
+    assert "0 incremental ones followed" in why(repository, live(repository, second), most=0)[1]
+    repository.place.delete(f"backups/{second.id}")
+    assert "a backup that is not in the repository" in why(repository, live(repository, second))[1]
+    for pack, _ in list(repository.place.names("packs")):
+        repository.place.delete(pack)
+    repository.refresh()
+    assert "is damaged" in why(repository, live(repository, first))[1]
