@@ -57,6 +57,9 @@ def _check_point(options: Namespace) -> None:
         "--freeze": options.freeze,
         "--or-crash": options.or_crash,
         "--agent": options.agent,
+        "--sshfs": options.sshfs,
+        "--staging": options.staging,
+        "--ssh": options.ssh,
     }
     if wrong := [name for name, value in given.items() if value]:
         raise UsageError(

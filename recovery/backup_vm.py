@@ -1,7 +1,10 @@
 """`cdp backup run VM --qmp PATH | --libvirt URI`: a running VM that has no points here. It needs no service."""
 
 import os
+import shlex
+import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from cdpserver.errors import UsageError
@@ -16,9 +19,10 @@ from recovery.repositories import location_of, opened_with_key
 def run_vm(options: Namespace) -> None:
     """Make one, of all its disks or those that are named, at one instant."""
     from cdpserver.vm.backup.receiver import Where
-    from cdpserver.vm.backup.run import Wanted, alone, back_up
+    from cdpserver.vm.backup.run import Sshfs, Wanted, alone, back_up
+    from cdpserver.vm.backup.sshfs import SSH
     from cdpserver.vm.chain.command import over_any
-    from cdpserver.vm.connect import check_here, connect
+    from cdpserver.vm.connect import check_connection, check_here, connect
     from cdpserver.vm.record import LibvirtDomain, QmpSocket
 
     vm = _check(options)
@@ -26,7 +30,10 @@ def run_vm(options: Namespace) -> None:
         connection: QmpSocket | LibvirtDomain = QmpSocket(os.path.abspath(options.qmp))
     else:
         connection = LibvirtDomain(options.libvirt, options.domain or vm)
-    check_here(connection, vm)
+    if options.sshfs is None:
+        check_here(connection, vm)
+    else:
+        check_connection(connection)
     wanted = Wanted(
         vm,
         options.disk,
@@ -39,9 +46,13 @@ def run_vm(options: Namespace) -> None:
     location = location_of(options)
     with (
         opened_with_key(options) as (repository, secret),
-        alone(repository.place, connection),
+        alone(repository.place, connection) as who,
         moving(f"backing up {vm}") as bar,
     ):
+        if options.sshfs is not None:
+            base = Path(options.staging or tempfile.gettempdir()).absolute()
+            ssh = shlex.split(options.ssh) if options.ssh else SSH
+            wanted = replace(wanted, sshfs=Sshfs(options.sshfs, base / f"cdp-{who}", ssh))
         where = Where(location if location.startswith("s3:") else os.path.abspath(location), secret)
         made = over_any(connect(connection), lambda monitor: back_up(monitor, repository, where, wanted, bar))
     tell_made(options, made)
@@ -61,6 +72,10 @@ def _check(options: Namespace) -> str:
         )
     if options.or_crash and not options.freeze:
         raise UsageError("--or-crash goes with --freeze", hint="add --freeze, or leave it away")
+    if options.sshfs is None and (options.staging or options.ssh):
+        raise UsageError("--staging and --ssh go with --sshfs", hint="add --sshfs HOST, or leave them away")
+    if options.sshfs is not None and (not options.sshfs or options.sshfs.startswith("-")):
+        raise UsageError("not a host", hint="write --sshfs [USER@]HOST")
     if options.agent is not None and not options.freeze:
         raise UsageError("--agent goes with --freeze", hint="add --freeze, or leave it away")
     return check_name(options.point)

@@ -251,6 +251,19 @@ def _take_running_vm(run: ArgumentParser) -> None:
         help="a drive name, libvirt's target (vda), device id or node name; can be given again; else all that the guest has",
     )
     run.add_argument(
+        "--sshfs",
+        metavar="HOST",
+        help="QEMU runs on this host, [USER@]HOST of ssh: the jobs write QCOW2 files over sshfs, which are taken in at the end",
+    )
+    run.add_argument(
+        "--staging",
+        metavar="DIR",
+        help="with --sshfs: where these files wait here; default: $TMPDIR, else /tmp",
+    )
+    run.add_argument(
+        "--ssh", metavar="COMMAND", help="with --sshfs: how ssh is called, such as 'ssh -p 2222 -i KEY'"
+    )
+    run.add_argument(
         "--freeze", action="store_true", help="with the guest's file systems frozen, by its agent: grade app"
     )
     run.add_argument(

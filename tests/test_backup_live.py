@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -154,9 +155,9 @@ def command(qemu: Disks, *more: object) -> list[object]:
 
 
 @contextlib.contextmanager
-def started(qemu: Disks) -> Iterator["subprocess.Popen[str]"]:
+def started(qemu: Disks, *more: object) -> Iterator["subprocess.Popen[str]"]:
     """A run in a process of its own."""
-    words = [sys.executable, "-m", "recovery.cli", *map(str, command(qemu))]
+    words = [sys.executable, "-m", "recovery.cli", *map(str, command(qemu, *more))]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -362,6 +363,85 @@ def test_a_machine(short_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert (made["kind"], made["new_bytes"]) == ("full", 0)
         assert "was resized" in made["reason"]
         assert backed_up("drive0") == content + bytes(MIB)
+
+
+class Sshd:
+    """A host to log in to on loopback, by a key of its own: this machine, as whoever runs the test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for key in ("host", "key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key], check=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        (directory / "sshd.conf").write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\nPidFile none\n"
+            f"AuthorizedKeysFile {directory}/key.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+        )
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+        log = directory / "sshd.log"
+        self.process = start(["/usr/sbin/sshd", "-D", "-e", "-f", directory / "sshd.conf"], log)
+        until(self._answers, "the ssh server")
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, (self.directory / "sshd.log").read_text()
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @property
+    def ssh(self) -> str:
+        return (
+            f"ssh -F none -p {self.port} -i {self.directory}/key -o BatchMode=yes -o StrictHostKeyChecking=no"
+            f" -o UserKnownHostsFile={self.directory}/known"
+        )
+
+
+@pytest.fixture
+def sshd(short_path: Path) -> Iterator[Sshd]:
+    (short_path / "ssh").mkdir()
+    running = Sshd(short_path / "ssh")
+    try:
+        yield running
+    finally:
+        stop(running.process)
+
+
+def mounts() -> list[str]:
+    return [line for line in Path("/proc/mounts").read_text().splitlines() if "/cdp-sshfs-" in line]
+
+
+def test_over_sshfs(qemu: Disks, sshd: Sshd, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """QEMU's jobs write QCOW2 files on a mount; a link that is cut costs the backup, and nobody else anything."""
+    before = mounts()
+    over = ("--sshfs", "127.0.0.1", "--ssh", sshd.ssh, "--staging", short_path / "staging", "--disk", "vdb")
+    qemu.write(os.urandom(2 * MIB), MIB)
+    qemu.write(os.urandom(MIB), 3 * MIB, "vdb")
+    made = cdp(capsys, *command(qemu, *over))
+    assert (made["kind"], made["read_bytes"], len(made["disks"])) == ("full", 3 * MIB, 2)
+    qemu.write(os.urandom(4096), 6 * MIB, "vdb")
+    with qemu.guest() as guest:
+        guest.trim(MIB, MIB)
+    made = cdp(capsys, *command(qemu, *over))
+    assert (made["kind"], made["read_bytes"]) == ("incremental", CHUNK)
+    for disk in ("vda", "vdb"):
+        assert backed_up(disk) == qemu.content(disk)
+    qemu.write(os.urandom(4096), 4 * MIB)
+    qemu.stand_still(True)
+    with started(qemu, *over) as process:
+        until(qemu.job, "its job")
+        os.kill(child(process.pid, "ssh"), signal.SIGKILL)
+        qemu.stand_still(False)
+        qemu.write(os.urandom(CHUNK), MIB)
+        said = process.communicate(timeout=120)[1]
+    assert "sshfs link" in said
+    assert process.returncode == BrokenError.exit_code
+    assert cdp(capsys, *command(qemu, *over))["parent"] == made["id"]
+    for disk in ("vda", "vdb"):
+        assert backed_up(disk) == qemu.content(disk)
+    assert qemu.ours() == [] and list((short_path / "staging").iterdir()) == []
+    until(lambda: mounts() == before, "the end of the mounts")
 
 
 def test_a_domain_of_libvirt(short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

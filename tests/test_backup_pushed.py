@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdpserver import qemu
 from cdpserver.errors import BrokenError, CdpError, RefusedError, UsageError
 from cdpserver.repository import sessions
 from cdpserver.repository.assembly import UNIT, Assembly
@@ -18,6 +20,7 @@ from cdpserver.repository.pushed import Intent, Pushed, Sent
 from cdpserver.repository.record import FULL, INCREMENTAL, Backup
 from cdpserver.repository.repository import Repository, create
 from cdpserver.vm.backup.choice import LiveDisk, Marks, choose, prefix_of
+from cdpserver.vm.backup.staged import Staged
 
 STEP = 64 << 10
 SIZE = 5 * STEP + 3 * UNIT
@@ -153,6 +156,59 @@ def test_nothing_is_published_that_is_not_whole(repository: Repository, what: st
         with pytest.raises(CdpError):
             pushed.write(disk, 0, b"z" * 4096)
     assert repository.backup_ids() == [before.id]
+
+
+# -- by files
+
+
+def staged(
+    repository: Repository, directory: Path, writes: list[str], parent: Backup | None = None
+) -> Staged:
+    """A QCOW2 file that a job wrote."""
+    directory.mkdir(exist_ok=True)
+    qemu.create_image(directory / "disk-0.qcow2", size=SIZE)
+    subprocess.run(
+        [
+            "qemu-io",
+            "-f",
+            "qcow2",
+            *(part for write in writes for part in ("-c", write)),
+            directory / "disk-0.qcow2",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    kind = INCREMENTAL if parent is not None else FULL
+    intent = Intent(
+        sessions.new_id(len(repository.backup_ids()) + 1), 1, "web", kind, "for a test",
+        parent.id if parent is not None else "", (Sent(DISK, SIZE),),
+    )  # fmt: skip
+    return Staged(repository, intent, directory)
+
+
+def test_files_are_taken_in_if_nothing_is_missing(repository: Repository, tmp_path: Path) -> None:
+    """A write that failed on the way is a hole in the file; one that is cut short, and one that is no image."""
+    directory = tmp_path / "staging"
+    whole = ["write -P 1 0 128k", f"write -z 128k {SIZE - 2 * STEP}"]
+    with pytest.raises(BrokenError, match="4 chunks of web/vda did not come whole"):
+        staged(repository, directory, whole[:1]).take_in(1, "crash", [2 * STEP])
+    made = staged(repository, directory, whole).take_in(1000, "crash", [SIZE])
+    assert (made["kind"], made["read_bytes"], made["new_bytes"]) == ("full", 2 * STEP, STEP)
+    first = repository.backup(made["id"])
+    assert read(repository, first) == b"\1" * 2 * STEP + bytes(SIZE - 2 * STEP)
+    with pytest.raises(BrokenError, match=f"{STEP} bytes came of {2 * STEP}"):
+        staged(repository, directory, ["write -P 2 64k 64k"], first).take_in(2000, "crash", [2 * STEP])
+    made = staged(repository, directory, ["write -P 2 64k 64k", "write -z 0 64k"], first).take_in(
+        2000, "crash", [2 * STEP]
+    )
+    assert read(repository, repository.backup(made["id"])) == bytes(STEP) + b"\2" * STEP + bytes(
+        SIZE - 2 * STEP
+    )
+    short = staged(repository, directory, ["write -P 2 64k 64k"], first)
+    (directory / "disk-0.qcow2").write_bytes(b"no image")
+    with pytest.raises(CdpError):
+        short.take_in(3000, "crash", [STEP])
+    assert len(repository.backup_ids()) == 2
 
 
 # -- full or incremental

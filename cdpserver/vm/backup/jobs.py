@@ -1,8 +1,8 @@
 """QEMU's side of a backup: all disks of a VM at one instant, in one transaction.
 
     guest ──► filter top-N ──► the disk's own node        (before it is overwritten, what is there goes to the target)
-                  └── job-N ──► quorum safe-N ──► nbd-N ──► our target
-                                       └────────► sink-N (null-co)
+                  └── job-N ──► quorum safe-N ──► to-N ──► our target
+                                       └───────► sink-N (null-co)
 
 QEMU's backup fails a *guest's* write when it cannot save to its target what is being overwritten. So it writes to a quorum of
 which one vote suffices, as a resync does (vm/changes.py): the guest never sees an error. What our target did not take it knows
@@ -20,11 +20,13 @@ import trio
 
 from cdpserver.errors import BrokenError, RefusedError
 from cdpserver.vm.backup.choice import LiveDisk
-from cdpserver.vm.mirror import nbd_node
 from cdpserver.vm.qmp import Monitor, QmpRefusedError
 
 LOOK_S = 0.1
 """Between two looks at the jobs and the target."""
+
+MOST_DISKS = 64
+"""Of a VM, where nobody can tell."""
 
 ENDING_S = 60.0
 """A job that is cancelled waits for what it has under way."""
@@ -40,13 +42,12 @@ class Jobs:
     def _name(self, what: str, number: int) -> str:
         return f"{self._prefix}{what}-{number}"
 
-    async def open_target(self, number: int, disk: LiveDisk, uri: str) -> None:
-        """Let QEMU connect to the export of disk number `number`. QmpRefusedError."""
-        nbd, sink = self._name("nbd", number), self._name("sink", number)
-        # A connection that was lost is not made again: what was under way may be missing.
-        await self._add(nbd_node(uri, reconnect_s=0) | {"node-name": nbd})
+    async def open_target(self, number: int, disk: LiveDisk, node: dict[str, Any]) -> None:
+        """Let QEMU open what disk number `number` goes to. QmpRefusedError."""
+        to, sink = self._name("to", number), self._name("sink", number)
+        await self._add(node | {"node-name": to})
         await self._add({"driver": "null-co", "node-name": sink, "size": disk.size})
-        quorum = {"driver": "quorum", "vote-threshold": 1, "children": [nbd, sink]}
+        quorum = {"driver": "quorum", "vote-threshold": 1, "children": [to, sink]}
         await self._add(quorum | {"node-name": self._name("safe", number)})
 
     async def _add(self, node: dict[str, Any]) -> None:
@@ -71,10 +72,16 @@ class Jobs:
             actions.append({"type": "blockdev-backup", "data": job | what})
         await self._monitor.execute("transaction", {"actions": actions})
 
-    async def follow(self, look: Callable[[], Awaitable[bool]], progress: Callable[[int, int], None]) -> None:
-        """Until all have ended well. BrokenError; what `look` raises, which says whether the target has much to do still."""
+    async def follow(
+        self, look: Callable[[], Awaitable[bool]], progress: Callable[[int, int], None]
+    ) -> list[int]:
+        """Until all have ended well: how many bytes each has written. BrokenError, and what `look` raises.
+
+        `look` says whether the target has much to do still.
+        """
         paused = False
         while True:
+            much = await look()  # what it has to say counts more than what QEMU says
             jobs = await self._jobs()
             for job in jobs:
                 if job.get("error"):
@@ -84,7 +91,7 @@ class Jobs:
             running = [job for job in jobs if job["status"] != "concluded"]
             if not running:
                 break
-            if (much := await look()) != paused:
+            if much != paused:
                 paused = much
                 for job in running:
                     with contextlib.suppress(QmpRefusedError):  # it has ended
@@ -96,6 +103,8 @@ class Jobs:
         if not jobs:
             raise BrokenError("QEMU's backup jobs are gone", hint="make the backup again")
         await self._dismiss(jobs)
+        totals = {str(job["id"]): int(job["total-progress"]) for job in jobs}
+        return [totals[self._name("job", number)] for number in range(len(totals))]
 
     async def _jobs(self) -> list[dict[str, Any]]:
         said = await self._monitor.execute("query-jobs")
@@ -118,11 +127,21 @@ class Jobs:
                     f"QEMU does not end the job {jobs[0]['id']}", hint="try again when it has ended"
                 )
             await trio.sleep(0 if all(job["status"] == "concluded" for job in jobs) else LOOK_S)
-        there = [str(node["node-name"]) for node in await self.nodes()]
-        for what in ("safe", "nbd", "sink"):
-            for name in there:
-                if name.startswith(f"{self._prefix}{what}-"):
-                    await self._monitor.execute("blockdev-del", {"node-name": name})
+        for name in await self._targets():
+            with contextlib.suppress(
+                QmpRefusedError
+            ):  # none of that name; one in use is in the way of the next, which says so
+                await self._monitor.execute("blockdev-del", {"node-name": name})
+
+    async def _targets(self) -> list[str]:
+        """Nodes that `open_target` added, in the order in which they can go."""
+        kinds = ("safe", "to", "sink")
+        try:
+            there = {str(node["node-name"]) for node in await self.nodes()}
+        except QmpRefusedError:
+            # A target's image whose file is gone: QEMU lists no nodes at all until that is closed.
+            return [self._name(kind, number) for kind in kinds for number in range(MOST_DISKS)]
+        return [name for kind in kinds for name in there if name.startswith(f"{self._prefix}{kind}-")]
 
     async def forget(self, these: Callable[[str], bool]) -> None:
         """Remove the bitmaps that began with such backups, by their ids."""

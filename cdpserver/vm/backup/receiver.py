@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ import trio
 from cdpserver import messages
 from cdpserver.errors import BrokenError
 from cdpserver.repository.pushed import Intent
+from cdpserver.vm.mirror import nbd_node
 
 ANSWER_S = 20.0
 """A process that says nothing for so long hangs: it has a thread for answers alone."""
@@ -42,21 +43,24 @@ class Where:
 
 
 class Receiver:
-    """One backup on its way."""
+    """One backup on its way; see `transport.Transport`."""
 
-    def __init__(self, process: trio.Process, control: trio.SocketStream, nbd: Path, log: BinaryIO) -> None:
-        self._process, self._control, self._nbd, self._log = process, control, nbd, log
+    closes_first = False
 
-    def uri(self, disk: str) -> str:
-        """Where QEMU sends a disk to."""
-        return f"nbd+unix:///{disk}?socket={self._nbd}"
+    def __init__(self, intent: Intent, control: trio.SocketStream, nbd: Path, log: BinaryIO) -> None:
+        self._intent, self._control, self._nbd, self._log = intent, control, nbd, log
+
+    def target(self, number: int) -> dict[str, Any]:
+        """See Transport."""
+        # A connection that was lost is not made again: what was under way may be missing.
+        return nbd_node(f"nbd+unix:///{self._intent.disks[number].name}?socket={self._nbd}", reconnect_s=0)
 
     async def much(self) -> bool:
-        """Has it much to do still? The error that ended the backup, if one did."""
+        """See Transport."""
         return bool((await self._ask({"op": "status"}))["much"])
 
-    async def commit(self, *, time_ns: int, grade: str) -> dict[str, Any]:
-        """Publish the backup; what `cdp backup show` tells of it. The error if there is none."""
+    async def commit(self, *, time_ns: int, grade: str, sent: Sequence[int]) -> dict[str, Any]:
+        """See Transport. What was not taken is known here, whatever the job says."""
         asked = {"op": "commit", "time_ns": time_ns, "grade": grade}
         return await self._ask(asked, within_s=float("inf"))
 
@@ -96,8 +100,8 @@ class Receiver:
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "it said nothing"
 
-    async def _begin(self, where: Where, intent: Intent) -> None:
-        asked = {"repo": where.location, "secret": where.secret, "intent": asdict(intent)}
+    async def _begin(self, where: Where) -> None:
+        asked = {"repo": where.location, "secret": where.secret, "intent": asdict(self._intent)}
         await self._ask(asked, within_s=START_S)
 
 
@@ -113,8 +117,8 @@ async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncI
             try:
                 theirs.close()
                 async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as control:
-                    receiver = Receiver(process, control, nbd, log)
-                    await receiver._begin(where, intent)
+                    receiver = Receiver(intent, control, nbd, log)
+                    await receiver._begin(where)
                     if user is not None and os.geteuid() == 0:
                         for path in (directory, nbd):
                             os.chown(path, user, -1)

@@ -13,7 +13,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -28,13 +30,19 @@ from cdpserver.repository.take import MAX_INCREMENTS, Choice
 from cdpserver.vm import disks as found_disks
 from cdpserver.vm import frozen
 from cdpserver.vm.backup.choice import LiveDisk, choose, prefix_of, read_marks
-from cdpserver.vm.backup.jobs import Jobs
-from cdpserver.vm.backup.receiver import Receiver, Where, receiving
+from cdpserver.vm.backup.jobs import LOOK_S, Jobs
+from cdpserver.vm.backup.receiver import Where, receiving
+from cdpserver.vm.backup.sshfs import SSH
+from cdpserver.vm.backup.staged import staging
+from cdpserver.vm.backup.transport import Transport
 from cdpserver.vm.disks import OURS, FoundDisk
 from cdpserver.vm.mirror import FILTER
 from cdpserver.vm.qmp import Monitor, QmpClosedError, QmpRefusedError
 from cdpserver.vm.record import Connection
 from cdpserver.vm.virt import LibvirtMonitor
+
+MOUNT_S = 60.0
+"""How long a link to the VM's host may take to be there."""
 
 CLEANING_S = 90.0
 """What is given up is cleaned up for no longer; the next run does the rest."""
@@ -52,15 +60,26 @@ class Wanted:
     or_crash: bool = False
     user: int | None = None
     """Who QEMU runs as, if that is known; libvirt is asked."""
+    sshfs: "Sshfs | None" = None
+    """The backup comes this way, and not by NBD."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sshfs:
+    """The host where QEMU runs, a directory here that files may wait in, and how ssh is called."""
+
+    host: str
+    staging: Path
+    ssh: Sequence[str] = SSH
 
 
 @contextlib.contextmanager
-def alone(place: Place, connection: Connection) -> Iterator[None]:
-    """One at a time for a VM and a repository. RefusedError."""
-    who = hashlib.sha256(f"{socket.gethostname()} {connection}".encode()).hexdigest()[:24]
+def alone(place: Place, connection: Connection) -> Iterator[str]:
+    """One at a time for a VM and a repository; a name that is theirs. RefusedError."""
+    who = f"live-{hashlib.sha256(f'{socket.gethostname()} {connection}'.encode()).hexdigest()[:24]}"
     try:
-        with sessions.session(place, f"live-{who}"):
-            yield
+        with sessions.session(place, who):
+            yield who
     except RefusedError as error:
         if "is held by another" in error.message:
             raise RefusedError(
@@ -86,17 +105,25 @@ async def back_up(
     await jobs.forget(lambda backup: backup not in there)  # of runs that were killed
     created_ns = time.time_ns()
     intent = _intent(wanted, choice, disks, created_ns)
-    user = await monitor.user() if isinstance(monitor, LibvirtMonitor) else wanted.user
-    run = _Run(monitor, jobs, wanted, disks, intent)
+    run = _Run(jobs, wanted, disks, intent)
     try:
-        async with receiving(where, intent, user=user) as receiver:
-            made = await run.make(receiver, granularity=repository.chunk_size, progress=progress)
+        async with await _transport(monitor, repository, where, wanted, intent) as transport:
+            made = await run.make(transport, granularity=repository.chunk_size, progress=progress)
             await jobs.clean()
     except BaseException:
         await run.give_up()
         raise
     await jobs.forget(lambda backup: backup != intent.id)
     return made
+
+
+async def _transport(
+    monitor: Monitor, repository: Repository, where: Where, wanted: Wanted, intent: Intent
+) -> AbstractAsyncContextManager[Transport]:
+    if wanted.sshfs is not None:
+        return staging(repository, intent, wanted.sshfs.staging, host=wanted.sshfs.host, ssh=wanted.sshfs.ssh)
+    user = await monitor.user() if isinstance(monitor, LibvirtMonitor) else wanted.user
+    return receiving(where, intent, user=user)
 
 
 async def _disks(monitor: Monitor, wanted: Wanted, prefix: str) -> list[LiveDisk]:
@@ -139,26 +166,38 @@ def _intent(wanted: Wanted, choice: Choice, disks: Sequence[LiveDisk], created_n
 class _Run:
     """One backup that is decided on."""
 
-    def __init__(
-        self, monitor: Monitor, jobs: Jobs, wanted: Wanted, disks: Sequence[LiveDisk], intent: Intent
-    ) -> None:
-        self._monitor, self._jobs = monitor, jobs
+    def __init__(self, jobs: Jobs, wanted: Wanted, disks: Sequence[LiveDisk], intent: Intent) -> None:
+        self._jobs = jobs
         self._wanted, self._disks, self._intent = wanted, disks, intent
         self._committing = False
 
     async def make(
-        self, receiver: Receiver, *, granularity: int, progress: Callable[[int, int], None]
+        self, transport: Transport, *, granularity: int, progress: Callable[[int, int], None]
     ) -> dict[str, Any]:
         """The backup, in the repository."""
         for number, disk in enumerate(self._disks):
-            await self._jobs.open_target(number, disk, receiver.uri(disk.name))
+            await self._open(number, disk, transport)
         time_ns, not_frozen = await self._instant(granularity)
-        await self._jobs.follow(receiver.much, progress)
+        sent = await self._jobs.follow(transport.much, progress)
+        if transport.closes_first:
+            await self._jobs.clean()
         frozen_too = self._wanted.agent is not None and not not_frozen
         grade = Grade.APP if frozen_too else Grade.CRASH
         self._committing = True
-        made = await receiver.commit(time_ns=time_ns, grade=grade.label)
+        made = await transport.commit(time_ns=time_ns, grade=grade.label, sent=sent)
         return made | {"grade": grade.label, "not_frozen": not_frozen}
+
+    async def _open(self, number: int, disk: LiveDisk, transport: Transport) -> None:
+        deadline = trio.current_time() + MOUNT_S
+        while True:
+            try:
+                await self._jobs.open_target(number, disk, transport.target(number))
+                return
+            except QmpRefusedError:
+                await transport.much()  # raises why it will not come
+                if not transport.closes_first or trio.current_time() > deadline:
+                    raise
+            await trio.sleep(LOOK_S)
 
     async def _instant(self, granularity: int) -> tuple[int, str]:
         """Begin, with the guest frozen if that is asked: the time of the instant, and why the guest was not frozen then."""
