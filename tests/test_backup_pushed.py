@@ -3,7 +3,9 @@
 import contextlib
 import random
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from cdpserver import qemu
 from cdpserver.errors import BrokenError, CdpError, RefusedError, UsageError
-from cdpserver.repository import sessions
+from cdpserver.repository import packs, sessions
+from cdpserver.repository import pushed as pushed_module
 from cdpserver.repository.assembly import UNIT, Assembly
 from cdpserver.repository.content import Content
 from cdpserver.repository.place import DirectoryPlace
@@ -21,6 +24,7 @@ from cdpserver.repository.record import FULL, INCREMENTAL, Backup
 from cdpserver.repository.repository import Repository, create
 from cdpserver.vm.backup.choice import LiveDisk, Marks, choose, prefix_of
 from cdpserver.vm.backup.staged import Staged
+from tools.kit.processes import until
 
 STEP = 64 << 10
 SIZE = 5 * STEP + 3 * UNIT
@@ -156,6 +160,47 @@ def test_nothing_is_published_that_is_not_whole(repository: Repository, what: st
         with pytest.raises(CdpError):
             pushed.write(disk, 0, b"z" * 4096)
     assert repository.backup_ids() == [before.id]
+
+
+class SlowPlace(DirectoryPlace):
+    """A directory on storage that takes packs when it is let."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.goes_on = threading.Event()
+
+    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+        if name.startswith("packs/"):
+            assert self.goes_on.wait(60)
+        super().put(name, data, until_ns)
+
+
+def test_who_sends_waits_for_a_slow_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that it has much to do, takes some more, and then lets requests wait until there is room."""
+    monkeypatch.setattr(packs, "PACK_BYTES", STEP)
+    for limit in ("MUCH_BYTES", "MOST_BYTES"):
+        monkeypatch.setattr(pushed_module, limit, 0)
+    place, size = SlowPlace(tmp_path / "repo"), 64 * STEP
+    create(place, chunk_size=STEP)
+    content = random.Random(3).randbytes(size)
+    with (
+        Repository(place, cache=tmp_path / "cache") as opened,
+        sending(opened, size=size) as pushed,
+        ThreadPoolExecutor(1) as guest,
+    ):
+        disk = pushed.connect(DISK)
+
+        def send() -> None:
+            for at in range(0, size, STEP):
+                pushed.write(disk, at, content[at : at + STEP])
+
+        sent = guest.submit(send)
+        until(lambda: pushed.status()["much"], "much to do")
+        assert not sent.done() and pushed.status()["read_bytes"] < size
+        place.goes_on.set()
+        sent.result(60)
+        until(lambda: not pushed.status()["much"], "less to do")
+        assert read(opened, pushed.commit(1, "crash")) == content
 
 
 # -- by files
