@@ -169,7 +169,7 @@ class SlowPlace(DirectoryPlace):
         super().__init__(path)
         self.goes_on = threading.Event()
 
-    def put(self, name: str, data: bytes, until_ns: int = 0) -> None:
+    def put(self, name: str, data: bytes | bytearray, until_ns: int = 0) -> None:
         if name.startswith("packs/"):
             assert self.goes_on.wait(60)
         super().put(name, data, until_ns)

@@ -1,6 +1,6 @@
 """A backup whose content is sent to us: QEMU's backup job writes, chunks are stored as they become whole.
 
-    pwrite, zero (any thread) -> Assembly of the disk -> queue -> one thread: Storing -> packs
+    pwrite, zero (any thread) -> Assembly of the disk -> queue -> one thread: Pipeline -> packs
                                                                      commit: lists, backup
 
 Invariants: the backup is published only if every request of every disk was taken, and no chunk was left unfinished; of a full one
@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -24,13 +23,14 @@ from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
 from cdpserver.names import format_time
 from cdpserver.repository.assembly import Assembly
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ZERO_ID
+from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, Kind, chunk_count
 from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.pipeline import Pipeline
+from cdpserver.repository.pipeline import Sent as SentChunk
 from cdpserver.repository.place import HeldCheck
 from cdpserver.repository.record import FULL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
-from cdpserver.repository.storing import WORKERS, Item, NewList, Storing
-from cdpserver.repository.take import publish
+from cdpserver.repository.take import check_list, publish
 
 MUCH_BYTES = 96 << 20
 """So much is held, and the sender is asked to pause: what the guest is about to overwrite needs the room above."""
@@ -81,13 +81,35 @@ class Disk:
 
     def __init__(self, sent: Sent, step: int, old: ChunkList | None) -> None:
         self.name, self.size = sent.name, sent.size
-        self.list = NewList(sent.size, step, old)
+        self.count = chunk_count(sent.size, step)
+        self._old = old
+        self._pages: dict[int, bytearray] = {}
+        """The ids of the pages of its list of which something came; 128 MiB for each TiB of 256 KiB chunks."""
         self.assembly = Assembly(sent.size, step)
         self.connected = False
         self.whole = 0
         """Chunks that came whole."""
         self.zeroed: list[int] = []
         """Of these those that are zeros now, where an earlier backup may have something else."""
+
+    def put(self, chunk: int, id_: bytes) -> None:
+        """Chunk number `chunk` is the one of that id."""
+        page = chunk // PAGE_IDS
+        if page not in self._pages:
+            length = min(PAGE_IDS, self.count - page * PAGE_IDS) * ID_SIZE
+            self._pages[page] = bytearray(self._old.page(page) if self._old is not None else length)
+        at = chunk % PAGE_IDS * ID_SIZE
+        self._pages[page][at : at + ID_SIZE] = id_
+
+    def pages(self) -> Iterator[tuple[bytes, bytes | None]]:
+        """(ids, id of the page where it is as it was) of each page; no ids are zeros."""
+        for number in range(-(-self.count // PAGE_IDS)):
+            if number in self._pages:
+                yield bytes(self._pages[number]), None
+            elif self._old is not None and self._old.disk.pages[number] != ZERO_ID:
+                yield self._old.page(number), self._old.disk.pages[number]
+            else:
+                yield b"", ZERO_ID
 
 
 class Pushed:
@@ -104,14 +126,13 @@ class Pushed:
         self._most = self._much + max(MOST_BYTES - MUCH_BYTES, CHUNKS_HELD * step)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._queue: SimpleQueue[Item | None] = SimpleQueue()
+        self._queue: SimpleQueue[SentChunk | None] = SimpleQueue()
         self._queued = 0
         self._failed: CdpError | None = None
         self._over = False
         self._read_bytes = 0
-        self._pool = ThreadPoolExecutor(WORKERS)
         self._writer = PackWriter(repository, intent.id)
-        self._storing = Storing(repository, self._writer, self._pool)
+        self._pipeline = Pipeline(repository, self._writer)
         self._thread = threading.Thread(target=self._store, name="storing")
         self._thread.start()
 
@@ -123,6 +144,7 @@ class Pushed:
             raise RefusedError(
                 f"backup {self._parent.id} has no {sent.name} of that size", hint="make a full one"
             )
+        check_list(self._repository, before)
         return ChunkList(self._repository, before)
 
     # -- what is sent
@@ -187,7 +209,7 @@ class Pushed:
     def _put(self, disk: Disk, chunk: int, content: bytearray) -> None:
         disk.whole += 1
         self._queued += len(content)
-        self._queue.put((disk.list, chunk, content))
+        self._queue.put((disk.put, chunk, content))
 
     def _held(self) -> int:
         return self._queued + sum(disk.assembly.held for disk in self.disks.values())
@@ -203,7 +225,7 @@ class Pushed:
     def _store(self) -> None:
         """The thread: until the queue ends, or something fails."""
         try:
-            self._storing.store(self._items())
+            self._pipeline.store_sent(self._items())
         except CdpError as error:
             with self._lock:
                 self._fail(error)
@@ -211,7 +233,7 @@ class Pushed:
             with self._lock:
                 self._fail(BrokenError(f"storing failed: {error!r}"))
 
-    def _items(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[SentChunk]:
         while (item := self._queue.get()) is not None:
             with self._lock:
                 self._queued -= len(item[2])
@@ -252,7 +274,7 @@ class Pushed:
             parent=intent.parent,
             increments=parent.increments + 1 if parent is not None else 0,
             read_bytes=self._read_bytes,
-            new_bytes=self._storing.new_bytes,
+            new_bytes=self._pipeline.new_bytes,
             stored_bytes=self._writer.stored_bytes,
             seconds=round(time.monotonic() - self._started, 3),
             since_ns=self._repository.now_ns(),
@@ -264,7 +286,7 @@ class Pushed:
         for disk in self.disks.values():
             unfinished = disk.assembly.unfinished
             if self._intent.kind == FULL:
-                unfinished = max(unfinished, disk.list.count - disk.whole)
+                unfinished = max(unfinished, disk.count - disk.whole)
             if unfinished:
                 self._fail(
                     BrokenError(
@@ -274,18 +296,31 @@ class Pushed:
 
     def _listed(self, disk: Disk, time_ns: int, grade: str) -> BackedUpDisk:
         for chunk in disk.zeroed:
-            disk.list.put(chunk, ZERO_ID)
+            disk.put(chunk, ZERO_ID)
+        pages, used = [], 0
+        for ids, stored in disk.pages():
+            pages.append(stored if stored is not None else self._page(ids))
+            used += sum(ids[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(ids), ID_SIZE))
         # No timeline of ours has such a name, nor another disk: a copy in a second repository is told apart by this and the time.
-        timeline = f"{TIMELINE}{disk.name}"
-        return self._storing.disk(
-            disk.list,
+        return BackedUpDisk(
             name=disk.name,
-            timeline=timeline,
+            timeline=f"{TIMELINE}{disk.name}",
             seq=time_ns,
             time_ns=time_ns,
             size=disk.size,
             grade=grade,
+            pages=tuple(pages),
+            chunks=used,
         )
+
+    def _page(self, ids: bytes) -> bytes:
+        """The id of a page, which is stored."""
+        if not any(ids):
+            return ZERO_ID
+        id_ = self._repository.id(ids)
+        if self._writer.claim(id_):
+            self._writer.add(id_, Kind.PAGE, len(ids), self._repository.seal(id_, Kind.PAGE, ids))
+        return id_
 
     def _end(self) -> None:
         self._queue.put(None)
@@ -297,7 +332,7 @@ class Pushed:
             self._over = True
             self._fail(RefusedError("the backup was given up"))
         self._end()
-        self._pool.shutdown()
+        self._pipeline.close()
         self._writer.__exit__()
         for disk in self.disks.values():
             disk.assembly.close()
