@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from typing import Any
 
 from cdpserver.errors import CorruptError, RefusedError, UsageError
 from cdpserver.names import When, format_bytes, parse_point
@@ -14,8 +13,9 @@ from cdpserver.repository.repository import Repository
 from cdpserver.repository.source import held_points
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
 from cdpserver.state import default_state_dir
+from recovery.backup_text import tell_made
 from recovery.bar import moving
-from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
+from recovery.output import Column, answer, answer_fields, answer_json, answer_table
 from recovery.remote import client
 from recovery.repo import DAMAGED
 from recovery.repositories import find_backup, find_id, opened_repository
@@ -67,17 +67,6 @@ def _check_point(options: Namespace) -> None:
             hint="a point was taken already: cdp point mark VM --name N --freeze, then VM@N",
         )
     parse_point(options.point)
-
-
-def tell_made(options: Namespace, made: dict[str, Any]) -> None:
-    """A backup that was made, as `show` has it."""
-    if options.json:
-        answer_json(made)
-        return
-    rate = format_bytes(int(made["read_bytes"] / max(made["seconds"], 0.001)))
-    read, new, stored = (format_bytes(made[key]) for key in ("read_bytes", "new_bytes", "stored_bytes"))
-    answer(f"backup:{made['id']}  {made['kind']}: {read} read ({rate}/s), {new} new, {stored} stored")
-    say(f"{made['kind']}, since {made['reason']}" if made["kind"] == FULL else made["reason"])
 
 
 def _points(options: Namespace) -> tuple[list[tuple[str, When]], str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cdpserver.errors import UsageError
 from cdpserver.names import check_name
 from cdpserver.repository.take import MAX_INCREMENTS
-from recovery.backup import tell_made
+from recovery.backup_text import tell_made
 from recovery.bar import moving
 from recovery.output import say
 from recovery.repositories import location_of, opened_with_key

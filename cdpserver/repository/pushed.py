@@ -330,7 +330,7 @@ class Pushed:
         """Let go of everything; what was not published is none."""
         with self._lock:
             self._over = True
-            self._fail(RefusedError("the backup was given up"))
+            self._fail(RefusedError("the backup was given up", hint="make it again"))
         self._end()
         self._pipeline.close()
         self._writer.__exit__()
