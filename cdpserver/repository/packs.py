@@ -1,9 +1,10 @@
-"""Chunks on their way into packs: gathered in memory, put whole, then known to the index. One is put while the next is gathered.
+"""Chunks on their way into packs: gathered in memory, put whole, then known to the index. Some are put while one is gathered.
 
 A pack is called after the session that wrote it, so that `gc` leaves it alone while that runs.
 """
 
 import threading
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
@@ -12,19 +13,22 @@ from cdpserver.repository.repository import Repository
 from cdpserver.repository.sessions import pack_name
 
 PACK_BYTES = 16 << 20
-"""A pack is put when it has so much: what one request to an object store carries well. Two are in memory."""
+"""A pack is put when it has so much: what one request to an object store carries well."""
+
+PUTTING = 2
+"""Packs that are on their way at once, beside the one that is gathered: a device takes its time to make one durable."""
 
 
 class PackWriter:
-    """Writes chunks for one backup. Threads: `claim` any, the rest one; and one of its own puts packs."""
+    """Writes chunks for one backup. Threads: `claim` any, the rest one; and PUTTING of its own put packs."""
 
     def __init__(self, repository: Repository, session: str) -> None:
         """For the session of that id, which is held."""
         self._repository = repository
         self._session = session
         self._number = 0
-        self._pool = ThreadPoolExecutor(1)
-        self._under_way: tuple[str, list[Entry], Future[tuple[int, int]]] | None = None
+        self._pool = ThreadPoolExecutor(PUTTING)
+        self._under_way: deque[tuple[str, list[Entry], Future[tuple[int, int]]]] = deque()
         self._begin()
         self.stored_bytes = 0
         """Bytes of the packs that were put."""
@@ -58,15 +62,15 @@ class PackWriter:
         """Put what was gathered; durable and known on return. NoSpaceError, BrokenError: what failed is not known."""
         if self._entries:
             self._send()
-        self._wait()
+        self._wait(0)
 
     def _send(self) -> None:
-        """At most one pack is on its way while another one is gathered."""
-        self._wait()
+        """What was gathered goes on its way."""
+        self._wait(PUTTING - 1)
         self._number += 1
         pack = pack_name(self._session, self._number)
         self._data += pack_end(self._entries, len(self._data))
-        self._under_way = (pack, self._entries, self._pool.submit(self._put, pack, self._data))
+        self._under_way.append((pack, self._entries, self._pool.submit(self._put, pack, self._data)))
         self._begin()
 
     def _put(self, pack: str, data: bytearray) -> tuple[int, int]:
@@ -75,18 +79,17 @@ class PackWriter:
         self._repository.place.put(pack, data, until_ns)
         return len(data), until_ns
 
-    def _wait(self) -> None:
-        if self._under_way is None:
-            return
-        pack, entries, future = self._under_way
-        self._under_way = None
-        length, until_ns = future.result()
-        self._repository.index.add(pack, entries)
-        if until_ns:
-            self._repository.index.note_retained(pack, until_ns)
-        with self._claiming:
-            self._claimed.difference_update(entry.id for entry in entries)
-        self.stored_bytes += length
+    def _wait(self, most: int) -> None:
+        """Until no more than so many are on their way; the others are durable, and known now."""
+        while len(self._under_way) > most:
+            pack, entries, future = self._under_way.popleft()
+            length, until_ns = future.result()
+            self._repository.index.add(pack, entries)
+            if until_ns:
+                self._repository.index.note_retained(pack, until_ns)
+            with self._claiming:
+                self._claimed.difference_update(entry.id for entry in entries)
+            self.stored_bytes += length
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,7 @@
     read (a run of chunks) -> id -> zeros? stored already? -> compressed, encrypted -> pack
 
 Memory: at most IN_FLIGHT_BYTES of what was read and as much again of what is sealed, whatever the size of the disk; where a chunk
-is larger than half of that, two chunks. Two packs come on top (packs.py).
+is larger than half of that, two chunks. The packs come on top (packs.py).
 """
 
 import os
