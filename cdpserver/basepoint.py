@@ -29,6 +29,7 @@ from cdpserver.state import StateDir
 from cdpserver.timeline import BackupBase, ImageBase, PointBase
 from cdpserver.view.chain import write_map
 from cdpserver.view.delta import Delta
+from cdpserver.view.extent import Files
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 
@@ -301,12 +302,15 @@ def publish(
     if final.exists() and not again:
         return describe(history, cut)
     under = backing(history, cut)
-    views = DeltaViews(cut, View(history, cut.seq), View(under.history, under.seq), [history])
+    views = DeltaViews(
+        cut, View(history, cut.seq, Files(verify=True)), View(under.history, under.seq), [history]
+    )
     building = final.with_name(f"{durable.TEMPORARY}{final.name}")
     try:
         building.unlink(missing_ok=True)
         # The export looks for the backing of a fork's first base point by itself. Should the parent publish one between
         # our look and its own, the file lacks what lies between, and comparing finds that.
+        # What the comparison reads of the journal is verified: nothing that rotted gets sums of its own.
         uri = f"nbd+unix:///{export}@delta:{number}?socket={socket or state.export_socket}"
         qemu.convert_delta(
             uri, building, backing=under.path, format=under.format, progress=part(progress, 0.0, 0.5)

@@ -20,6 +20,7 @@ from cdpserver import tls
 from cdpserver.config_values import (
     Address,
     AddressValue,
+    ChoiceValue,
     DurationValue,
     GroupValue,
     Kind,
@@ -41,21 +42,16 @@ __all__ = ["KEYS", "Address", "Config", "Key", "Settings", "load_config", "parse
 
 SECOND_NS = 1_000_000_000
 
-MIN_LAG_NS = SECOND_NS
+MIN_LAG_NS, MAX_LAG_NS = SECOND_NS, 3_600 * SECOND_NS
 """A group commit is promised once a second, so a limit below would slow every write."""
-
-MAX_LAG_NS = 3_600 * SECOND_NS
 
 MAX_WORKERS = 64
 """Each is a process with an interpreter of its own, about 60 MiB; more than the cores only costs memory."""
 
-MIN_LINGER_NS = SECOND_NS
+MIN_LINGER_NS, MAX_LINGER_NS = SECOND_NS, 3_600 * SECOND_NS
 """A client that reconnects does so after a second at the soonest."""
 
-MAX_LINGER_NS = 3_600 * SECOND_NS
-
 MAX_CONFIG_BYTES = 1 << 20
-
 _DEFAULT = Policy()
 
 
@@ -78,6 +74,7 @@ class Config:
     store_size_cap: int | None = None
     store_lock_quota: int = 50
     store_prune_every_ns: int = 60 * SECOND_NS
+    export_verify: str = "nothing"
     scrub_rate: int | None = 16 << 20
     scrub_every_ns: int = 7 * 86_400 * SECOND_NS
     freeze_before: str | None = None
@@ -256,6 +253,13 @@ KEYS = (
         DurationValue(least=SECOND_NS, most=600 * SECOND_NS),
         "How often the service looks whether history is to be dropped or writes are to be refused.",
         section="store",
+    ),
+    Key(
+        "verify",
+        "export_verify",
+        ChoiceValue(("nothing", "reads")),
+        "Whether what is read of points is verified by its digests: what rotted is EIO then, and is not served.",
+        section="export",
     ),
     Key(
         "rate",

@@ -41,7 +41,7 @@ def write(path: Path, *, spend: Callable[[int], None] = lambda _: None) -> int:
         head = _head(file.fileno())
         digests = []
         while part := file.read(BLOCK):
-            digests.append(_digest(part))
+            digests.append(digest(part))
             spend(len(part))
         if _head(file.fileno()) != head:
             return 0  # it was not at rest after all
@@ -75,18 +75,19 @@ def wrong(
     if digests is None:
         return
     with open(path, "rb") as file:
-        for number, digest in enumerate(digests):
+        for number, wanted in enumerate(digests):
             if takes(number):
                 try:
                     part = os.pread(file.fileno(), BLOCK, number * BLOCK)
                 except OSError:
                     part = b""  # the device cannot read it
                 spend(len(part))
-                if _digest(part) != digest:
+                if digest(part) != wanted:
                     yield number
 
 
-def _digest(part: bytes) -> bytes:
+def digest(part: bytes) -> bytes:
+    """Of a block."""
     return blake3(part).digest(DIGEST_SIZE)
 
 

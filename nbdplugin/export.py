@@ -30,6 +30,7 @@ from cdpserver.limits import NBD_CLIENTS
 from cdpserver.names import DeltaExport, DiskExport, MirrorExport, Seq, parse_export
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
+from cdpserver.view.extent import Files
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from cdpserver.view.volume import Part, VolumeView
@@ -49,6 +50,7 @@ _alone = False
 _patience_s = 0
 _tls = False
 _clients = Clients(NBD_CLIENTS)
+_verify = False
 _came = threading.Event()
 _state: StateDir | None = None
 _catalog: Catalog | None = None
@@ -71,16 +73,18 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one.
+    """`state_dir=DIR`; `alone=1` for who starts it for itself, beside a service's or without one; `verify=reads`.
 
     With `patience=SECONDS` it ends if no client has come by then; with `tls=1` nobody is let in over TCP without TLS; with
     `clients=N` no more than so many of each disk at once.
     """
-    global _state_dir, _alone, _patience_s, _tls, _clients
+    global _state_dir, _alone, _patience_s, _tls, _clients, _verify
     if key == "state_dir":
         _state_dir = value
     elif key == "alone":
         _alone = value == "1"
+    elif key == "verify" and value in ("nothing", "reads"):
+        _verify = value == "reads"
     elif key == "patience" and value.isascii() and value.isdecimal():
         _patience_s = int(value)
     elif key == "tls":
@@ -89,7 +93,7 @@ def config(key: str, value: str) -> None:
         _clients = Clients(int(value))
     else:
         raise RuntimeError(
-            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, patience=SECONDS, tls=1, clients=N"
+            f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, verify=reads, patience=SECONDS, tls=1, clients=N"
         )
 
 
@@ -181,7 +185,7 @@ def _open(text: str) -> Export:
 
 
 def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
-    view = View(history, seq)
+    view = View(history, seq, Files(verify=_verify))
     if volume is None:
         return view
     try:

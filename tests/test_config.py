@@ -36,7 +36,7 @@ from cdpserver.service import main
 from tests.core import ROOT
 
 SECOND = 1_000_000_000
-SECTIONS = ("tls", "roles", "store", "scrub", "freeze", "policy")
+SECTIONS = ("export", "tls", "roles", "store", "scrub", "freeze", "policy")
 
 
 def test_everything_has_a_default() -> None:
@@ -64,6 +64,8 @@ def test_every_key_is_read() -> None:
         size_cap = "2T"
         lock_quota = 30
         prune_every = "10s"
+        [export]
+        verify = "reads"
         [scrub]
         rate = "none"
         every = "30d"
@@ -110,6 +112,7 @@ def test_every_key_is_read() -> None:
         store_size_cap=2 << 40,
         store_lock_quota=30,
         store_prune_every_ns=10 * SECOND,
+        export_verify="reads",
         scrub_rate=None,
         scrub_every_ns=30 * 24 * 3600 * SECOND,
         policy_rp_every_ns=5 * SECOND,
@@ -284,7 +287,7 @@ def test_a_section_is_read_and_shown(tmp_path: Path) -> None:
         ("[limit]\nworkers = 1", "unknown section 'limit' (did you mean [limits]?)"),
         (
             "[zzz]\nred = 1",
-            "unknown section 'zzz' (known sections are [limits], [tls], [roles], [store], [scrub], [freeze], [policy])",
+            "unknown section 'zzz' (known sections are [limits], [tls], [roles], [store], [export], [scrub], [freeze], [policy])",
         ),
         ("limits = 1", "unknown section 'limits'"),
         ("[limits]\nworker = 1", "unknown key 'limits.worker' (did you mean limits.workers?)"),

@@ -74,6 +74,11 @@ def _nbdkit(name: str, state: StateDir, config: Config, *parameters: str) -> lis
     return ["nbdkit", *options, "python", plugin(name), f"state_dir={state.path}", *parameters, *asked]
 
 
+def export_command(state: StateDir, config: Config) -> list[str]:
+    """How the export is started."""
+    return _nbdkit(EXPORT, state, config, f"verify={config.export_verify}")
+
+
 def serves(name: str) -> bool:
     """Does a child of this name serve clients, which are to be taken over and not cut off?"""
     return name == EXPORT or name.startswith(f"{TARGET}-")
@@ -98,7 +103,7 @@ class Children:
             Child(f"{TARGET}-{number}", _target(state, config, number), listeners.of_worker(number))
             for number in range(config.workers)
         ]
-        self.export = Child(EXPORT, _nbdkit(EXPORT, state, config), listeners.of_export())
+        self.export = Child(EXPORT, export_command(state, config), listeners.of_export())
         indexer = [sys.executable, "-m", "cdpserver.index.indexer", "--state-dir", str(state.path)]
         self.indexer = Child("indexer", indexer)
 

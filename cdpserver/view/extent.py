@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 from cdpserver.errors import CorruptError
 from cdpserver.limits import BLOCK
+from cdpserver.view.verified import Verifier
 
 Extent: TypeAlias = tuple[int, int, str | None, int]
 
@@ -44,7 +45,9 @@ class Reader(Protocol):
 class Files:
     """A few open files, least recently used closed first. Not thread-safe: one per view."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, verify: bool = False) -> None:
+        """With `verify` what is read of them is verified."""
+        self.verifier = Verifier() if verify else None
         self._fds: OrderedDict[str, int] = OrderedDict()
         self._kept: dict[str, int] = {}
         self.readers: dict[str, Reader] = {}

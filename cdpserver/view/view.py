@@ -356,7 +356,10 @@ class View:
             elif path in readers:
                 readers[path].read_into(part, place)
             else:
-                fill(self.files.fd(path), part, place, path)
+                fd = self.files.fd(path)
+                fill(fd, part, place, path)
+                if self.files.verifier is not None:
+                    self.files.verifier.check(fd, path, place, part, start)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length)."""

@@ -1,12 +1,13 @@
 """4 KiB random reads of a point, against qemu-nbd on one QCOW2 file with the same content."""
 
+from recovery.opened import alone
 from tools.kit.processes import FailedError, run
 from tools.measure import fio
 from tools.measure.context import Context
 from tools.measure.result import Measure
 from tools.measure.servers import qemu_nbd
 
-OURS, QCOW2 = "cdpserver point", "qemu-nbd QCOW2"
+OURS, VERIFIED, QCOW2 = "cdpserver point", "cdpserver point, verified", "qemu-nbd QCOW2"
 DEPTHS = (16, 1)
 
 
@@ -26,11 +27,14 @@ def random_4k(context: Context) -> list[Measure]:
         if run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", point, image, accept=(0, 1)).returncode:
             raise FailedError("the point and its copy differ")
         context.settle()
-        with qemu_nbd(image, directory / "qemu-nbd.sock", "-r") as other:
+        verifying = directory / "verified.sock"
+        alone_ = alone("export", [f"state_dir={ours.server.path}", "alone=1", "verify=reads"], verifying)
+        verified = f"nbd+unix:///{name}@latest?socket={verifying}"
+        with qemu_nbd(image, directory / "qemu-nbd.sock", "-r") as other, alone_:
             for number in range(context.rounds):
                 for depth, measure in measures.items():
                     reading = fio.Job("randread", 4096, depth, size, seconds=context.sizes.read_seconds)
-                    for subject, uri in ((OURS, point), (QCOW2, other)):
+                    for subject, uri in ((OURS, point), (VERIFIED, verified), (QCOW2, other)):
                         figures = fio.read(uri, reading, directory)
                         measure.add(subject, figures.iops)
                         context.say(
