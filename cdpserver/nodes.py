@@ -10,12 +10,15 @@ name, so nodes between can go.
 """
 
 import contextlib
+import json
 import os
 import re
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError
@@ -93,13 +96,21 @@ def write_note(timeline: Path, node: Node) -> None:
     }
     if node.observed.by:
         value["observed"] = asdict(node.observed)
-    durable.write_json(note_path(timeline, node.number), value)
+    durable.write_json(note_path(timeline, node.number), {**value, "digest": _digest(value)})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    """Of what a note says. The instant that a file holds is known by nothing else once the journal around it is gone."""
+    return blake3(json.dumps(value, sort_keys=True).encode()).hexdigest(16)
 
 
 def read_note(timeline: Path, number: int) -> Node:
     """The note of base point `number`. FileNotFoundError, CorruptError."""
     path = note_path(timeline, number)
     value = durable.read_json(path)
+    digest = value.pop("digest", None)  # older notes have none
+    if digest is not None and digest != _digest(value):
+        raise CorruptError(f"{path} is damaged", hint="cdp check says what it touches")
     keys = {"number", "seq", "time_ns", "interval", "grade", "session", "evidence"}
     manual = value.pop("manual", False)
     seen = value.pop("observed", None)

@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ import pytest
 from cdpserver import durable, leases, offtime
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain.lock import alone, stays
+from cdpserver.check.links import check_links
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import RefusedError
+from cdpserver.journal import links
 from cdpserver.journal.log import Journal, interval_path, intervals
 from cdpserver.leases import GRACE_NS, Lease
 from cdpserver.locks import Lock
@@ -29,7 +31,7 @@ from cdpserver.retention.facts import gather
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
-from tests.dying import dies_at
+from tests.dying import Step, dies_at
 from tests.islands import publish
 from tests.model import BLOCK
 from tests.test_policy import cdp
@@ -300,6 +302,25 @@ def test_a_pass_killed_at_any_step_is_finished_by_the_next(
     assert kept.prune().dropped == []
     assert not list((kept.line.directory / "intervals").glob(f"{durable.REMOVING}*"))
     assert len(kept.intervals()) == 4 and check(kept) >= 3 * 4 + 6
+
+
+def test_killed_between_the_link_and_the_removal_the_next_pass_drops_it(kept: Kept) -> None:
+    """The chain says that the interval is dropped while it is still there: no damage, and said once."""
+
+    def dies(dying: Callable[[Step], Step]) -> None:
+        durable.remove_tree = dying(durable.remove_tree)
+
+    first = next(decision.number for decision in kept.look().dropped if decision.is_interval)
+    assert dies_at(1, lambda: kept.prune() and None, dies)
+    uuid, found = links.read(kept.line.directory)
+    assert (found[-1].kind, found[-1].interval) == (links.Kind.DROPPED, first)
+    assert first in kept.intervals() and check(kept) > 0
+    assert not check_links(kept.line.directory, uuid)[1]
+    assert not kept.prune().failed
+    assert first not in kept.intervals()
+    found = links.read(kept.line.directory)[1]
+    assert [link.interval for link in found if link.kind == links.Kind.DROPPED].count(first) == 1
+    assert not check_links(kept.line.directory, uuid)[1]
 
 
 @pytest.mark.parametrize("damage", ["policy", "lock", "contradiction"])

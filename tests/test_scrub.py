@@ -21,6 +21,7 @@ from cdpserver.journal.record import RECORD_SIZE
 from cdpserver.journal.segment import PAGE
 from cdpserver.view.history import History
 from cdpserver.view.view import View
+from tests.figures import tally
 from tests.test_check import BOOT, SECOND_NS, SEQS, SIZE, START_NS, Disk, disk, flip, template
 from tests.test_check_depth import WROTE_A
 from tests.test_service import connected
@@ -185,6 +186,7 @@ def test_a_bit_that_flips_is_found_and_harms_only_what_is_said(disk: Disk, kind:
         flip(path, at, bit)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert list(contents(disk, seqs)) == before
+    tally(f"flips: {kind}", flips=len(SEEDS))
 
 
 def _matters(path: Path, at: int) -> bool:

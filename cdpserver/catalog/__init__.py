@@ -220,7 +220,9 @@ class Catalog:
         try:
             with self._store.changing() as txn:
                 result = change(self._store, txn, partial(self._store.content_in, txn))
-                durable.write_json(self.state.catalog_copy, self._store.content_in(txn).to_json())
+                content = self._store.content_in(txn)
+                self._store.put_digest(txn, content)
+                durable.write_json(self.state.catalog_copy, content.to_json())
         except (CdpError, OSError):
             # The transaction is undone; so must be the copy, if not now then at the next change.
             with contextlib.suppress(CdpError, OSError):

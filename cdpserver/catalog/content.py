@@ -1,9 +1,12 @@
 """What the catalog holds, its plain copy `catalog.json`, and which names exclude each other; no LMDB here."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from blake3 import blake3
 
 from cdpserver import durable
 from cdpserver.catalog.rows import FORMAT, TABLES, TABLES_BY_FORMAT, Rows, Table, empty_rows, read_row
@@ -40,6 +43,12 @@ class Content:
             table: {id: row.value() for id, row in sorted(self.rows[table].items())} for table in TABLES
         }
         return {"format": FORMAT, "next_id": self.next_id, "disks": disks, **tables}
+
+    def digest(self) -> bytes:
+        """Of all that it says, and of no table that is empty: so it stays the same when a format adds one."""
+        value = self.to_json()
+        told = {key: held for key, held in value.items() if held and key != "format"}
+        return blake3(json.dumps(told, sort_keys=True).encode()).digest()
 
 
 def entry_value(entry: Entry) -> dict[str, Any]:

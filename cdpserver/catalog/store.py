@@ -1,7 +1,7 @@
 """The LMDB environment of the catalog: opened only if whole, built whole, read and changed.
 
-Tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-endian;
-one for each of `rows.TABLES`, id -> msgpack of schema, fields.
+Tables: `disks`, full name -> msgpack of id, state, created_ns; `counters`, `next_id` -> 8 bytes little-endian, `digest` -> BLAKE3
+of all; one for each of `rows.TABLES`, id -> msgpack of schema, fields.
 
 Durability: a change is synced when its transaction ends; a new environment appears by rename.
 Threads: a write transaction begins and ends in one `with` block, so in one thread.
@@ -46,6 +46,7 @@ DATA = "data.mdb"
 DISKS = b"disks"
 COUNTERS = b"counters"
 NEXT_ID = b"next_id"
+DIGEST = b"digest"
 
 _DAMAGE = (
     lmdb.InvalidError,
@@ -89,6 +90,7 @@ def build(path: Path, content: Content) -> None:
                 for entry in content.entries.values():
                     txn.put(entry.name.encode(), msgpack.packb(entry_value(entry)), db=disks)
                 txn.put(NEXT_ID, content.next_id.to_bytes(8, "little"), db=counters)
+                txn.put(DIGEST, content.digest(), db=counters)
                 for table in TABLES:
                     db = env.open_db(table.encode(), txn)
                     for row in content.rows[table].values():
@@ -151,9 +153,12 @@ class Store:
         return None if value is None else self._decode(key, value)
 
     def content(self) -> Content:
-        """Everything, of one instant."""
+        """Everything, of one instant. CorruptError where it is not what was written."""
         with self.reading() as txn:
-            return self.content_in(txn)
+            content, digest = self.content_in(txn), txn.get(DIGEST, db=self._counters)
+        if digest is not None and bytes(digest) != content.digest():
+            raise damaged(self.path, "it does not say what was written")
+        return content
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
@@ -204,6 +209,10 @@ class Store:
     def put_next_id(self, txn: lmdb.Transaction, number: int) -> None:
         """Set the counter of ids."""
         txn.put(NEXT_ID, number.to_bytes(8, "little"), db=self._counters)
+
+    def put_digest(self, txn: lmdb.Transaction, content: Content) -> None:
+        """Note what all of it comes to: the last thing that a change does."""
+        txn.put(DIGEST, content.digest(), db=self._counters)
 
     def put_row(self, txn: lmdb.Transaction, table: Table, row: Row) -> None:
         """Add or replace a row. UsageError for one that cannot be kept, RefusedError if the table is full."""
