@@ -88,7 +88,6 @@ class _Comparison(Comparing):
         super().__init__(other, steps, progress, mend=mend)
         self._repository = repository
         self._chunks = chunks
-        self._zeros: dict[int, bytes] = {}
 
     def _compare(self, right: Connection, writer: Writer | None) -> None:
         buffer = bytearray(self._chunks.step)
@@ -101,15 +100,10 @@ class _Comparison(Comparing):
                 right.wait(cookie, at)
             with self._lock:
                 id_ = self._chunks.id(start // self._chunks.step)
-            same = self._repository.id(there) == (self._zero(len(there)) if id_ == ZERO_ID else id_)
+            expected = self._repository.id_of_zeros(len(there)) if id_ == ZERO_ID else id_
+            same = self._repository.id(there) == expected
             written = 0
             if not same and writer is not None:
                 wanted = memoryview(self._repository.load(id_, len(there)))
                 written = mend(writer, wanted, there, start)
             self._done(start, end, same=same, written=written)
-
-    def _zero(self, length: int) -> bytes:
-        """What zeros would be called, if they had a name."""
-        if length not in self._zeros:
-            self._zeros[length] = self._repository.id(bytes(length))
-        return self._zeros[length]

@@ -61,7 +61,6 @@ class Pipeline:
         self._repository = repository
         self._writer = writer
         self._pool = ThreadPoolExecutor(WORKERS)
-        self._zeros: dict[int, bytes] = {}
         self._step = repository.chunk_size
         self._chunks = max(1, RUN_BYTES // self._step)
         run_bytes = self._chunks * self._step
@@ -103,7 +102,7 @@ class Pipeline:
     def _name(self, content: bytearray | memoryview) -> _Named:
         """What becomes of one chunk. In a worker."""
         id_ = self._repository.id(content)
-        if id_ == self._zero(len(content)):
+        if id_ == self._repository.id_of_zeros(len(content)):
             return ZERO_ID, None, len(content)
         if self._writer.claim(id_):
             return id_, self._repository.seal(id_, Kind.DATA, content), len(content)
@@ -136,11 +135,6 @@ class Pipeline:
         if sealed is not None:
             self.new_bytes += raw
             self._writer.add(id_, Kind.DATA, raw, sealed)
-
-    def _zero(self, length: int) -> bytes:
-        if length not in self._zeros:
-            self._zeros[length] = self._repository.id(bytes(length))
-        return self._zeros[length]
 
     def close(self) -> None:
         """What is under way is of no use any more."""

@@ -193,6 +193,7 @@ class Repository:
         folder = cache if cache is not None else default_cache()
         self.index = Index(folder / f"repo-{self.config.id.hex()}.mdb")
         self.doomed: frozenset[str] = frozenset()
+        self._zeros: dict[int, bytes] = {}
         try:
             self.refresh()
         except BaseException:
@@ -276,6 +277,13 @@ class Repository:
     def id(self, content: bytes | bytearray | memoryview) -> bytes:
         """What the content is called here."""
         return self._sealer.id(content)
+
+    def id_of_zeros(self, length: int) -> bytes:
+        """What zeros would be called, if they had a name. Threads: any."""
+        found = self._zeros.get(length)
+        if found is None:
+            found = self._zeros[length] = self.id(bytes(length))
+        return found
 
     def seal(self, id_: bytes, kind: Kind, content: bytes | bytearray | memoryview) -> tuple[bytes, int]:
         """(stored bytes, codec), for a PackWriter."""
