@@ -1,5 +1,6 @@
 """tools/install into a staging root: what is installed runs, upgrades keep what was changed, removal keeps data."""
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -211,10 +212,13 @@ def test_a_reload_after_an_upgrade_runs_the_new_version(root: Path, state_dir: P
         new.rename(tree)
         assert answer(state_dir / "api.sock", "/v1/status")["version"] == __version__
         service.process.send_signal(signal.SIGHUP)
-        until(
-            lambda: "99.0" in run(root, "cdp", "--state-dir", str(state_dir), "status"),
-            "new version's answer",
-        )
+
+        def new_one_answers() -> bool:
+            with contextlib.suppress(subprocess.CalledProcessError):  # nobody answers for a moment
+                return "99.0" in run(root, "cdp", "--state-dir", str(state_dir), "status")
+            return False
+
+        until(new_one_answers, "new version's answer")
         assert service.process.poll() is None
     finally:
         service.stop()
