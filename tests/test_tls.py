@@ -319,6 +319,8 @@ def test_a_uri_says_which_credential(files: Path, tmp_path: Path) -> None:
         assert uri_here({"uri": uri}, None, credential) == whole
         assert uri_here({"uri": uri}, "127.0.0.1:1", credential).startswith("nbds://")
     assert Credential.of("nbd://h:1/a") is None
+    assert name_in_node("nbd://[2001:db8::1]:10809/a") == "nbd://2001:db8::1:10809/a"
+    assert name_in_node("nbd+unix:///a%20b?socket=/s") == "nbd+unix:///a b?socket=/s"
     assert keys.as_object("n") == {
         "qom-type": "tls-creds-psk",
         "username": "hv1",

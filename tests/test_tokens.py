@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
+from fastapi import FastAPI
 
 from cdpserver import sealed, timeline, tls, tokens
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UnreachableError, UsageError
-from cdpserver.service.api import rights
-from cdpserver.service.roles import Role
+from cdpserver.events import EventLog
+from cdpserver.service.api import rights, server
+from cdpserver.service.roles import Role, Roles
 from cdpserver.state import StateDir
 from recovery.client import Client
 from recovery.endpoint import Endpoint
 from tests.test_protect_agent import free_port
 from tests.test_service import Server, connected
-from tests.test_tls import BLOCK, PAGE
+from tests.test_tls import files
+
+__all__ = ["files"]
 
 ROLES = ("viewer", "operator", "admin")
 
@@ -63,22 +69,15 @@ class Far:
 
 
 @pytest.fixture(scope="module")
-def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
-    directory = tmp_path_factory.mktemp("far")
-    subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", BLOCK.findall(PAGE.read_text())[0]],
-        cwd=directory,
-        check=True,
-        capture_output=True,
-    )
+def far(files: Path) -> Iterator[Far]:
     port = free_port()
-    config = directory / "cdpserver.toml"
-    config.write_text(f"listen_api = '127.0.0.1:{port}'\n[tls]\ncertificates = '{directory / 'tls'}'\n")
-    with Server(directory / "s", "--config", str(config)) as server:
-        found = Far(server, directory, port)
+    config = files / "cdpserver.toml"
+    config.write_text(f"listen_api = '127.0.0.1:{port}'\n[tls]\ncertificates = '{files / 'tls'}'\n")
+    with Server(files / "s", "--config", str(config)) as server:
+        found = Far(server, files, port)
         for role in ROLES:
             found.tokens[role] = tokens.add(StateDir(server.state_dir), f"a-{role}", role)
-        agent = directory / "hv1.token"
+        agent = files / "hv1.token"
         assert found.cdp("token", "add", "hv1", "--role", "protect", "--out", str(agent)).returncode == 0
         found.tokens["protect"] = agent.read_text().strip()
         yield found
@@ -327,3 +326,39 @@ def test_where_the_api_is(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UnreachableError) as nobody:
         Client(state).status()
     assert "listen_api" in nobody.value.hint
+
+
+def test_who_shows_no_token_is_closed_and_keeps_no_place(
+    short_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the handshake, and after it. The clock jumps when both sides wait for it, and for nothing else."""
+    monkeypatch.setattr(server, "MAX_REMOTE", 2)
+    clock = trio.testing.MockClock(autojump_threshold=0.2)
+    trio.run(_be_silent, short_path, files, clock=clock)
+
+
+async def _be_silent(short_path: Path, files: Path) -> None:
+    served = server._Server(FastAPI(), Roles({}, {}), EventLog(short_path / "events.jsonl"))
+    context = tls.server_context(str(files / "tls"))
+    until = trio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(short_path / "api.sock"))
+        local.listen()
+        place = tcp.getsockname()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(served.run, local, (tcp, context), until)
+            silent = await trio.open_tcp_stream(*place)
+            shaken = trio.SSLStream(
+                await trio.open_tcp_stream(*place),
+                ssl.create_default_context(cafile=str(files / "tls" / tls.CA)),
+                server_hostname="127.0.0.1",
+                https_compatible=True,
+            )
+            await shaken.do_handshake()
+            third = await trio.open_tcp_stream(*place)
+            assert await third.receive_some(1) == b""
+            assert await silent.receive_some(1) == b""
+            assert await shaken.receive_some(1) == b""
+            again = await trio.open_tcp_stream(*place)
+            assert await again.receive_some(1) == b""
+            until.set()

@@ -20,6 +20,8 @@ KEYS = "keys.psk"
 
 CERTIFICATES = ("ca-cert.pem", "client-cert.pem", "client-key.pem")
 
+PORT = 10809
+
 USER = "qemu"
 """Whose key QEMU takes if it is not told."""
 
@@ -85,9 +87,9 @@ class Credential:
 def name_in_node(uri: str) -> str:
     """What QEMU shows as the `file` of a node that is at a URI, whether it goes by TLS or not."""
     parts = urlsplit(uri)
-    if parts.scheme != "nbds":
+    if parts.scheme not in ("nbd", "nbds"):
         return unquote(uri)
-    return unquote(f"nbd://{parts.netloc.rpartition('@')[2]}{parts.path}")
+    return unquote(f"nbd://{parts.hostname}:{parts.port or PORT}{parts.path}")  # of IPv6 without brackets
 
 
 async def hand_over(monitor: Monitor, name: str, credential: Credential) -> None:
