@@ -7,6 +7,7 @@ the library's own functions do, for the connection that calls.
 import contextlib
 import ctypes
 import hmac
+import math
 import socket
 import threading
 from collections import Counter
@@ -26,6 +27,10 @@ REFUSED = "no such export, or not with this secret"
 """One answer for both: nobody learns by trying which disks there are."""
 
 
+SAY_EVERY_S = 1.0
+"""Between two events that say that somebody was refused: who tries many must not push all others out of the event file."""
+
+
 class Admission:
     """What a process asks of its clients. `tls`: over TCP nobody is let in without."""
 
@@ -33,10 +38,20 @@ class Admission:
         self._state = state
         self._catalog = catalog
         self._tls = tls
+        self._said_at = -math.inf
 
     def lists(self, *, is_tls: bool) -> bool:
         """Is a client told which exports there are? Over TCP with TLS their names are of no use."""
         return not (self._tls and (is_tls or _over_tcp()))
+
+    def is_news(self, error: CdpError, now_s: float) -> bool:
+        """Is it worth an event, at this time of a clock? A refusal so soon after another is not."""
+        if not isinstance(error, ForbiddenError):
+            return True
+        if now_s < self._said_at + SAY_EVERY_S:
+            return False
+        self._said_at = now_s
+        return True
 
     def admit(self, text: str) -> str:
         """The export name that a client asked for, without its secret. ForbiddenError."""

@@ -226,7 +226,9 @@ def open(readonly: bool) -> Export:
 
 def _fail(error: CdpError, where: str, **fields: object) -> None:
     nbdkit.set_error(error.errno)
-    assert _log is not None
+    assert _log is not None and _admission is not None
+    if not _admission.is_news(error, time.monotonic()):
+        return
     _log.emit(f"export.{error.kind}", level="warning", where=where, reason=str(error), **fields)
 
 

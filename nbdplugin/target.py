@@ -140,6 +140,8 @@ EVENTS: dict[type[CdpError], str] = {
 def _fail(error: CdpError, where: str, **fields: object) -> None:
     """Give the client the error's own errno, and say it once in the log and the event file."""
     nbdkit.set_error(error.errno)
+    if not admission().is_news(error, time.monotonic()):
+        return
     name = next((text for kind, text in EVENTS.items() if isinstance(error, kind)), "target.error")
     registry().log.emit(name, level="warning", where=where, reason=str(error), **fields)
 

@@ -13,8 +13,9 @@ import pytest
 import trio
 
 from cdpserver import sealed, tls
+from cdpserver.catalog import Catalog
 from cdpserver.config import Config, parse_config
-from cdpserver.errors import CorruptError, UsageError
+from cdpserver.errors import CorruptError, ForbiddenError, NotFoundError, UsageError
 from cdpserver.names import MAX_NUMBER
 from cdpserver.service.core import tcp_uri
 from cdpserver.state import StateDir
@@ -22,6 +23,7 @@ from cdpserver.vm import qmp
 from cdpserver.vm.mirror import Mirror, mirror_uri
 from cdpserver.vm.probe import ASKED_MOST, Probe
 from cdpserver.vm.tls import Credential, name_in_node
+from nbdplugin.admission import Admission
 from recovery.agent_target import uri_here
 from tests.test_protect import guest
 from tests.test_protect_agent import free_port
@@ -279,6 +281,21 @@ def test_files_that_will_not_do_are_named(files: Path, tmp_path: Path) -> None:
             tls.check_files(None, str(keys))
     with pytest.raises(UsageError, match=r"tls\.psk"):
         tls.check_files(None, str(tmp_path / "none"))
+
+
+def test_who_is_refused_often_is_said_once(short_path: Path) -> None:
+    state = StateDir.create_or_open(short_path / "s")
+    with Catalog.open(state, writable=True) as catalog:
+        asked = Admission(state, catalog, tls=True)
+        refused, other = ForbiddenError("no"), NotFoundError("none")
+        assert [asked.is_news(refused, 100 + late) for late in (0, 0.5, 0.9, 1, 1.5)] == [
+            True,
+            False,
+            False,
+            True,
+            False,
+        ]
+        assert asked.is_news(other, 101.5) and asked.is_news(other, 101.5)
 
 
 def test_what_nbdkit_is_told() -> None:
