@@ -45,11 +45,13 @@ def seeds(count: int) -> list[int]:
     return [int(os.environ["CDP_SEED"])] if "CDP_SEED" in os.environ else list(range(count * LONG))
 
 
-def flipped(path: Path, seed: int, *, end: int = 1 << 30) -> tuple[int, int]:
-    """Flip a bit of a file, whose times stay: (where, mask)."""
+def flipped(path: Path, seed: int) -> tuple[int, int]:
+    """Flip a bit of a file, whose times stay: (where, mask). Of LMDB's not in the zeros that most of a small one is."""
     dice = random.Random(f"{path.name} {seed}")
     stat = path.stat()
-    at, mask = dice.randrange(min(stat.st_size, end)), 1 << dice.randrange(8)
+    held = path.read_bytes()
+    places = [at for at, byte in enumerate(held) if byte] if path.suffix == ".mdb" else range(len(held))
+    at, mask = dice.choice(places), 1 << dice.randrange(8)
     flip(path, at, mask)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return at, mask
@@ -151,12 +153,15 @@ def test_a_bit_of_a_base_point(standing: Disk) -> None:
         back(path, at, mask)
     shutil.rmtree(interval_path(standing.directory, 1))
     assert reads(standing, last, verify=True) == whole
+    refused = 0
     for seed in seeds(8):
         at, mask = flipped(path, 1000 + seed)
-        with contextlib.suppress(CdpError):
+        try:
             assert reads(standing, last, verify=True) == whole, (seed, at, mask)
+        except CdpError:
+            refused += 1
         back(path, at, mask)
-    tally("flips: base point", flips=2 * len(seeds(8)), found=2 * len(seeds(8)))
+    tally("flips: base point", flips=2 * len(seeds(8)), found=len(seeds(8)) + refused)
 
 
 @pytest.mark.real
@@ -164,11 +169,15 @@ def test_a_bit_of_a_note_or_a_map(standing: Disk) -> None:
     """A note names the instant that a file holds: one that says something else is no note. A map is made anew."""
     note, map_ = note_path(standing.directory, 0), map_path(base_point_path(standing.directory, 0))
     held = read_note(standing.directory, 0)
+    refused = 0
     for seed in seeds(40):
         at, mask = flipped(note, seed)
-        with contextlib.suppress(CorruptError):
+        try:
             assert read_note(standing.directory, 0) == held, (seed, at, mask)
+        except CorruptError:
+            refused += 1
         back(note, at, mask)
+    tally("flips: note", flips=len(seeds(40)), found=refused)
     flip(note, note.read_bytes().index(b'"seq": ') + 8)
     with pytest.raises(CorruptError):
         read_note(standing.directory, 0)
@@ -182,7 +191,7 @@ def test_a_bit_of_a_note_or_a_map(standing: Disk) -> None:
         at, mask = flipped(map_, seed)
         assert reads(standing, SEQS["b2"], verify=False) == whole, (seed, at, mask)
         back(map_, at, mask)
-    tally("flips: note and map", flips=len(seeds(50)), found=len(seeds(50)))
+    tally("flips: map", flips=len(seeds(10)))
 
 
 @pytest.mark.real
