@@ -23,12 +23,19 @@ class LiveView(View):
         journal = self.history.journal
         interval, reader = journal.newest()
         last_seq = reader.last_seq
+        if not self._is_open:
+            self.seq = last_seq
+            super().refresh()
+            return
         if last_seq == self.seq:
             return
         newest = self._newest_layer()
         tail = newest.tail
         after = tail.upto if tail is not None else self.seq
         self.seq = last_seq
+        self._is_open = (
+            False  # until all of it is taken in: else what fails on the way would be missing for good
+        )
         if interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
             self._close_layers()
             self._open_layers()
@@ -40,6 +47,7 @@ class LiveView(View):
         for run in journal.runs(after, last_seq):
             tail.add(run)
         tail.upto = last_seq
+        self._is_open = True
 
     def _newest_layer(self) -> Layer:
         newest = self._layers[0]

@@ -74,10 +74,15 @@ class View:
         self._chain: Chain | None = None
         self._status: list[tuple[int, int, bool]] = []
         self._status_seq = -1
+        self._is_open = False
         self._open_layers()
 
     def _open_layers(self) -> None:
         """The newest interval, and every further one that its index does not hold whole."""
+        self._find_layers()
+        self._is_open = True
+
+    def _find_layers(self) -> None:
         if self.seq == 0:
             return
         self._older, self._floor = self.history.standing(self.seq)
@@ -126,13 +131,23 @@ class View:
         layer.tail.upto = upto
 
     def refresh(self) -> None:
-        """A view of a fixed seq never changes."""
+        """A view of a fixed seq never changes. What failed to open is opened anew, all of it: a part would read otherwise."""
+        if not self._is_open:
+            self._close_layers()
+            self._open_layers()
 
     # -- resolving -------------------------------------------------------------------------------------------
 
     def pieces(self, first: int, end: int) -> list[tuple[Part | None, Piece]]:
         """Which interval and piece holds each part of blocks [first, end); None where the base does."""
         self.refresh()
+        try:
+            return self._pieces(first, end)
+        except BaseException:
+            self._is_open = False  # an interval may have been opened by half
+            raise
+
+    def _pieces(self, first: int, end: int) -> list[tuple[Part | None, Piece]]:
         if end - first == 1:
             return [self._piece(first)]
         found: list[tuple[Part | None, Piece]] = []
@@ -417,7 +432,7 @@ class View:
             merged.close()
         self._layers, self._older, self._refs, self._base_view = [], [], {}, None
         self._sources, self._merged = None, []
-        self._floor, self._chain = None, None
+        self._floor, self._chain, self._is_open = None, None, False
 
     def close(self) -> None:
         """Give everything back but the history."""
