@@ -6,7 +6,7 @@ that second; what is not indexed yet is counted from the header log.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cdpserver.cuts import find_cut
@@ -173,7 +173,8 @@ class Timeline:
     ) -> list[Point]:
         """Points in [since, until], oldest first; with `limit` the newest of them.
 
-        Recovery points come one for each whole `every_ns` that is over, as many seconds as that is rounded up.
+        Recovery points come one for each whole `every_ns` that is over, as many seconds as that is rounded up. In a gap there
+        are none, though something may have come in late; what has a name or a file of its own is unordered there.
         """
         if self.journal.empty:
             return []
@@ -186,6 +187,7 @@ class Timeline:
         named: list[Point] = []
         seen: list[tuple[int, Observed]] = []
         base_points = [p for p in self._base_points() if since_ns <= p.time_ns <= until]
+        missed: list[tuple[int, int]] = []
         wanted: list[Point] = []
         for interval in reversed(self.journal.intervals):
             started = self._first_time(interval) // SECOND_NS
@@ -196,9 +198,14 @@ class Timeline:
                 for row in reversed(found):
                     slot = row.second // slot_s
                     rows[slot] = merge_rows(row, rows[slot]) if slot in rows else row
+                missed += control.missed_spans(controls) if seen else self._missed(interval)
                 seen = self._observed(interval, controls) + seen
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
-            held_rows = [row for row in rows.values() if since_ns <= row.last_time_ns <= until]
+            held_rows = [
+                row
+                for row in rows.values()
+                if since_ns <= row.last_time_ns <= until and not control.is_inside(missed, row.last_time_ns)
+            ]
             points = named + [_point(row, _at(seen, row.last_seq)) for row in held_rows]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
@@ -207,6 +214,9 @@ class Timeline:
                 break
         if kind in (None, "bp"):
             wanted += base_points
+        wanted = [
+            replace(p, grade=Grade.UNORDERED) if control.is_inside(missed, p.time_ns) else p for p in wanted
+        ]
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
@@ -407,12 +417,22 @@ class Timeline:
             return Position(run.interval, run.reader.segment, int(record["seq"]), int(record["time"]))
         return None
 
+    def grade_at(self, position: Position) -> Grade:
+        """What its content is worth. In a gap it is unordered: what came in late is of an instant before, and not whole."""
+        if self._is_missed(position, position.time_ns):
+            return Grade.UNORDERED
+        return self.journal.state_at(position.seq).grade
+
     def _is_missed(self, position: Position, time_ns: int) -> bool:
-        """Were writes of the guest missing then? That is said afterwards; `position` is the newest record at that time."""
-        near = {position.interval, position.interval + 1}.intersection(self.journal.intervals)
-        return self.journal.state_at(position.seq).gap_open or any(
-            control.misses(self.controls(interval), time_ns) for interval in near
+        """Were writes of the guest missing then? `position` is the newest record at that time."""
+        return self.journal.state_at(position.seq).gap_open or control.is_inside(
+            self._missed(position.interval), time_ns
         )
+
+    def _missed(self, interval: int) -> list[tuple[int, int]]:
+        """When writes were missing, as far as an interval is concerned: that is said afterwards, perhaps in the next one."""
+        near = {interval, interval + 1}.intersection(self.journal.intervals)
+        return [span for held in sorted(near) for span in control.missed_spans(self.controls(held))]
 
     def ends_before_gap(self, position: Position) -> bool:
         """Did acknowledged writes that came right after this instant get lost?"""

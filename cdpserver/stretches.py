@@ -44,10 +44,12 @@ def stretches(timeline: Timeline, *, now_ns: int) -> list[Stretch]:
     for start_ns, end_ns in gaps:
         found = [part for stretch in found for part in _without(stretch, start_ns, end_ns)]
     for node in nodes(timeline.history.directory):
-        # Its file is there, whether the journal around it is or not.
+        # Its file is there, whether the journal around it is or not; in a gap it holds what came in late.
         if grade_at(found, node.time_ns) is None:
+            missed = any(start_ns <= node.time_ns < end_ns for start_ns, end_ns in gaps)
+            grade = Grade.UNORDERED if missed else node.grade
             evidence = control.show_evidence(node.session, node.evidence, node.observed)
-            found.append(Stretch(node.time_ns, node.time_ns + 1, node.grade, evidence))
+            found.append(Stretch(node.time_ns, node.time_ns + 1, grade, evidence))
             found.sort(key=lambda stretch: stretch.start_ns)
     return found
 

@@ -26,7 +26,7 @@ from tests.guest_image import GuestImage
 from tests.guest_vm import Guest, file_disk
 from tests.test_service import ApiError, Server, until
 from tools.kit.mount import as_file, as_loop, mounted
-from tools.kit.processes import run
+from tools.kit.processes import TooLate, run
 from tools.kit.processes import until as soon
 from tools.kit.qmp import Qmp
 
@@ -39,7 +39,7 @@ DISKS = {"root": 64 << 20, "left": 1 << 20, "right": 1 << 20}
 SAMPLED = int(os.environ.get("CDP_SAMPLED", "6"))
 """Points whose file system is looked into; each takes a second. CDP_SAMPLED=1000: all of them."""
 
-BOOT_S = 120.0
+BOOT_S = 60.0
 """A guest that was reset has to boot before it writes again."""
 
 FEWEST = 3
@@ -154,7 +154,12 @@ class Judged:
                 return bool(points)
             return False
 
-        soon(there, "point of the VM", seconds=BOOT_S, every_s=0.1)
+        try:
+            soon(there, "point of the VM", seconds=BOOT_S, every_s=0.1)
+        except TooLate as error:
+            events = (self.server.state_dir / "events.jsonl").read_text().splitlines()[-40:]
+            vm = json.dumps(self.server.get("/v1/vms/web"))
+            raise TooLate("\n".join([str(error), vm, *events, *self.guest.console[-5:]])) from None
 
     def goes_on(self, acks: int = 5) -> None:
         """The guest's writes are done, and said to be."""

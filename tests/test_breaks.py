@@ -8,7 +8,7 @@ import pytest
 from cdpserver.errors import NoSpaceError, NotFoundError, RefusedError, RemovedError, UsageError
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade
-from cdpserver.names import At, MirrorExport
+from cdpserver.names import At, MirrorExport, Seq
 from cdpserver.stretches import grade_at, stretches
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
 from tests.test_journal import Fault
@@ -83,6 +83,30 @@ def test_a_gap_is_open_until_the_next_first_write(line: Line) -> None:
         Grade.CRASH, None, None, None, None, Grade.UNORDERED, Grade.CRASH,
     ]  # fmt: skip
     line.disk.marker("bookmark").mark(control.mark("after"))
+
+
+def test_what_came_in_late_is_no_point(line: Line) -> None:
+    """A target that hung goes on and takes what lay in its socket, before anybody tells it that the guest went on without it."""
+    world = line.world
+    before_ns = line.writer.last_time_ns
+    world.now_ns += 100 * MS
+    line.write(0, b"c" * BLOCK)
+    seq = line.writer.last_seq
+    line.disk.marker("bookmark").mark(control.mark("then"))
+    world.now_ns += 100 * MS
+    line.disk.lost(1, "test", ago_ns=SECOND_NS, freed_ago_ns=150 * MS)
+    world.now_ns += 2 * SECOND_NS
+    with line.points() as points:
+        listed = points.points(now_ns=world.now_ns)
+        assert [p.grade for p in listed if p.name == "then"] == [Grade.UNORDERED]
+        assert all(p.time_ns <= before_ns for p in listed if p.kind == "rp")
+        for upto_ns in (before_ns, world.now_ns):
+            assert points.points(now_ns=world.now_ns, until_ns=upto_ns, kind="rp"), "the one before stays"
+        assert points.grade_at(points.resolve(Seq(seq), now_ns=world.now_ns)) is Grade.UNORDERED
+        assert points.grade_at(points.resolve(At(before_ns), now_ns=world.now_ns)) is Grade.CRASH
+    INDEXER.call("drain", line.directory, world.boot)
+    with line.points() as points:
+        assert points.points(now_ns=world.now_ns) == listed
 
 
 def test_a_gap_that_is_over_when_it_is_said(line: Line) -> None:

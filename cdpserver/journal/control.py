@@ -193,13 +193,18 @@ def missed(*, from_time_ns: int, until_time_ns: int, reason: str) -> dict[str, A
     return message | {"reason": reason}
 
 
-def misses(controls: Iterable[tuple[int, int, dict[str, Any]]], time_ns: int) -> bool:
-    """Do these (seq, time, message) say of an earlier time that writes were missing then?"""
-    return any(
-        message["from_time_ns"] < time_ns < (message["until_time_ns"] or said_ns)
+def missed_spans(controls: Iterable[tuple[int, int, dict[str, Any]]]) -> list[tuple[int, int]]:
+    """The (from, until) between which writes were missing, as these (seq, time, message) say afterwards; neither is in it."""
+    return [
+        (message["from_time_ns"], message["until_time_ns"] or said_ns)
         for _, said_ns, message in controls
         if message["type"] == "missed"
-    )
+    ]
+
+
+def is_inside(spans: Iterable[tuple[int, int]], time_ns: int) -> bool:
+    """Is this time between the two of one of them?"""
+    return any(from_ns < time_ns < until_ns for from_ns, until_ns in spans)
 
 
 def grow(size: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
     with core.points(entry) as points:
         position = points.resolve(when, now_ns=core.clock.now_ns())
         size = points.history.size_at(position.seq)
-        unordered = points.journal.state_at(position.seq).grade is Grade.UNORDERED
+        unordered = points.grade_at(position) is Grade.UNORDERED
         base = points.history.timeline.base
         warning = UNORDERED if unordered else BEFORE_GAP if leads_to_gap(points, position) else ""
     if warning and not force:

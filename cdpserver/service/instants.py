@@ -193,14 +193,14 @@ class Instants:
         now_ns = self._core.clock.now_ns()
         with self._core.points(entry) as points:
             place = points.resolve(when, now_ns=now_ns)
-            state = points.journal.state_at(place.seq)
+            state, held = points.journal.state_at(place.seq), points.grade_at(place)
             at = place.time_ns
             named = [
                 point
                 for point in points.points(now_ns=now_ns, since_ns=at, until_ns=at)
                 if point.seq == place.seq and point.name is not None
             ]
-        grade = max([state.grade, *(point.grade for point in named)])
+        grade = max([held, *(point.grade for point in named)])
         return {
             "name": entry.name,
             "point": f"{entry.name}@seq:{place.seq}",
