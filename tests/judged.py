@@ -39,7 +39,7 @@ DISKS = {"root": 64 << 20, "left": 1 << 20, "right": 1 << 20}
 SAMPLED = int(os.environ.get("CDP_SAMPLED", "6"))
 """Points whose file system is looked into; each takes a second. CDP_SAMPLED=1000: all of them."""
 
-BOOT_S = 60.0
+BOOT_S = 120.0
 """A guest that was reset has to boot before it writes again."""
 
 FEWEST = 3

@@ -50,8 +50,8 @@ class Qemu:
                     | {"io-status": "ok"}
                     for name in self.jobs
                 ]
-            case "query-status" if not self.status:
-                raise QmpRefusedError(command, "CommandNotFound", "a storage daemon")
+            case "query-status" | "object-del" if command == "object-del" or not self.status:
+                raise QmpRefusedError(command, "GenericError", "a storage daemon, and no credential in it")
             case "query-status":
                 return {"status": self.status}
             case "stop":

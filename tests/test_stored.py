@@ -302,7 +302,9 @@ from cdpserver.catalog.store import Store
 store = Store(Path({str(copied.state.catalog)!r}), writable=True)
 with store.changing() as txn:
     store.put(txn, Entry("d1", "t1", "removing", 5))
-    durable.write_json(Path({str(copied.state.catalog_copy)!r}), store.content_in(txn).to_json())
+    content = store.content_in(txn)
+    store.put_digest(txn, content)
+    durable.write_json(Path({str(copied.state.catalog_copy)!r}), content.to_json())
     print("ahead", flush=True)
     input()
 """
