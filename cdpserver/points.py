@@ -69,6 +69,10 @@ def _instant(near: Position, instant: Instant) -> Position:
     return Position(near.interval, near.segment, instant.seq, instant.time_ns)
 
 
+def _graded_in(missed: list[tuple[int, int]], point: Point) -> Point:
+    return replace(point, grade=Grade.UNORDERED) if control.is_inside(missed, point.time_ns) else point
+
+
 def _slot_s(every_ns: int) -> int:
     """Whole seconds that share a recovery point: the index has one row a second."""
     return max(1, -(-every_ns // SECOND_NS))
@@ -173,8 +177,8 @@ class Timeline:
     ) -> list[Point]:
         """Points in [since, until], oldest first; with `limit` the newest of them.
 
-        Recovery points come one for each whole `every_ns` that is over, as many seconds as that is rounded up. In a gap there
-        are none, though something may have come in late; what has a name or a file of its own is unordered there.
+        Recovery points come one for each whole `every_ns` that is over, as many seconds as that is rounded up; none is in a
+        gap, where what has a name or a file of its own is unordered.
         """
         if self.journal.empty:
             return []
@@ -201,22 +205,16 @@ class Timeline:
                 missed += control.missed_spans(controls) if seen else self._missed(interval)
                 seen = self._observed(interval, controls) + seen
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
-            held_rows = [
-                row
-                for row in rows.values()
-                if since_ns <= row.last_time_ns <= until and not control.is_inside(missed, row.last_time_ns)
-            ]
+            held_rows = [row for row in rows.values() if since_ns <= row.last_time_ns <= until]
+            held_rows = [row for row in held_rows if not control.is_inside(missed, row.last_time_ns)]
             points = named + [_point(row, _at(seen, row.last_seq)) for row in held_rows]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
             enough = started < span[0] or (limit is not None and len(wanted) + len(held) >= limit)
             if enough and started // slot_s < min(rows, default=started // slot_s + 1):
                 break
-        if kind in (None, "bp"):
-            wanted += base_points
-        wanted = [
-            replace(p, grade=Grade.UNORDERED) if control.is_inside(missed, p.time_ns) else p for p in wanted
-        ]
+        wanted += base_points if kind in (None, "bp") else []
+        wanted = [_graded_in(missed, point) for point in wanted]
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
@@ -325,9 +323,8 @@ class Timeline:
             case Mark(mark):
                 found = self.bookmark(mark)
                 if found is None:
-                    raise NotFoundError(
-                        f"{name} has no bookmark {mark!r}", hint=f"cdp point list {name} --kind bookmark"
-                    )
+                    hint = f"cdp point list {name} --kind bookmark"
+                    raise NotFoundError(f"{name} has no bookmark {mark!r}", hint=hint)
                 return found
 
     def _at_exact_seq(self, seq: int) -> Position:
@@ -419,20 +416,18 @@ class Timeline:
 
     def grade_at(self, position: Position) -> Grade:
         """What its content is worth. In a gap it is unordered: what came in late is of an instant before, and not whole."""
-        if self._is_missed(position, position.time_ns):
-            return Grade.UNORDERED
-        return self.journal.state_at(position.seq).grade
+        missed = self._is_missed(position, position.time_ns)
+        return Grade.UNORDERED if missed else self.journal.state_at(position.seq).grade
 
     def _is_missed(self, position: Position, time_ns: int) -> bool:
         """Were writes of the guest missing then? `position` is the newest record at that time."""
-        return self.journal.state_at(position.seq).gap_open or control.is_inside(
-            self._missed(position.interval), time_ns
-        )
+        open_then = self.journal.state_at(position.seq).gap_open
+        return open_then or control.is_inside(self._missed(position.interval), time_ns)
 
     def _missed(self, interval: int) -> list[tuple[int, int]]:
         """When writes were missing, as far as an interval is concerned: that is said afterwards, perhaps in the next one."""
-        near = {interval, interval + 1}.intersection(self.journal.intervals)
-        return [span for held in sorted(near) for span in control.missed_spans(self.controls(held))]
+        near = sorted({interval, interval + 1}.intersection(self.journal.intervals))
+        return [span for held in near for span in control.missed_spans(self.controls(held))]
 
     def ends_before_gap(self, position: Position) -> bool:
         """Did acknowledged writes that came right after this instant get lost?"""
