@@ -69,10 +69,6 @@ def _instant(near: Position, instant: Instant) -> Position:
     return Position(near.interval, near.segment, instant.seq, instant.time_ns)
 
 
-def _graded_in(missed: list[tuple[int, int]], point: Point) -> Point:
-    return replace(point, grade=Grade.UNORDERED) if control.is_inside(missed, point.time_ns) else point
-
-
 def _slot_s(every_ns: int) -> int:
     """Whole seconds that share a recovery point: the index has one row a second."""
     return max(1, -(-every_ns // SECOND_NS))
@@ -202,11 +198,12 @@ class Timeline:
                 for row in reversed(found):
                     slot = row.second // slot_s
                     rows[slot] = merge_rows(row, rows[slot]) if slot in rows else row
-                missed += control.missed_spans(controls) if seen else self._missed(interval)
+                missed += control.missed_spans(controls) + ([] if seen else self._missed(interval + 1))
                 seen = self._observed(interval, controls) + seen
                 named += [p for p in self._named(interval, controls) if since_ns <= p.time_ns <= until]
             held_rows = [row for row in rows.values() if since_ns <= row.last_time_ns <= until]
-            held_rows = [row for row in held_rows if not control.is_inside(missed, row.last_time_ns)]
+            if missed:
+                held_rows = [row for row in held_rows if not control.is_inside(missed, row.last_time_ns)]
             points = named + [_point(row, _at(seen, row.last_seq)) for row in held_rows]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
@@ -214,7 +211,9 @@ class Timeline:
             if enough and started // slot_s < min(rows, default=started // slot_s + 1):
                 break
         wanted += base_points if kind in (None, "bp") else []
-        wanted = [_graded_in(missed, point) for point in wanted]
+        for number, point in enumerate(wanted if missed else ()):
+            if control.is_inside(missed, point.time_ns):
+                wanted[number] = replace(point, grade=Grade.UNORDERED)
         wanted.sort(key=lambda p: (p.seq, KINDS.index(p.kind)))
         return wanted if limit is None else wanted[max(0, len(wanted) - limit) :]
 
@@ -352,7 +351,7 @@ class Timeline:
         thinned = self.journal.thinned_at_time(time_ns) if position is not None else None
         if position is not None and thinned is not None:
             position = self._at_thinned(thinned, position, time_ns, when)
-        if position is not None and self._is_missed(position, time_ns):
+        if position and self._is_missed(position, time_ns, self.journal.state_at(position.seq)):
             raise self._nowhere(when, "inside a gap", position, self._after(position))
         if position is not None and position.time_ns == time_ns:
             return position
@@ -416,18 +415,18 @@ class Timeline:
 
     def grade_at(self, position: Position) -> Grade:
         """What its content is worth. In a gap it is unordered: what came in late is of an instant before, and not whole."""
-        missed = self._is_missed(position, position.time_ns)
-        return Grade.UNORDERED if missed else self.journal.state_at(position.seq).grade
+        state = self.journal.state_at(position.seq)
+        return Grade.UNORDERED if self._is_missed(position, position.time_ns, state) else state.grade
 
-    def _is_missed(self, position: Position, time_ns: int) -> bool:
-        """Were writes of the guest missing then? `position` is the newest record at that time."""
-        open_then = self.journal.state_at(position.seq).gap_open
-        return open_then or control.is_inside(self._missed(position.interval), time_ns)
+    def _is_missed(self, position: Position, time_ns: int, state: State) -> bool:
+        """Were writes of the guest missing then? `position` is the newest record at that time, `state` what held there."""
+        near = (position.interval, position.interval + 1)  # it is said afterwards
+        return state.gap_open or control.is_inside(self._missed(*near), time_ns)
 
-    def _missed(self, interval: int) -> list[tuple[int, int]]:
-        """When writes were missing, as far as an interval is concerned: that is said afterwards, perhaps in the next one."""
-        near = sorted({interval, interval + 1}.intersection(self.journal.intervals))
-        return [span for held in near for span in control.missed_spans(self.controls(held))]
+    def _missed(self, *intervals: int) -> list[tuple[int, int]]:
+        """When writes were missing, as those of these intervals say that are there."""
+        held = [interval for interval in intervals if interval in self.journal.intervals]
+        return [span for interval in held for span in control.missed_spans(self.controls(interval))]
 
     def ends_before_gap(self, position: Position) -> bool:
         """Did acknowledged writes that came right after this instant get lost?"""
