@@ -289,11 +289,11 @@ class MirroredQemu:
         await trio.sleep_forever()
 
 
-@pytest.mark.parametrize(("wait", "yanks"), [(False, True), (False, False), (True, True)])
-async def test_a_guest_is_freed_of_a_target_that_hangs(
-    autojump_clock: trio.testing.MockClock, wait: bool, yanks: bool
-) -> None:
-    qemu, target = MirroredQemu(yanks=yanks), HangingTarget()
+@asynccontextmanager
+async def followed(
+    qemu: MirroredQemu, target: HangingTarget, *, wait: bool = False
+) -> AsyncIterator[Controller]:
+    """A controller whose one disk has been in sync for a while."""
 
     @asynccontextmanager
     async def connect(_: object) -> AsyncIterator[MirroredQemu]:
@@ -301,15 +301,26 @@ async def test_a_guest_is_freed_of_a_target_that_hangs(
 
     vm = ProtectedVm("web", QmpSocket("/x"), (ProtectedDisk("web/d", "d"),), 0, wait=wait)
     controller = Controller(vm, connect, target)
-
-    def state() -> str:
-        return controller.states["web/d"].state
-
     async with trio.open_nursery() as nursery:
         nursery.start_soon(controller.run)
         with trio.fail_after(60):
             await target.synced_said.wait()
         await trio.sleep(5)
+        yield controller
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("wait", "yanks"), [(False, True), (False, False), (True, True)])
+async def test_a_guest_is_freed_of_a_target_that_hangs(
+    autojump_clock: trio.testing.MockClock, wait: bool, yanks: bool
+) -> None:
+    qemu, target = MirroredQemu(yanks=yanks), HangingTarget()
+
+    async with followed(qemu, target, wait=wait) as controller:
+
+        def state() -> str:
+            return controller.states["web/d"].state
+
         target.lost_said.clear()
         target.hangs_since = trio.current_time()
         await trio.sleep(HUNG_S - 0.2)
@@ -332,7 +343,6 @@ async def test_a_guest_is_freed_of_a_target_that_hangs(
         else:
             assert not target.lost_said, "it waited"
         assert state() == "synced"
-        nursery.cancel_scope.cancel()
 
 
 class StandingQemu(MirroredQemu):
@@ -375,17 +385,7 @@ async def test_what_is_missing_is_on_record_before_a_mirror_counts_again(
     """The store was full: QEMU could not write, and the gap could not be said. Then there is room, before anybody writes."""
     qemu, target = StandingQemu(yanks=True), FullTarget()
 
-    @asynccontextmanager
-    async def connect(_: object) -> AsyncIterator[MirroredQemu]:
-        yield qemu
-
-    vm = ProtectedVm("web", QmpSocket("/x"), (ProtectedDisk("web/d", "d"),), 0)
-    controller = Controller(vm, connect, target)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(controller.run)
-        with trio.fail_after(60):
-            await target.synced_said.wait()
-        await trio.sleep(5)
+    async with followed(qemu, target) as controller:
         assert not target.whole_at
         failed_at, qemu.failed, target.full = trio.current_time(), True, trio.Event()
         with trio.fail_after(60):
@@ -394,7 +394,6 @@ async def test_what_is_missing_is_on_record_before_a_mirror_counts_again(
         (whole_at,) = target.whole_at
         assert whole_at <= failed_at, "a gap from when it was seen whole, not from when that could be said"
         assert controller.states["web/d"].state == "synced" and target.synced_said.is_set(), "said anew"
-        nursery.cancel_scope.cancel()
 
 
 class SlowTarget(HangingTarget):
@@ -418,17 +417,7 @@ async def test_a_guest_that_was_freed_while_its_mirror_was_said_to_be_in_sync(
     """What was seen before is older than the yank: the gap begins there at the latest, whatever still arrives."""
     qemu, target = MirroredQemu(yanks=True), SlowTarget()
 
-    @asynccontextmanager
-    async def connect(_: object) -> AsyncIterator[MirroredQemu]:
-        yield qemu
-
-    vm = ProtectedVm("web", QmpSocket("/x"), (ProtectedDisk("web/d", "d"),), 0)
-    controller = Controller(vm, connect, target)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(controller.run)
-        with trio.fail_after(60):
-            await target.synced_said.wait()
-        await trio.sleep(5)
+    async with followed(qemu, target):
         target.lost_said.clear()
         target.told, target.goes_on = trio.Event(), trio.Event()
         target.said = TargetState(session=2, synced=False, last_seq=1, place="1:1")
@@ -442,7 +431,6 @@ async def test_a_guest_that_was_freed_while_its_mirror_was_said_to_be_in_sync(
         await trio.sleep(5)
         ((reason, freed_ns),) = target.lost_said
         assert "went on without" in reason and freed_ns is not None
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("yanks", [True, False])
