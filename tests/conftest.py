@@ -56,7 +56,7 @@ def home(short_path: Path) -> Path:
 @pytest.fixture
 def vm(short_path: Path) -> str:
     """A VM's name that no other test has."""
-    return short_path.name.replace("_", "-")
+    return short_path.name.replace("_", "0")
 
 
 @pytest.fixture

@@ -480,7 +480,11 @@ def test_the_record_of_a_vm_in_qemu_system_names_its_device(
     begun = begin(shared, home, short_path / "vm.qmp", f"{vm}/vda@good", name=f"{vm}-n", protect=True)
     qmp, log = short_path / "vm.qmp", short_path / "vm.log"
     command = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-M", "q35", "-m", "64", "-nodefaults"]
-    command += ["-display", "none", *(part.replace("--", "-", 1) for part in on_export(0, begun["uri"]))]
+    command += [
+        "-display",
+        "none",
+        *(part.replace("--blockdev", "-blockdev") for part in on_export(0, begun["uri"])),
+    ]
     command += ["-device", "virtio-blk-pci,id=root,drive=disk0", "-qmp", f"unix:{qmp},server=on,wait=off"]
     process = start(command, log)
     try:

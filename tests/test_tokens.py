@@ -347,10 +347,11 @@ async def _be_silent(short_path: Path, files: Path) -> None:
         place = tcp.getsockname()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(served.run, local, (tcp, context), until)
+            trusting = ssl.create_default_context(cafile=str(files / "tls" / tls.CA))
             silent = await trio.open_tcp_stream(*place)
             shaken = trio.SSLStream(
                 await trio.open_tcp_stream(*place),
-                ssl.create_default_context(cafile=str(files / "tls" / tls.CA)),
+                trusting,
                 server_hostname="127.0.0.1",
                 https_compatible=True,
             )
@@ -361,4 +362,21 @@ async def _be_silent(short_path: Path, files: Path) -> None:
             assert await shaken.receive_some(1) == b""
             again = await trio.open_tcp_stream(*place)
             assert await again.receive_some(1) == b""
+            assert [
+                json.loads(line)["event"] for line in (short_path / "events.jsonl").read_text().splitlines()
+            ] == ["service.connections-full"]
+            # Who goes without a word, as http.client does, keeps no place either, though an idle one might have stayed.
+            gone = trio.SSLStream(
+                await trio.open_tcp_stream(*place),
+                trusting,
+                server_hostname="127.0.0.1",
+                https_compatible=True,
+            )
+            await gone.send_all(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await gone.receive_some(100)).startswith(b"HTTP/1.1 404")
+            at = trio.current_time()
+            await gone.transport_stream.aclose()
+            while served._remotes:  # noqa: ASYNC110 - the clock waits for it
+                await trio.sleep(0.1)
+            assert trio.current_time() - at < 1
             until.set()

@@ -6,20 +6,17 @@ is closed, so that nobody without a token keeps places that others want.
 
 import math
 
-import trio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdpserver.errors import CdpError, ForbiddenError, RefusedError
 from cdpserver.events import EventLog
 from cdpserver.service.api.answers import error_answer
+from cdpserver.service.api.seldom import Seldom
 from cdpserver.service.roles import Role
 from cdpserver.tokens import Known
 
 AUTHENTICATE_S = 15.0
 """How long a connection may take until it has shown a token."""
-
-SAY_EVERY_S = 1.0
-"""Between two events that say that a token was refused: who tries many must not fill the event file."""
 
 NO_TOKEN = "cdp token add NAME --role ROLE makes one on the service's host; CDP_TOKEN_FILE names its file"
 
@@ -32,9 +29,7 @@ class Bearers:
     def __init__(self, app: ASGIApp, known: Known, log: EventLog) -> None:
         self._app = app
         self._known = known
-        self._log = log
-        self._said_at = -math.inf
-        self._unsaid = 0
+        self._seldom = Seldom(log)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.get("state", {})
@@ -44,12 +39,12 @@ class Bearers:
         try:
             token = self._known.find(_text(scope))
         except CdpError as error:
-            self._say("service.tokens-unreadable", reason=str(error))
+            self._seldom.say("service.tokens-unreadable", reason=str(error))
             refused = RefusedError("the tokens cannot be read", hint="the service's events say why")
             await error_answer(refused)(scope, receive, send)
             return
         if token is None:
-            self._say("service.token-refused", client=(scope.get("client") or ("",))[0])
+            self._seldom.say("service.token-refused", client=(scope.get("client") or ("",))[0])
             none = ForbiddenError("no token, or none that is known", hint=NO_TOKEN)
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
             await error_answer(none, 401, headers)(scope, receive, send)
@@ -59,12 +54,6 @@ class Bearers:
         state["role"], state["user"] = Role[token.role.upper()], f"token {token.name}"
         state["agent"] = token.name if token.role == "protect" else None
         await self._app(scope, receive, send)
-
-    def _say(self, event: str, **fields: str) -> None:
-        self._unsaid += 1
-        if (now := trio.current_time()) >= self._said_at + SAY_EVERY_S:
-            self._log.emit(event, level="warning", requests=self._unsaid, **fields)
-            self._said_at, self._unsaid = now, 0
 
 
 def _text(scope: Scope) -> str:

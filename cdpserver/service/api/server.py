@@ -19,6 +19,7 @@ from hypercorn.utils import wrap_app
 
 from cdpserver.events import EventLog
 from cdpserver.service.api.bearers import AUTHENTICATE_S
+from cdpserver.service.api.seldom import Seldom
 from cdpserver.service.roles import Role, Roles, peer, user_name
 
 GRACE_S = 5.0
@@ -63,6 +64,14 @@ class _Stream:
         await self._stream.aclose()
 
 
+class _Connection(TCPServer):
+    """One that ends with its client, where Hypercorn's waits for the rest of the time that an idle one may stay open."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
 class _Server:
     """The connections of one application."""
 
@@ -76,6 +85,7 @@ class _Server:
         self._log = log
         self._open: set[_Stream] = set()
         self._remotes = 0
+        self._full = Seldom(log)
 
     async def run(self, listener: socket.socket, secured: Secured | None, until: trio.Event) -> None:
         async with trio.open_nursery() as around:
@@ -102,6 +112,7 @@ class _Server:
         """A client over TCP, which has a role when it has shown a token (see `bearers`), and little time until then."""
         if self._remotes >= MAX_REMOTE:
             await accepted.aclose()
+            self._full.say("service.connections-full", limit=str(MAX_REMOTE))
             return
         self._remotes += 1
         try:
@@ -121,7 +132,7 @@ class _Server:
         self._open.add(stream)
         try:
             state = ConnectionState(LifespanState(known))
-            await TCPServer(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
+            await _Connection(self._app, self._config, self._context, state, stream).run()  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001
             # The process's rim: what goes wrong with one connection is no matter of the others.
             self._log.emit("service.connection-failed", level="error", reason=repr(error)[:2000])
