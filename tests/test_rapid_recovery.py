@@ -18,7 +18,7 @@ from cdpserver.vm.recovery.graph import export_of
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
 from recovery.recover import places
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
-from tools.kit.processes import FailedError, listens, start
+from tools.kit.processes import TooLate, listens, start
 from tools.kit.processes import until as soon
 from tools.kit.qmp import Qmp, QmpError
 from tools.kit.source import nbd_server
@@ -167,8 +167,8 @@ def wait(server: Server, id: str, *states: str) -> dict[str, Any]:
     # QEMU asks an export with many small extents for one after the other before it copies anything.
     try:
         return soon(look, f"{id} in {states}", seconds=90)
-    except FailedError as error:
-        raise AssertionError(f"{error}: {server.get(f'/v1/recoveries/{id}')}") from None
+    except TooLate as error:
+        raise TooLate(f"{error}: {server.get(f'/v1/recoveries/{id}')}") from None
 
 
 @contextlib.contextmanager
