@@ -2,7 +2,7 @@
 
 One process takes one backup: an export for each of its disks, by the disk's name, for one client each. Whoever started it speaks
 with it over the socket `control` (cdpserver/vm/backup/receiver.py): the first message says what is to be made, later ones ask
-for its state, and to commit. When that socket ends, so does this process, and there is no backup.
+for its state, to commit, or to take no more. When that socket ends, so does this process, and there is no backup.
 """
 
 import builtins
@@ -116,6 +116,9 @@ def _do(asked: dict[str, Any]) -> dict[str, Any]:
             return _pushed.status()
         case "commit":
             return _pushed.commit(int(asked["time_ns"]), str(asked["grade"])).show()
+        case "give-up":
+            _pushed.give_up()
+            return {}
         case "end":
             _held.close()
             return {}

@@ -17,7 +17,7 @@ from typing import Any
 import nbd
 import pytest
 
-from cdpserver.errors import BrokenError, CdpError, UnreachableError, UsageError
+from cdpserver.errors import BrokenError, CdpError, NoSpaceError, UnreachableError, UsageError
 from cdpserver.repository.content import Content
 from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
@@ -278,9 +278,9 @@ def child(parent: int, name: str) -> int:
     raise LookupError(name)
 
 
-@pytest.mark.parametrize("victim", ["cdp", "target", "job"])
+@pytest.mark.parametrize("victim", ["cdp", "target", "job", "hung"])
 def test_killed_on_the_way(qemu: Disks, capsys: pytest.CaptureFixture[str], victim: str) -> None:
-    """No half backup, no error for the guest; the next one is incremental, and right."""
+    """No half backup, no error for the guest; the next one is incremental, and right. A target that hangs is killed."""
     qemu.write(os.urandom(3 * MIB), 0)
     before = cdp(capsys, *command(qemu))["id"]
     qemu.write(os.urandom(MIB), 4 * MIB)
@@ -290,13 +290,21 @@ def test_killed_on_the_way(qemu: Disks, capsys: pytest.CaptureFixture[str], vict
         if victim == "job":
             qemu.qmp.call("job-cancel", id=job["id"])
         else:
-            os.kill(process.pid if victim == "cdp" else child(process.pid, "nbdkit"), signal.SIGKILL)
+            number = signal.SIGSTOP if victim == "hung" else signal.SIGKILL
+            os.kill(process.pid if victim == "cdp" else child(process.pid, "nbdkit"), number)
         qemu.stand_still(False)
-        qemu.write(os.urandom(CHUNK), 6 * MIB)
+        # What is marked, and not sent yet: what is there must be sent before it is overwritten.
+        guest = threading.Thread(target=qemu.write, args=(os.urandom(CHUNK), 5 * MIB - CHUNK), daemon=True)
+        guest.start()
+        guest.join(300)
+        assert not guest.is_alive(), "the guest is held up"
         said = process.communicate(timeout=120)[1]
     assert process.returncode == (-signal.SIGKILL if victim == "cdp" else BrokenError.exit_code), said
     if victim != "cdp":
         assert qemu.ours() == []
+        assert [name.endswith(before) for name in qemu.bitmaps()] == [True]
+    if victim == "hung":
+        assert "said nothing for" in said
     assert [row["id"] for row in cdp(capsys, "backup", "list")] == [before]
     made = cdp(capsys, *command(qemu))
     assert (made["kind"], made["parent"]) == ("incremental", before)
@@ -304,6 +312,55 @@ def test_killed_on_the_way(qemu: Disks, capsys: pytest.CaptureFixture[str], vict
     assert backed_up("vda", before) != qemu.content()
     assert qemu.ours() == []
     assert cdp(capsys, "repo", "check", os.environ["CDP_REPO"])["sound"]
+
+
+def test_who_runs_it_stands_still(qemu: Disks, capsys: pytest.CaptureFixture[str]) -> None:
+    """The guest does not wait for that: its writes are taken, and the backup is what there was when it began."""
+    qemu.write(os.urandom(3 * MIB), 0)
+    content = qemu.content()
+    qemu.stand_still(True)
+    with started(qemu) as process:
+        until(qemu.job, "its job")
+        process.send_signal(signal.SIGSTOP)
+        qemu.stand_still(False)
+        guest = threading.Thread(target=qemu.write, args=(os.urandom(3 * MIB), 0), daemon=True)
+        guest.start()
+        guest.join(300)
+        assert not guest.is_alive(), "the guest is held up"
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert backed_up("vda") == content
+    assert cdp(capsys, *command(qemu))["kind"] == "incremental"
+    assert backed_up("vda") == qemu.content()
+    assert qemu.ours() == []
+
+
+def test_a_repository_that_is_full(qemu: Disks, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No half backup, and the guest sees nothing; with room the next one is incremental, and right."""
+    qemu.write(os.urandom(MIB), 0)
+    repo = short_path / "small"
+    repo.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", repo], check=True)
+    try:
+        cdp(capsys, "repo", "init", repo, "--chunk-size", "64K")
+        before = cdp(capsys, *command(qemu, "--repo", repo))["id"]
+        qemu.write(os.urandom(5 * MIB), MIB)
+        with pytest.raises(NoSpaceError):
+            cdp(capsys, *command(qemu, "--repo", repo))
+        assert qemu.ours() == []
+        assert [row["id"] for row in cdp(capsys, "backup", "list", "--repo", repo)] == [before]
+        subprocess.run(["mount", "-o", "remount,size=32m", repo], check=True)
+        made = cdp(capsys, *command(qemu, "--repo", repo))
+        assert (made["kind"], made["parent"]) == ("incremental", before)
+        assert [name.endswith(made["id"]) for name in qemu.bitmaps()] == [True]
+        with Repository(open_place(str(repo))) as repository:
+            found = repository.backup(made["id"]).disk("vda")
+            assert found is not None
+            assert Content(repository, found).read(0, found.size) == qemu.content()
+        assert cdp(capsys, "repo", "check", repo)["sound"]
+    finally:
+        subprocess.run(["umount", repo], check=True)
 
 
 def test_jobs_pause_while_the_target_has_much_to_do(qemu: Disks) -> None:

@@ -203,6 +203,43 @@ def test_who_sends_waits_for_a_slow_repository(tmp_path: Path, monkeypatch: pyte
         assert read(opened, pushed.commit(1, "crash")) == content
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+def test_no_request_waits_for_a_repository_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    """One waits for so long at most; then, or when the backup is given up, all are answered at once, and there is no backup."""
+    monkeypatch.setattr(packs, "PACK_BYTES", STEP)
+    for limit in ("MUCH_BYTES", "MOST_BYTES"):
+        monkeypatch.setattr(pushed_module, limit, 0)
+    if not given_up:
+        monkeypatch.setattr(pushed_module, "ROOM_S", 0.1)
+    place, size = SlowPlace(tmp_path / "repo"), 64 * STEP
+    create(place, chunk_size=STEP)
+    with (
+        Repository(place, cache=tmp_path / "cache") as opened,
+        sending(opened, size=size) as pushed,
+        ThreadPoolExecutor(1) as guest,
+    ):
+        disk = pushed.connect(DISK)
+
+        def send() -> None:
+            for at in range(0, size, STEP):
+                pushed.write(disk, at, random.Random(at).randbytes(STEP))
+
+        sent = guest.submit(send)
+        if given_up:
+            until(lambda: pushed.status()["much"], "much to do")
+            pushed.give_up()
+        with pytest.raises(CdpError, match="given up" if given_up else "took nothing"):
+            sent.result(60)
+        with pytest.raises(CdpError):
+            pushed.zero(disk, 0, STEP)
+        with pytest.raises(CdpError):
+            pushed.commit(1, "crash")
+        place.goes_on.set()
+    assert list(DirectoryPlace(tmp_path / "repo").names("backups")) == []
+
+
 # -- by files
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
-from cdpserver.repository import clock, format, gc, prune, seal, sessions
+from cdpserver.repository import clock, format, gc, packs, prune, seal, sessions
 from cdpserver.repository.check import check
 from cdpserver.repository.content import Content
 from cdpserver.repository.copy import copy
@@ -144,6 +144,26 @@ def test_a_damaged_parent_means_a_full_one(case: Case) -> None:
     assert case.back_up().reason == "there is no backup of it in this repository"
     with case.repository() as repository:
         assert [d.backup for d in check(repository).damage] == [first.id]
+
+
+def test_a_parent_whose_chunks_are_gone_is_made_good_by_a_full_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack was deleted beside us: what it had is read and stored again, and the older backups are whole with it."""
+    monkeypatch.setattr(packs, "PACK_BYTES", CHUNK)
+    first = case.back_up()
+    case.write(2, 3)
+    assert case.back_up().parent == first.id
+    place = DirectoryPlace(case.path / "repo")
+    place.delete(min(name for name, _ in place.names("packs")))
+    case.write(3, 3)
+    made = case.back_up()
+    assert (made.kind, made.reason.partition(": ")[2]) == (FULL, "some of its chunks are gone")
+    assert 0 < made.new_bytes < first.new_bytes, "what is there is not stored again"
+    assert case.back_up().parent == made.id
+    with case.repository() as repository:
+        damaged = {d.backup for d in check(repository).damage}
+    assert made.id not in damaged
 
 
 @pytest.mark.parametrize("case", ["plain"], indirect=True)

@@ -38,8 +38,8 @@ MUCH_BYTES = 96 << 20
 MOST_BYTES = 256 << 20
 """So much is held, and requests wait."""
 
-ROOM_S = 30.0
-"""How long one waits at most; it fails then, and the backup with it. A guest's write may stand behind it."""
+ROOM_S = 20.0
+"""How long one waits at most; then it fails, and the backup with it. A guest's write may stand behind it: Linux gives it 30 s."""
 
 TIMELINE = "qemu:"
 """What the timeline of a disk begins with that is none of ours."""
@@ -322,6 +322,11 @@ class Pushed:
             self._writer.add(id_, Kind.PAGE, len(ids), self._repository.seal(id_, Kind.PAGE, ids))
         return id_
 
+    def give_up(self) -> None:
+        """Nothing more is taken: requests are answered at once, with an error."""
+        with self._lock:
+            self._fail(RefusedError("the backup was given up", hint="make it again"))
+
     def _end(self) -> None:
         self._queue.put(None)
         self._thread.join()
@@ -330,7 +335,7 @@ class Pushed:
         """Let go of everything; what was not published is none."""
         with self._lock:
             self._over = True
-            self._fail(RefusedError("the backup was given up", hint="make it again"))
+        self.give_up()
         self._end()
         self._pipeline.close()
         self._writer.__exit__()

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdpserver.errors import CorruptError
-from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ID_SIZE, ZERO_ID
 from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
-from cdpserver.repository.take import NEW_REPOSITORY, Choice, check_list
+from cdpserver.repository.take import NEW_REPOSITORY, Choice, check_chunks
 from cdpserver.vm.disks import OURS
 
 PREFIX = OURS + "backup-"
@@ -102,23 +100,12 @@ def _why_not(
         return f"{parent.increments} incremental ones followed the last full one"
     try:
         for disk in disks:
-            _check_all(repository, _of(parent, disk))
+            check_chunks(repository, _of(parent, disk))
     except CorruptError as error:
         return f"backup {parent.id} is damaged: {error.message}"
     if _is_all(repository.chunk_size, parent, disks, prefix + parent.id):
         return f"as much changed since backup {parent.id} as a full one reads"
     return ""
-
-
-def _check_all(repository: Repository, disk: BackedUpDisk) -> None:
-    """Has every chunk of it a place still? CorruptError. A second and more for each TiB, and nothing is read of a chunk."""
-    check_list(repository, disk)
-    chunks = ChunkList(repository, disk)
-    for number in range(len(disk.pages)):
-        page = chunks.page(number)
-        ids = {page[at : at + ID_SIZE] for at in range(0, len(page), ID_SIZE)}
-        if repository.index.lacks(ids - {ZERO_ID}):
-            raise CorruptError("some of its chunks are gone")
 
 
 def _newest_first(repository: Repository) -> Iterable[Backup]:

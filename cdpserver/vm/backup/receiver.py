@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import trio
 
 from cdpserver import messages
-from cdpserver.errors import BrokenError
+from cdpserver.errors import BrokenError, CdpError
 from cdpserver.repository.pushed import Intent
 from cdpserver.vm.mirror import nbd_node
 
@@ -32,6 +32,9 @@ START_S = 60.0
 
 END_S = 20.0
 """What it may take to let go of the repository; it is killed then."""
+
+DEAD_S = 5.0
+"""One that is killed is gone by then, or hangs in the kernel, as in a write to a NAS that is away: it is waited for no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,12 @@ class Receiver:
 
     closes_first = False
 
-    def __init__(self, intent: Intent, control: trio.SocketStream, nbd: Path, log: BinaryIO) -> None:
-        self._intent, self._control, self._nbd, self._log = intent, control, nbd, log
+    def __init__(
+        self, intent: Intent, process: trio.Process, control: trio.SocketStream, nbd: Path, log: BinaryIO
+    ) -> None:
+        self._intent, self._process, self._control = intent, process, control
+        self._nbd, self._log = nbd, log
+        self._answers = True
 
     def target(self, number: int) -> dict[str, Any]:
         """See Transport."""
@@ -64,22 +71,30 @@ class Receiver:
         asked = {"op": "commit", "time_ns": time_ns, "grade": grade}
         return await self._ask(asked, within_s=float("inf"))
 
+    async def abandon(self) -> bool:
+        """See Transport. It stays where it answers: killed, it might not be gone, but would answer QEMU no more."""
+        with contextlib.suppress(CdpError):  # what ended the backup, which is known
+            await self._ask({"op": "give-up"})
+        return self._answers or await killed(self._process)
+
     async def end(self) -> None:
         """Let it let go of the repository, and end."""
-        with trio.move_on_after(END_S), contextlib.suppress(BrokenError):
+        with contextlib.suppress(CdpError):  # the backup is there
             await self._ask({"op": "end"}, within_s=END_S)
 
     async def _ask(self, asked: dict[str, Any], *, within_s: float = ANSWER_S) -> dict[str, Any]:
         try:
-            with trio.fail_after(within_s):
+            with trio.fail_after(within_s if self._answers else 0):
                 await self._control.send_all(messages.pack(asked))
                 length = messages.check_length(await self._exactly(messages.LENGTH.size))
                 said = messages.unpack(await self._exactly(length))
         except trio.TooSlowError:
+            self._answers = False
             raise BrokenError(
                 f"what takes the backup said nothing for {within_s:.0f} s", hint="make the backup again"
             ) from None
         except (trio.BrokenResourceError, EOFError):
+            self._answers = False
             raise BrokenError(
                 f"what takes the backup has ended: {self._said()}", hint="make the backup again"
             ) from None
@@ -117,7 +132,7 @@ async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncI
             try:
                 theirs.close()
                 async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as control:
-                    receiver = Receiver(intent, control, nbd, log)
+                    receiver = Receiver(intent, process, control, nbd, log)
                     await receiver._begin(where)
                     if user is not None and os.geteuid() == 0:
                         for path in (directory, nbd):
@@ -125,12 +140,18 @@ async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncI
                     yield receiver
                     await receiver.end()
             finally:
-                with trio.CancelScope(shield=True):
-                    process.kill()
-                    await process.wait()
+                await killed(process)
     finally:
         ours.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+async def killed(process: trio.Process) -> bool:
+    """Is it gone? One that the kernel holds goes when it is let go."""
+    process.kill()
+    with trio.move_on_after(DEAD_S, shield=True):
+        await process.wait()
+    return process.returncode is not None
 
 
 async def _start(nbd: Path, control: socket.socket, log: BinaryIO) -> trio.Process:

@@ -106,13 +106,13 @@ async def back_up(
     created_ns = time.time_ns()
     intent = _intent(wanted, choice, disks, created_ns)
     run = _Run(jobs, wanted, disks, intent)
-    try:
-        async with await _transport(monitor, repository, where, wanted, intent) as transport:
+    async with await _transport(monitor, repository, where, wanted, intent) as transport:
+        try:
             made = await run.make(transport, granularity=repository.chunk_size, progress=progress)
             await jobs.clean()
-    except BaseException:
-        await run.give_up()
-        raise
+        except BaseException:
+            await run.give_up(transport)
+            raise
     await jobs.forget(lambda backup: backup != intent.id)
     return made
 
@@ -228,13 +228,15 @@ class _Run:
             raise RefusedError(reason, hint="try again, or take what there is: --or-crash")
         return (time_ns if time_ns is not None else await begin()), reason
 
-    async def give_up(self) -> None:
-        """As far as the monitor still answers; the rest is for the next run."""
+    async def give_up(self, transport: Transport) -> None:
+        """First nothing of the guest's is to wait for us any more. What the monitor does not answer is left to the next run."""
         with (
-            trio.move_on_after(CLEANING_S) as scope,
+            trio.move_on_after(CLEANING_S, shield=True),
             contextlib.suppress(QmpClosedError, QmpRefusedError, RefusedError),
         ):
-            scope.shield = True
+            # At the commit the jobs have ended: QEMU waits for nothing.
+            if not self._committing and not await transport.abandon():
+                await self._jobs.cut_off()
             await self._jobs.clean()
             if not self._committing:  # else nobody knows whether it is one
                 await self._jobs.forget(lambda backup: backup == self._intent.id)
