@@ -4,7 +4,8 @@
                           \\- ../t7/bp-0 <- ...     a fork of it
 
 A cut is a control record; its base point is a file that appears later, whole or not at all (`publish`). Base points are
-published in order, since each one backs the next.
+published in order, since each one backs the next. One whose content rotted is never
+made; a repair leaves it out (`nodes.left_out`).
 Durability: a published file is on stable storage, and so is what it stands on. A crash leaves at most a `.tmp-*` name, swept
 at the next start.
 """
@@ -20,10 +21,19 @@ from cdpserver import durable, messages, qemu, sums, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.cuts import Cut, cuts, find_cut
-from cdpserver.errors import CdpError, NotFoundError, RefusedError
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.log import FIRST_INTERVAL, Journal
 from cdpserver.journal.record import CHANGES
-from cdpserver.nodes import Node, base_point_path, newest_at, nodes, without_note, write_note
+from cdpserver.nodes import (
+    ROTTED,
+    Node,
+    base_point_path,
+    left_out,
+    newest_at,
+    nodes,
+    without_note,
+    write_note,
+)
 from cdpserver.progress import Progress, nobody, part, to_stdout
 from cdpserver.state import StateDir
 from cdpserver.timeline import BackupBase, ImageBase, PointBase
@@ -66,18 +76,25 @@ def backing(history: History, cut: Cut) -> Backing:
     if waiting is not None:
         raise RefusedError(
             f"base point {waiting.number} of {history.timeline.full_name} is not published yet",
-            hint="base points are published in order; look at the events for why it failed",
+            hint=f"base points are published in order; the events say why it failed, and cdp repair "
+            f"{history.timeline.full_name} whether later ones can do without it",
         )
-    below = [node for node in published if node.number < cut.number]
+    return ground(history, cut.number)
+
+
+def ground(history: History, number: int) -> Backing:
+    """What base point `number` would stand on if no other were published before it. RefusedError where nothing is durable."""
+    published = nodes(history.directory)
+    below = [node for node in published if node.number < number]
     if below:
         return Backing(base_point_path(history.directory, below[-1].number), "qcow2", history, below[-1].seq)
     return _root(history)
 
 
 def _after(published: list[Node], history: History) -> list[Cut]:
-    """Cuts after the newest published base point. An older one that has no file was taken away."""
-    newest = published[-1].number if published else -1
-    return [cut for cut in all_cuts(history) if cut.number > newest]
+    """Cuts after the newest published base point. An older one that has no file was taken away, or left out."""
+    newest, without = published[-1].number if published else -1, left_out(history.directory)
+    return [cut for cut in all_cuts(history) if cut.number > newest and cut.number not in without]
 
 
 def _root(history: History) -> Backing:
@@ -327,9 +344,12 @@ def publish(
         with contextlib.suppress(CdpError, OSError):
             write_map(final)
             sums.write(final)
-    except BaseException:
-        with contextlib.suppress(OSError):
+        (history.directory / ROTTED).unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError, CdpError):
             building.unlink(missing_ok=True)
+            if isinstance(error, CorruptError):
+                durable.write_whole(history.directory / ROTTED, b"")
         raise
     finally:
         views.close()

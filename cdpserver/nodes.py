@@ -35,6 +35,12 @@ MAGIC = b"QFI\xfb"
 MANUAL = "manual.json"
 """In a timeline: which base points somebody asked for, from before they are published. Their notes say it too."""
 
+LEFT_OUT = "left-out.json"
+"""In a timeline: which cuts get no base point, since what they would hold rotted and somebody said so."""
+
+ROTTED = "rotted"
+"""In a timeline, empty: a base point waits for what rotted. A copy of the whole disk verifies what it compares with."""
+
 MAX_BACKING_NAME = 1023
 """QEMU's own limit."""
 
@@ -97,6 +103,23 @@ def write_note(timeline: Path, node: Node) -> None:
     if node.observed.by:
         value["observed"] = asdict(node.observed)
     durable.write_json(note_path(timeline, node.number), {**value, "digest": _digest(value)})
+
+
+def left_out(timeline: Path) -> set[int]:
+    """The cuts that get no base point. A damaged list says nothing: those base points wait again, and a repair asks again."""
+    try:
+        value = durable.read_json(timeline / LEFT_OUT)
+    except (FileNotFoundError, CorruptError):
+        return set()
+    digest, numbers = value.pop("digest", None), value.get("numbers")
+    sound = digest == _digest(value) and isinstance(numbers, list)
+    return {number for number in numbers if type(number) is int} if sound and numbers else set()
+
+
+def leave_out(timeline: Path, number: int) -> None:
+    """Cut `number` gets no base point: the next one stands on the one before it. Durable on return."""
+    value = {"numbers": sorted(left_out(timeline) | {number})}
+    durable.write_json(timeline / LEFT_OUT, {**value, "digest": _digest(value)})
 
 
 def _digest(value: dict[str, Any]) -> str:

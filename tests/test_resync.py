@@ -13,7 +13,9 @@ from cdpserver.index.store import CLOSED_NAME, open_name
 from cdpserver.journal.control import Grade
 from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import CHANGES, Kind
+from cdpserver.nodes import ROTTED
 from cdpserver.view.delta import Delta
+from cdpserver.view.extent import Files
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, Line, World
@@ -167,3 +169,28 @@ def test_bytes_of_index_for_each_block(world: World) -> None:
     assert (interval_path(line.directory, 1) / CLOSED_NAME).exists()
     assert index_bytes(line, world, 1) / blocks < 60
     connection.close()
+
+
+def test_what_rotted_is_written_anew_whole(world: World) -> None:
+    """The other blocks of its payload have only a digest that no longer matches, so nothing may go on naming them."""
+    size = 4 * MIB
+    line, content = filled(world, size)
+    line.writer.cut()
+    line.disk.connect().write(memoryview(content[::-1][:MIB]), 0)
+    line.writer.commit()
+    content = content[::-1][:MIB] + content[MIB:]
+    with closing(History(world.state.path, line.timeline, world.boot)) as history:
+        with closing(View(history, line.last_seq)) as view:
+            ((_, _, path, place),) = view.resolve(0, MIB)
+        assert path is not None
+        with open(path, "r+b") as file:
+            file.seek(place + 5 * 4096)
+            byte = file.read(1)[0]
+            file.seek(place + 5 * 4096)
+            file.write(bytes([byte ^ 1]))
+        (line.directory / ROTTED).touch()
+        before = line.last_seq
+        mirror_again(line, content)
+        assert kinds(history, before)[Kind.DATA] == 1
+        with closing(View(history, line.last_seq, Files(verify=True))) as view:
+            assert view.read(0, size) == content

@@ -11,21 +11,24 @@ import pytest
 
 from cdpserver import sums
 from cdpserver.basepoint import publish
+from cdpserver.check.repair import Step
 from cdpserver.config import parse_config
-from cdpserver.errors import CorruptError
+from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.index.store import IndexFile
 from cdpserver.journal import segment
 from cdpserver.journal.log import interval_path
-from cdpserver.nodes import published
+from cdpserver.nodes import LEFT_OUT, ROTTED, left_out, published, read_header
 from cdpserver.service.children import export_command
 from cdpserver.view.extent import Files
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from recovery.opened import alone
+from tests.chains import raw
 from tests.core import INDEXER, World, scratch
 from tests.model import BLOCK
 from tests.test_check import BOOT, SEQS, Disk, disk, flip, record_at, template
 from tests.test_check_depth import WROTE_A, named
+from tests.test_repair import carry_out, plan
 
 __all__ = ["disk", "named", "template"]  # fixtures
 
@@ -164,3 +167,45 @@ def test_an_export_that_verifies_answers_EIO(named: Disk, short_path: Path) -> N
 )
 def test_the_service_asks_for_what_is_configured(named: Disk, text: str, asked: str) -> None:
     assert asked in export_command(named.state, parse_config(text))
+
+
+@pytest.mark.real
+def test_a_base_point_that_rotted_is_left_out_by_a_repair(named: Disk, short_path: Path) -> None:
+    """Once later ones can do without it: the next one stands on the one before it, and holds what both intervals changed."""
+    flip(named.data(1), WROTE_A + 2 * BLOCK)  # block 0 as it is at the cut, and since
+    writer = named.open()
+    writer.cut()
+    INDEXER.call("drain", named.directory, BOOT)
+    with alone("export", [f"state_dir={named.state.path}", "alone=1"], short_path / "nbd"):
+
+        def make(number: int) -> None:
+            with contextlib.closing(History(named.state.path, named.timeline, BOOT)) as history:
+                publish(named.state, history, number, export="d", socket=short_path / "nbd")
+
+        with pytest.raises(CorruptError):
+            make(0)
+        assert (named.directory / ROTTED).exists()
+        with pytest.raises(RefusedError, match="base point 0 of d is not published yet"):
+            make(1)
+        found = plan(named)
+        assert found.steps == () and any("bp:0 and those after it wait" in what for what in found.left)
+        named.write(0, 9)
+        writer.cut()
+        INDEXER.call("drain", named.directory, BOOT)
+        found = plan(named)
+        assert found.steps == (Step("leave-out", 0), Step("leave-out", 1))
+        carry_out(named, found)
+        writer.close()
+        make(2)
+    path = named.directory / "bp-2.qcow2"
+    assert published(named.directory) == [2] and read_header(path)[0] == "base.raw"
+    assert not (named.directory / ROTTED).exists()
+    with view_of(named, SEQS["b2"] + 20) as view:
+        content = view.read(0, view.size)
+    assert content[:BLOCK] == bytes([9]) * BLOCK
+    assert raw(path) == content
+    # The instants of those that were left out are the journal's, and what did not rot of them can be read.
+    with view_of(named, SEQS["cut"]) as view:
+        assert view.read(BLOCK, BLOCK) == bytes([2]) * BLOCK
+    (named.directory / LEFT_OUT).write_text('{"numbers": [7]}')
+    assert left_out(named.directory) == set()

@@ -21,21 +21,29 @@ from cdpserver import basepoint, durable, qemu, timeline
 from cdpserver.catalog import Catalog
 from cdpserver.chain import lock
 from cdpserver.chain.holds import holds
-from cdpserver.check import Report, check_timeline
+from cdpserver.check import Report, check_timeline, waiting
 from cdpserver.check.depth import Everything
 from cdpserver.cuts import find_cut
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.index.indexer import rebuild
 from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.journal import links
-from cdpserver.nodes import NUMBERED, base_point_path, note_path, published, read_header, without_note
+from cdpserver.nodes import (
+    NUMBERED,
+    base_point_path,
+    leave_out,
+    note_path,
+    published,
+    read_header,
+    without_note,
+)
 from cdpserver.state import StateDir
 from cdpserver.view.history import History
 
 FILE = "repair.json"
 ASIDE = ".damaged"
 
-Kind: TypeAlias = Literal["note", "index", "base-point", "drop", "chain"]
+Kind: TypeAlias = Literal["note", "index", "base-point", "drop", "chain", "leave-out"]
 
 Serve: TypeAlias = Callable[[], AbstractContextManager[Path]]
 """Serves the state directory's points on the socket that it gives."""
@@ -65,6 +73,11 @@ class Step:
             case "chain":
                 return (
                     "set the hash chain aside and begin another one: history before it is not proven any more"
+                )
+            case "leave-out":
+                return (
+                    f"leave bp:{self.number} out, since what it would hold rotted: "
+                    "the next one stands on the one before it, and holds what changed since"
                 )
 
 
@@ -126,7 +139,13 @@ def _plan(state: StateDir, catalog: Catalog, disk: str, id: str, report: Report)
             steps.add(Step("chain", 0))
         elif not match:
             left.append(f"{found.what}: {found.hint}")
-    order = {kind: at for at, kind in enumerate(("chain", "note", "index", "base-point", "drop"))}
+    if harmed or any(damage.finding.path.suffix == ".raw" for damage in report.damage):
+        found_waiting = _waiting(state, id)
+        steps |= {Step("leave-out", number) for number in found_waiting.left_out}
+        left += [found_waiting.says] if found_waiting.says else []
+    order = {
+        kind: at for at, kind in enumerate(("chain", "note", "index", "base-point", "drop", "leave-out"))
+    }
     return Plan(disk, tuple(sorted(steps, key=lambda step: (order[step.kind], step.number))), tuple(left))
 
 
@@ -163,6 +182,14 @@ def _journal_has(state: StateDir, id: str, number: int) -> bool:
         basepoint.all_cuts(history)
         cut = None if history.journal.empty else find_cut(history.journal, number)
         return cut is not None and bool(history.standing(cut.seq)[0])
+
+
+def _waiting(state: StateDir, id: str) -> waiting.Waiting:
+    try:
+        with contextlib.closing(History(state.path, timeline.load(state.timeline(id)))) as history:
+            return waiting.look(history)
+    except CdpError:
+        return waiting.Waiting()  # said already: neither cuts nor what they stand on can be read
 
 
 def _readable(path: Path) -> bool:
@@ -237,6 +264,8 @@ def _do(state: StateDir, id: str, step: Step, *, boot_id: str, serve: Serve, dis
             _set_aside(base_point_path(directory, step.number), note_path(directory, step.number))
         case "chain":
             _begin_chain(directory)
+        case "leave-out":
+            leave_out(directory, step.number)
 
 
 def _make_anew(state: StateDir, id: str, number: int, serve: Serve, disk: str) -> None:

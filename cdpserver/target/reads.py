@@ -1,7 +1,8 @@
 """How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from itertools import pairwise
 from typing import Any, TypeVar, cast
@@ -9,10 +10,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from cdpserver import durable
-from cdpserver.errors import RefusedError
+from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.limits import BLOCK
+from cdpserver.nodes import ROTTED
 from cdpserver.view.history import History
 from cdpserver.view.live import LiveView
+from cdpserver.view.verified import Verifier
 from cdpserver.view.view import View
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -40,6 +43,7 @@ class LiveReads:
         self._history = history
         self._view = LiveView(history)
         self._lock = threading.Lock()
+        self._verifier: Verifier | None = None
 
     @_told
     def latest(self, offset: int, length: int) -> bytes:
@@ -64,9 +68,9 @@ class LiveReads:
         """Compare a payload with the content at `ref` and with that of now.
 
         Runs [start, end) of the payload (4 KiB aligned but for the disk's end) with the seq that a *same* record should
-        name, or -1 where the content differs from both.
+        name, or -1 where the content differs from both. Once something is known to have rotted, what cannot be verified differs.
         """
-        with self._lock:
+        with self._lock, self._verifying():
             self._view.refresh()
             runs: list[tuple[int, int, int]] = []
             try:
@@ -82,6 +86,19 @@ class LiveReads:
                     runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])
             return runs
 
+    @contextlib.contextmanager
+    def _verifying(self) -> Iterator[None]:
+        """While a base point waits for what rotted: a payload that is whole but for one block holds the others in a digest of no
+        use, so that none of it is named again.
+        """
+        rotted = (self.directory / ROTTED).exists()
+        self._verifier = (self._verifier or Verifier()) if rotted else None
+        self._view.files.verifier = self._verifier
+        try:
+            yield
+        finally:
+            self._view.files.verifier = None
+
     def close(self) -> None:
         """Give files and leases back."""
         with self._lock:
@@ -93,7 +110,12 @@ def _compare(
     view: View, offset: int, payload: memoryview, start: int, end: int
 ) -> list[tuple[int, int, bool]]:
     """Runs of payload[start:end) that equal the view's content, and that don't."""
-    held = view.read(offset + start, end - start)
+    try:
+        held = view.read(offset + start, end - start)
+    except CorruptError:
+        if view.files.verifier is None:
+            raise
+        return [(start, end, False)]
     # bytes: CPython compares a memoryview element by element, twenty times slower.
     part = bytes(payload[start:end])
     if held == part:
