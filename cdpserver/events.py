@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -34,46 +34,10 @@ _EVENT_NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)+")
 _process = "cdp"
 
 
-class _Stderr:
-    """Writes lines to whatever sys.stderr is at that moment; one write each, so that processes don't mix
-    theirs.
-    """
-
-    def msg(self, line: str) -> None:
-        # A closed or full stderr must not stop the server (ValueError: closed file).
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
-
-    log = debug = info = warning = warn = error = critical = exception = fatal = msg
-
-
-def _add_head(_logger: Any, method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    head = {
-        "time": format_time(time.time_ns()),
-        "level": method,
-        "process": _process,
-        "event": fields.pop("event", ""),
-    }
-    return head | dict(fields)
-
-
 def configure(process: str) -> None:
-    """Make structlog write JSON lines to stderr: time, level, process, event, then the fields."""
-    import structlog
-
+    """Name this process in its events."""
     global _process
     _process = process
-    structlog.configure(
-        processors=[
-            _add_head,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(default=repr),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger("info"),
-        logger_factory=lambda *_: _Stderr(),
-        cache_logger_on_first_use=False,
-    )
 
 
 class EventLog:
@@ -84,21 +48,20 @@ class EventLog:
 
     def emit(self, event: str, *, level: Level = "info", **fields: Any) -> None:
         """Log the event and append it to the file. Never raises because of what the system does."""
-        import structlog  # a command that reads a point has nothing to log, and does not wait for this
-
-        getattr(structlog.get_logger(), level)(event, **fields)
-        self.record(event, level=level, **fields)
+        line = _line(event, level, fields)
+        _show(line)
+        self._keep(line)
 
     def record(self, event: str, *, level: Level = "info", **fields: Any) -> None:
         """Append it to the file alone: what a command does at a terminal is no line of a log there."""
-        assert _EVENT_NAME.fullmatch(event), event
-        head = {"time": format_time(time.time_ns()), "level": level, "process": _process, "event": event}
-        try:
-            self._append(_line(head, fields))
-        except OSError as error:
-            import structlog
+        self._keep(_line(event, level, fields))
 
-            structlog.get_logger().error("events.file-failed", path=str(self._path), error=error.strerror)
+    def _keep(self, line: bytes) -> None:
+        try:
+            self._append(line)
+        except OSError as error:
+            lost = {"path": str(self._path), "error": error.strerror}
+            _show(_line("events.file-failed", "error", lost))
 
     def _append(self, line: bytes) -> None:
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -132,11 +95,22 @@ def previous_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.1{path.suffix}")
 
 
-def _line(head: dict[str, Any], fields: dict[str, Any]) -> bytes:
-    line = json.dumps(fields | head, default=repr).encode() + b"\n"
+def _line(event: str, level: Level, fields: dict[str, Any]) -> bytes:
+    assert _EVENT_NAME.fullmatch(event), event
+    head = {"time": format_time(time.time_ns()), "level": level, "process": _process, "event": event}
+    # The head comes first, and no field replaces what it says.
+    line = json.dumps(head | fields | head, default=repr).encode() + b"\n"
     if len(line) > EVENT_LINE_BYTES:
         line = json.dumps(head | {"left_out": sorted(fields)[:100]}).encode() + b"\n"
     return line
+
+
+def _show(line: bytes) -> None:
+    """Log a line: one write to whatever sys.stderr is at that moment, so that processes don't mix theirs."""
+    # A closed or full stderr must not stop the server (ValueError: closed file).
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line.decode())
+        sys.stderr.flush()
 
 
 def _newest_first(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import schemathesis
-import structlog
 import trio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -342,12 +341,6 @@ def holes(path: Path) -> tuple[EventLog, Feed]:
         with open(path, "ab") as file:
             file.write(b"\n{broken\n[1]\n")
     return log, Feed(path)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Events that a test emits itself are not for the terminal."""
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
 def numbers(events: list[dict[str, Any]]) -> list[int]:

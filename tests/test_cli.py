@@ -716,7 +716,6 @@ def test_starting_loads_nothing_heavy() -> None:
         "lmdb",
         "msgpack",
         "blake3",
-        "structlog",
         "typer",
         "pydantic",
         "trio",
