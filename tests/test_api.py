@@ -110,6 +110,30 @@ def relay(server: Server) -> Iterator[str]:
     relay.close()
 
 
+def test_only_the_service_itself_loads_what_the_api_needs(server: Server) -> None:
+    """Guests wait at a restart for what a worker imports, and their worker waits for what the service imports before it."""
+
+    def loaded(pid: int) -> set[str]:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        return {name for name in ("_pydantic_core.", "_asyncio.", "lmdb/") if name in maps}
+
+    assert loaded(server.process.pid) == {"_pydantic_core.", "_asyncio.", "lmdb/"}
+    for child in ("target-0", "export", "indexer"):
+        assert loaded(server.pids()[child]) == {"lmdb/"}, child
+    script = "import sys, cdpserver.service.main; print(*sys.modules)"
+    early = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True).stdout
+    late = {
+        "fastapi",
+        "pydantic",
+        "hypercorn",
+        "asyncio",
+        "rich",
+        "cryptography",
+        "cdpserver.service.operations",
+    }
+    assert not late & set(early.split())
+
+
 def test_the_description_names_every_operation_once(server: Server) -> None:
     described = server.get("/v1/openapi.json")
     operations = [

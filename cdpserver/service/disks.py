@@ -28,9 +28,8 @@ from cdpserver.retention import policies
 from cdpserver.service import facts, images
 from cdpserver.service.browsing import Browsing
 from cdpserver.service.core import Core
-from cdpserver.service.listeners import point_link
+from cdpserver.service.links import link_socket
 from cdpserver.service.pruning import Pruning
-from cdpserver.target.placement import worker_of
 from cdpserver.timeline import BackupBase, Base, EmptyBase, ImageBase, PointBase, Timeline
 from cdpserver.vm.recovery import record
 
@@ -379,19 +378,6 @@ def never_written(directory: Path) -> bool:
 
 def _only_durable(reader: SegmentReader) -> bool:
     return bool((reader.records(0, reader.count)["kind"][1:] == Kind.DURABLE).all())
-
-
-def link_socket(core: Core, id: str) -> None:
-    """The socket of one disk: a name of its own, so that its URI stays when another worker serves it."""
-    worker = worker_of(id, core.config.workers)
-    point_link(core.state.nbd / f"{id}.sock", core.state.worker_socket(worker))
-
-
-def link_sockets(core: Core) -> None:
-    """The socket of every disk, and the one for all of them."""
-    point_link(core.state.target_socket, core.state.worker_socket(0))
-    for entry in core.catalog.names().values():
-        link_socket(core, entry.id)
 
 
 @contextlib.contextmanager

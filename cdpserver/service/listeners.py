@@ -183,14 +183,3 @@ def bind_tcp(address: Address, *, shared: bool) -> socket.socket:
             hint="choose another address or port",
         ) from None
     return listener
-
-
-def point_link(link: Path, place: Path) -> None:
-    """Make `link` a relative symbolic link to `place`, in one step: a client finds the old socket or the new one."""
-    target = os.path.relpath(place, link.parent)
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    new = link.with_name(f".{link.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    os.rename(new, link)
