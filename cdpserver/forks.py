@@ -1,4 +1,4 @@
-"""Which timelines are forks of a timeline."""
+"""Which timelines are forks of which."""
 
 from cdpserver import timeline
 from cdpserver.catalog import Catalog
@@ -7,26 +7,49 @@ from cdpserver.state import StateDir
 from cdpserver.timeline import PointBase, Timeline
 
 
-def forks_of(state: StateDir, catalog: Catalog, id: str) -> list[tuple[PointBase, Timeline]]:
-    """The forks of a timeline, those of its oldest instants first, also ones that are being removed, each with where it starts.
+class Forks:
+    """The forks of every timeline, also those that are being removed.
 
-    One that cannot be read may stand anywhere: CorruptError.
+    What a timeline stands on never changes: each is read once for as long as the catalog stays as it is.
     """
-    found = []
-    for other in catalog.names().values():
-        if other.id == id:
-            continue
-        try:
-            line = timeline.load(state.timeline(other.id))
-        except NotFoundError:
-            if other.state == "removing":
-                continue
-            raise CorruptError(
-                f"the timeline of {other.name} is missing, and may be a fork",
-                hint=f"cdp disk remove {other.name} if it is lost",
-            ) from None
-        except CorruptError as error:
-            raise CorruptError(f"{other.name} may be a fork: {error.message}", hint=error.hint) from None
-        if isinstance(line.base, PointBase) and line.base.timeline == id:
-            found.append((line.base, line))
-    return sorted(found, key=lambda fork: (fork[0].seq, fork[1].id))
+
+    def __init__(self, state: StateDir, catalog: Catalog) -> None:
+        self._state, self._catalog = state, catalog
+        self._stamp: object = None
+        self._of: dict[str, list[tuple[PointBase, Timeline]]] = {}
+        self._unreadable: dict[str, tuple[str, str]] = {}
+
+    def of(self, id: str) -> list[tuple[PointBase, Timeline]]:
+        """The forks of a timeline, those of its oldest instants first, each with where it starts.
+
+        Another that could not be read may stand anywhere: CorruptError.
+        """
+        # The stamp first: what changes after it is read again the next time.
+        stamp = self._catalog.stamp()
+        if stamp != self._stamp:
+            self._read()
+            self._stamp = stamp
+        for other, (message, hint) in self._unreadable.items():
+            if other != id:
+                raise CorruptError(message, hint=hint)
+        return sorted(self._of.get(id, []), key=lambda fork: (fork[0].seq, fork[1].id))
+
+    def _read(self) -> None:
+        self._of, self._unreadable = {}, {}
+        for entry in self._catalog.names().values():
+            try:
+                line = timeline.load(self._state.timeline(entry.id))
+            except NotFoundError:
+                if entry.state != "removing":
+                    message = f"the timeline of {entry.name} is missing, and may be a fork"
+                    self._unreadable[entry.id] = message, f"cdp disk remove {entry.name} if it is lost"
+            except CorruptError as error:
+                self._unreadable[entry.id] = f"{entry.name} may be a fork: {error.message}", error.hint
+            else:
+                if isinstance(line.base, PointBase):
+                    self._of.setdefault(line.base.timeline, []).append((line.base, line))
+
+
+def forks_of(state: StateDir, catalog: Catalog, id: str) -> list[tuple[PointBase, Timeline]]:
+    """The forks of one timeline; see Forks."""
+    return Forks(state, catalog).of(id)

@@ -15,19 +15,20 @@ from pathlib import Path
 import nbd
 import pytest
 
-from cdpserver import durable, leases, offtime
+from cdpserver import durable, leases, offtime, timeline
 from cdpserver.catalog import Catalog, Row
 from cdpserver.chain.lock import alone, stays
 from cdpserver.check.links import check_links
 from cdpserver.config import Config, parse_config
-from cdpserver.errors import RefusedError
+from cdpserver.errors import CorruptError, RefusedError
+from cdpserver.forks import Forks
 from cdpserver.journal import links
 from cdpserver.journal.log import Journal, interval_path, intervals
 from cdpserver.leases import GRACE_NS, Lease
 from cdpserver.locks import Lock
 from cdpserver.retention import policies
 from cdpserver.retention import prune as pruning
-from cdpserver.retention.facts import gather
+from cdpserver.retention.facts import gather, gather_all
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch
@@ -349,6 +350,39 @@ def test_forks_hold_their_point(kept: Kept) -> None:
         kept.read(other)
     found = gather(kept.world.state, kept.catalog, CONFIG, kept.entry, now_ns=kept.world.now_ns)
     assert [hold.why for hold in found.holds] == [f"the fork {fork.timeline.full_name} stands on it"]
+
+
+def test_a_pass_reads_what_disks_stand_on_once_for_all_of_them(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any disk may be a fork of any other: looked for anew for each, a pass took the square of their number."""
+    forks = [kept.world.fork(kept.line, kept.inside(interval)) for interval in (1, 2, 3)]
+    for fork in forks:
+        kept.catalog.add(fork.timeline.full_name, fork.timeline.id)
+    loaded: list[Path] = []
+    load = timeline.load
+
+    def noted(directory: Path) -> timeline.Timeline:
+        loaded.append(directory)
+        return load(directory)
+
+    monkeypatch.setattr("cdpserver.forks.timeline.load", noted)
+    found, failed = gather_all(kept.world.state, kept.catalog, CONFIG, now_ns=kept.world.now_ns)
+    assert (len(found), failed) == (4, {})
+    assert sorted(loaded) == sorted(line.directory for line in (kept.line, *forks))
+
+
+def test_a_fork_made_meanwhile_counts(kept: Kept) -> None:
+    forks = Forks(kept.world.state, kept.catalog)
+    assert forks.of(kept.entry.id) == []
+    fork = kept.world.fork(kept.line, kept.inside(3))
+    kept.catalog.add(fork.timeline.full_name, fork.timeline.id)
+    assert [line.id for _, line in forks.of(kept.entry.id)] == [fork.timeline.id]
+    (fork.directory / timeline.FILE).write_text("{")
+    kept.catalog.set_state(fork.timeline.full_name, "removing")
+    with pytest.raises(CorruptError, match="may be a fork"):
+        forks.of(kept.entry.id)
+    assert forks.of(fork.timeline.id) == []
 
 
 def test_dropping_and_locking_exclude_each_other(kept: Kept) -> None:

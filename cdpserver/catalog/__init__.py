@@ -125,11 +125,15 @@ class Catalog:
         with self._store.reading() as txn:
             return self._store.row_in(txn, table, id)
 
+    def stamp(self) -> int | tuple[int, int]:
+        """Another value after every change, whichever process makes it: what was read before it is still so while it stays."""
+        if self._store is not None:
+            return self._store.stamp()
+        copy = self.state.catalog_copy.stat()
+        return copy.st_ino, copy.st_mtime_ns
+
     def _entries(self) -> dict[str, Entry]:
-        if self._store is None:
-            return self._content().entries
-        with self._store.reading() as txn:
-            return self._store.entries_in(txn)
+        return self._content().entries if self._store is None else self._store.entries()
 
     def _content(self) -> Content:
         return read_copy(self.state.catalog_copy) if self._store is None else self._store.content()

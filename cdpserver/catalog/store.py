@@ -116,6 +116,7 @@ class Store:
         With an older `format` it may lack the tables that came later.
         """
         self.path = path
+        self._decoded: tuple[int, dict[str, Entry]] | None = None
         with _lmdb_errors(path):
             _check_length(path / DATA)
             self._env = lmdb.open(
@@ -180,6 +181,18 @@ class Store:
             raise damaged(self.path, "its counter of ids is lost")
         tables = empty_rows() | {table: self.rows_in(txn, table) for table in self._rows}
         return Content(self.entries_in(txn), next_id, tables)
+
+    def stamp(self) -> int:
+        """Another number after every change, whichever process makes it."""
+        return int(self._env.info()["last_txnid"])
+
+    def entries(self) -> dict[str, Entry]:
+        """The disks, by name; decoded once for each change of the catalog. For reading alone."""
+        with self.reading() as txn:
+            decoded = self._decoded
+            if decoded is None or decoded[0] != txn.id():
+                self._decoded = decoded = txn.id(), self.entries_in(txn)
+            return decoded[1]
 
     def entries_in(self, txn: lmdb.Transaction) -> dict[str, Entry]:
         """The disks, by name."""

@@ -16,7 +16,7 @@ from cdpserver import durable, leases, locks
 from cdpserver.catalog import Catalog, Entry
 from cdpserver.config import Config
 from cdpserver.errors import CdpError
-from cdpserver.forks import forks_of
+from cdpserver.forks import Forks
 from cdpserver.index.merged import DIRECTORY as MERGED
 from cdpserver.index.store import CLOSED_NAME
 from cdpserver.journal.log import Journal, interval_path
@@ -39,8 +39,10 @@ def gather(
     now_ns: int,
     tidy: bool = False,
     references: bool = True,
+    forks: Forks | None = None,
 ) -> Facts:
-    """The facts of one disk; with `tidy`, leases that are over are removed.
+    """The facts of one disk; with `tidy`, leases that are over are removed. Who gathers more than once has `forks` of its own, so
+    that the timelines of all disks are read once.
 
     Without `references` nobody reads the records for what their *same* records look into: quick, and good only to see that
     nothing goes, since they could but keep more.
@@ -75,7 +77,7 @@ def gather(
     # A fork's files stand on the newest base point at or below its point; what holds the point holds that.
     holds += [
         Hold(base.seq, f"the fork {fork.full_name} stands on it")
-        for base, fork in forks_of(state, catalog, entry.id)
+        for base, fork in (forks or Forks(state, catalog)).of(entry.id)
     ]
     holds += [Hold(seq, "it is open") for seq in leases.held(directory, now_ns=now_ns, tidy=tidy)]
     return Facts(
@@ -156,20 +158,20 @@ def _locked(catalog: Catalog, entry: Entry, now_ns: int) -> Iterator[Hold]:
 
 
 def gather_all(
-    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int
+    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, forks: Forks | None = None
 ) -> tuple[list[Facts], dict[str, str]]:
     """The facts of every disk, and by name why there are none of some."""
-    found, failed = [], {}
+    found, failed, forks = [], {}, forks or Forks(state, catalog)
     for entry in catalog.names().values():
         if entry.state != "live":
             continue
         try:
-            facts = gather(state, catalog, config, entry, now_ns=now_ns, references=False)
+            facts = gather(state, catalog, config, entry, now_ns=now_ns, references=False, forks=forks)
             capped = facts.policy.size_cap is not None or config.store_size_cap is not None
             decisions = plan(facts)
             goes = any(not decision.keep for decision in decisions) or thinnings(facts, decisions)
             if capped or goes:
-                facts = gather(state, catalog, config, entry, now_ns=now_ns)
+                facts = gather(state, catalog, config, entry, now_ns=now_ns, forks=forks)
             found.append(facts)
         except (CdpError, OSError) as error:
             failed[entry.name] = str(error)

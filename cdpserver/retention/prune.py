@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cdpserver import durable, leases, messages, timeline
 from cdpserver.catalog import Catalog, Entry
@@ -21,6 +21,7 @@ from cdpserver.chain.lock import alone, intervals_alone
 from cdpserver.clock import Clock
 from cdpserver.config import Config, parse_config
 from cdpserver.errors import CdpError, NotFoundError, RefusedError
+from cdpserver.forks import Forks
 from cdpserver.journal.links import Chain
 from cdpserver.journal.log import interval_path
 from cdpserver.names import show
@@ -97,12 +98,18 @@ def look(
 
 
 def _gather(
-    state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, disk: str | None
+    state: StateDir,
+    catalog: Catalog,
+    config: Config,
+    *,
+    now_ns: int,
+    disk: str | None,
+    forks: Forks | None = None,
 ) -> tuple[list[Facts], dict[str, str]]:
     """The facts of every disk, since the store's cap is all disks' business; why there are none of some that were asked for."""
     if disk is not None and catalog.get(disk) is None:
         raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
-    found, failed = gather_all(state, catalog, config, now_ns=now_ns)
+    found, failed = gather_all(state, catalog, config, now_ns=now_ns, forks=forks)
     return found, {name: why for name, why in failed.items() if disk in (None, name)}
 
 
@@ -111,7 +118,9 @@ def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, dis
 
     A disk that fails is said, with what was dropped of it before, and the others are done.
     """
-    gathered, failed = _gather(state, catalog, config, now_ns=now_ns, disk=disk)
+    forks = Forks(state, catalog)
+    gathered, failed = _gather(state, catalog, config, now_ns=now_ns, disk=disk, forks=forks)
+    anew = partial(gather, state, catalog, config, now_ns=now_ns, forks=forks)
     found = {facts.disk: facts for facts in gathered}
     done = Pass(failed=failed)
     left = {name for name in found if disk in (None, name)}
@@ -124,9 +133,9 @@ def prune(state: StateDir, catalog: Catalog, config: Config, *, now_ns: int, dis
                 continue
             try:
                 if _goes(found[name], until[name]):
-                    _prune_one(state, catalog, config, entry, until[name], now_ns, done)
-                    _thin(state, catalog, config, entry, until[name], now_ns, done)
-                    found[name] = gather(state, catalog, config, entry, now_ns=now_ns)
+                    _prune_one(state, catalog, anew, entry, until[name], done)
+                    _thin(state, anew, entry, until[name], done)
+                    found[name] = anew(entry)
                 elif not again:
                     _tidy(state.timeline(entry.id), now_ns)
             except (CdpError, OSError) as error:
@@ -152,14 +161,12 @@ def _tidy(directory: Path, now_ns: int) -> None:
         leases.held(directory, now_ns=now_ns, tidy=True)
 
 
+Anew: TypeAlias = Callable[..., Facts]
+"""`gather` for an entry, with all else that it takes."""
+
+
 def _prune_one(
-    state: StateDir,
-    catalog: Catalog,
-    config: Config,
-    entry: Entry,
-    cutoff_ns: int,
-    now_ns: int,
-    done: Pass,
+    state: StateDir, catalog: Catalog, anew: Anew, entry: Entry, cutoff_ns: int, done: Pass
 ) -> None:
     directory = state.timeline(entry.id)
     finish(directory)
@@ -167,7 +174,7 @@ def _prune_one(
         # What a merge that failed had still to remove is not there to be merged.
         chain.finish(directory)
         # Anew, since a lock or a lease may have come meanwhile; from here on none does without our knowing.
-        decisions = plan(gather(state, catalog, config, entry, now_ns=now_ns, tidy=True), cutoff_ns)
+        decisions = plan(anew(entry, tidy=True), cutoff_ns)
         gone = drops(decisions)
         for decision in gone:
             if decision.is_interval:
@@ -190,14 +197,12 @@ def _thinned(thinning: Thinning, size: int) -> Decision:
     return Decision(thinning.what, thinning.number, thinning.disk, True, thinning.reason, size)
 
 
-def _thin(
-    state: StateDir, catalog: Catalog, config: Config, entry: Entry, cutoff_ns: int, now_ns: int, done: Pass
-) -> None:
+def _thin(state: StateDir, anew: Anew, entry: Entry, cutoff_ns: int, done: Pass) -> None:
     """Thin the intervals of a disk that are due; one that cannot be is said, and the others are thinned."""
     directory = state.timeline(entry.id)
 
     def due() -> list[Thinning]:
-        facts = gather(state, catalog, config, entry, now_ns=now_ns)
+        facts = anew(entry)
         return thinnings(facts, plan(facts, cutoff_ns))
 
     with intervals_alone(directory) as mine:
