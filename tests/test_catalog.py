@@ -21,6 +21,7 @@ from cdpserver import durable
 from cdpserver.catalog import Catalog, Entry, Row
 from cdpserver.catalog import rows as catalog_rows
 from cdpserver.catalog.content import Content, read_copy
+from cdpserver.catalog.derived import Derived
 from cdpserver.catalog.recovery import ID_JUMP
 from cdpserver.catalog.rows import MAX_DEPTH, TABLES, Table, check_row, read_row
 from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
@@ -576,3 +577,31 @@ class CatalogMachine(RuleBasedStateMachine):
 
 CatalogMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=12, deadline=None)
 test_catalog_machine = CatalogMachine.TestCase
+
+
+def test_what_follows_from_the_catalog_is_worked_out_once_for_each_change(
+    state: StateDir, catalog: Catalog
+) -> None:
+    asked: list[list[str]] = []
+
+    def work() -> list[str]:
+        asked.append(list(catalog.names()))
+        if "bad" in asked[-1]:
+            raise CorruptError("no answer")
+        return asked[-1]
+
+    derived = Derived(catalog, work)
+    assert derived.now() == derived.now() == [] and len(asked) == 1
+    make_disk(state, catalog, "web/vda")
+    assert derived.now() == derived.now() == ["web/vda"] and len(asked) == 2
+    catalog.put_row("policies", Row("disk-1", 1, {}))
+    catalog.set_state("web/vda", "removing")
+    assert derived.now() == ["web/vda"] and len(asked) == 3
+    make_disk(state, catalog, "bad")
+    for _ in range(2):
+        with pytest.raises(CorruptError):
+            derived.now()
+    assert len(asked) == 5  # a failure is no answer to keep
+    with Catalog(state, None) as copy:
+        assert isinstance(copy.stamp(), tuple)
+        assert Derived(copy, copy.names).now() == catalog.names()

@@ -21,10 +21,10 @@ from cdpserver.retention.slots import format_slots
 from cdpserver.service.core import Core
 from cdpserver.service.instants import Instants
 from cdpserver.service.jobs import Jobs
-from cdpserver.service.nightly import forks_of
+from cdpserver.service.nightly import by_the_clock
 from cdpserver.service.vms import Vms
 from cdpserver.state import StateDir
-from cdpserver.vm.trial.schedule import Planned, planned
+from cdpserver.vm.trial.schedule import Planned
 
 FILE = "backups.json"
 
@@ -88,6 +88,7 @@ class Backups:
 
     def __init__(self, core: Core, jobs: Jobs) -> None:
         self._core, self._jobs = core, jobs
+        self._wanted = by_the_clock(core, "backup")
         self._again: dict[str, float] = {}
         self._said = ""
 
@@ -109,16 +110,8 @@ class Backups:
 
     def _look(self) -> list[Due]:
         core = self._core
-        entries = [
-            entry
-            for entry in core.catalog.names().values()
-            if entry.state == "live" and not names.is_attached(entry.name)
-        ]
-        wanted = planned(
-            core.catalog.rows("policies"), core.config, entries, forks_of(core, entries), "backup"
-        )
         noted = load(core.state)
-        found, kept = due(noted, wanted, datetime.now(UTC).astimezone())
+        found, kept = due(noted, self._wanted.now(), datetime.now(UTC).astimezone())
         if kept != noted:
             self._write(kept)
         return found

@@ -1,6 +1,5 @@
 """Drills by the clock: at the time of day that a policy names, the newest good point of a VM or disk is booted."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -8,6 +7,7 @@ import trio
 
 from cdpserver import names, timeline
 from cdpserver.catalog import Entry
+from cdpserver.catalog.derived import Derived
 from cdpserver.errors import CdpError
 from cdpserver.service.core import Core
 from cdpserver.service.drills import Drills, Request
@@ -29,12 +29,13 @@ SINCE = "-1d"
 
 async def keep_drilling(core: Core, drills: Drills, jobs: Jobs) -> None:
     """Look at the clock until cancelled. One drill at a time: each is a VM of its own."""
+    wanted = by_the_clock(core, "drill")
     before = _now() - CATCH_UP
     said = ""
     while True:
         now = _now()
         try:
-            due = await core.thread(_due, core, before, now)
+            due = await core.thread(_due, core, wanted, before, now)
             said = ""
         except CdpError as error:
             if error.message != said:
@@ -52,16 +53,24 @@ def _now() -> datetime:
     return datetime.now(UTC).astimezone().replace(tzinfo=None)
 
 
-def _due(core: Core, before: datetime, now: datetime) -> list[Planned]:
-    entries = [entry for entry in core.catalog.names().values() if entry.state == "live"]
-    found = planned(core.catalog.rows("policies"), core.config, entries, forks_of(core, entries))
+def _due(core: Core, wanted: Derived[list[Planned]], before: datetime, now: datetime) -> list[Planned]:
     trials = record.all_of(core.catalog)
-    return [one for one in found if is_due(one, trials, after=before, now=now)]
+    return [one for one in wanted.now() if is_due(one, trials, after=before, now=now)]
 
 
-def forks_of(core: Core, entries: Iterable[Entry]) -> set[str]:
-    """The names of those that are forks. For threads."""
-    return {entry.name for entry in entries if _is_fork(core, entry)}
+def by_the_clock(core: Core, what: str) -> Derived[list[Planned]]:
+    """Where policies have a time for `what`. For threads; CorruptError."""
+
+    def read() -> list[Planned]:
+        entries = [
+            entry
+            for entry in core.catalog.names().values()
+            if entry.state == "live" and not names.is_attached(entry.name)
+        ]
+        forks = {entry.name for entry in entries if _is_fork(core, entry)}
+        return planned(core.catalog.rows("policies"), core.config, entries, forks, what)
+
+    return Derived(core.catalog, read)
 
 
 def _is_fork(core: Core, entry: Entry) -> bool:

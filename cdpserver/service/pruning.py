@@ -6,6 +6,7 @@ from typing import Any
 import trio
 
 from cdpserver import groups, locks
+from cdpserver.catalog.derived import Derived
 from cdpserver.config import Settings
 from cdpserver.errors import CdpError, RefusedError
 from cdpserver.names import format_bytes
@@ -27,6 +28,7 @@ class Pruning:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._may_refuse = Derived(core.catalog, self._has_refusing)
         self._one = trio.Lock()
         self._fullness = Rising(LEVELS, fall=5)
         self._failed: dict[str, str] = {}
@@ -158,7 +160,7 @@ class Pruning:
                 await self._core.thread(self._drop_expired)
                 skipped += 1
                 changed = seen is not None and now != seen
-                if changed or skipped >= LONGEST or await self._core.thread(self._may_refuse):
+                if changed or skipped >= LONGEST or await self._core.thread(self._may_refuse.now):
                     await self._pass(None, dry_run=False)
                     skipped = 0
                 seen = now
@@ -166,7 +168,7 @@ class Pruning:
                 self._core.log.emit("retention.pass-failed", level="error", reason=str(error))
             await trio.sleep(self._core.config.store_prune_every_ns / 1e9)
 
-    def _may_refuse(self) -> bool:
+    def _has_refusing(self) -> bool:
         """Is there a disk that is to refuse writes at a cap? It grows at any time, so that it is looked at each time."""
         core = self._core
         for entry in core.catalog.names().values():

@@ -5,6 +5,7 @@ from typing import Any
 
 import trio
 
+from cdpserver.catalog.derived import Derived
 from cdpserver.errors import CdpError
 from cdpserver.names import is_attached, split_name
 from cdpserver.retention import policies
@@ -24,6 +25,7 @@ class Schedule:
     def __init__(self, core: Core, marks: Marks) -> None:
         self._core = core
         self._marks = marks
+        self._wanted = Derived(core.catalog, self._read)
         self._slots: dict[str, tuple[int, int]] = {}
         self._said = ""
 
@@ -38,7 +40,7 @@ class Schedule:
     async def _due(self) -> list[tuple[str, bool]]:
         """What is to be marked now, and whether its guest is to be frozen."""
         try:
-            wanted = await self._core.thread(self._wanted)
+            wanted = await self._core.thread(self._wanted.now)
         except CdpError as error:
             if str(error) != self._said:
                 self._core.log.emit("point.schedule-failed", level="warning", reason=str(error))
@@ -55,7 +57,7 @@ class Schedule:
                 due.append((name, freeze))
         return due
 
-    def _wanted(self) -> dict[str, tuple[int, bool]]:
+    def _read(self) -> dict[str, tuple[int, bool]]:
         """(how often, whether frozen) by the name of a VM or disk. A policy that cannot be read is passed over."""
         core, found = self._core, {}
         rows = core.catalog.rows("policies")
