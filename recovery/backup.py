@@ -16,9 +16,7 @@ from cdpserver.state import default_state_dir
 from recovery.backup_text import tell_made
 from recovery.bar import moving
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table
-from recovery.remote import client
-from recovery.repo import DAMAGED
-from recovery.repositories import find_backup, find_id, opened_repository
+from recovery.repositories import DAMAGED, find_backup, find_id, opened_repository
 from recovery.together import several
 
 
@@ -79,6 +77,8 @@ def _points(options: Namespace) -> tuple[list[tuple[str, When]], str]:
 
 def detach(options: Namespace) -> None:
     """The service reads it no more."""
+    from recovery.remote import client
+
     client(options).detach(options.id)
     if options.json:
         answer_json({"id": options.id, "detached": True})

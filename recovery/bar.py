@@ -3,10 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recovery.client import Client
 from recovery.output import printable, say
+
+if TYPE_CHECKING:
+    from recovery.client import Client
 
 Bar: TypeAlias = Callable[[int, int], None]
 """Hears of (bytes done, bytes in all)."""
@@ -15,7 +17,7 @@ LOOK_S = 0.5
 """How long one question for a job waits for its end; the bar moves as often."""
 
 
-def watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:
+def watch(service: "Client", job: dict[str, Any]) -> dict[str, Any]:
     """Show a bar on the terminal until a job has ended. An interrupt ends the showing only, and says so."""
     from rich.console import Console
     from rich.markup import escape

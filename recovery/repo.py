@@ -19,9 +19,7 @@ from cdpserver.retention.slots import parse_slots
 from recovery.bar import moving
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
 from recovery.remote import answer_one, client
-from recovery.repositories import known, location_of, note, opened_repository, read_key
-
-DAMAGED = 4
+from recovery.repositories import DAMAGED, known, location_of, note, opened_repository, read_key
 
 
 def init(options: Namespace) -> None:

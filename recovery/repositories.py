@@ -16,6 +16,9 @@ from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository, default_cache
 from recovery.repo_tree import REPO_VARIABLE
 
+DAMAGED = 4
+"""The exit code of what looked at a repository, and found damage."""
+
 KEY_BYTES = 64 << 10
 KEY_COMMAND_S = 60.0
 

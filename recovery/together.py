@@ -6,7 +6,6 @@ from typing import Any
 from cdpserver import names
 from cdpserver.errors import UnreachableError, UsageError
 from cdpserver.state import StateDir, default_state_dir
-from recovery.remote import client
 
 
 def several(options: Namespace, point: str) -> dict[str, Any] | None:
@@ -17,6 +16,8 @@ def several(options: Namespace, point: str) -> dict[str, Any] | None:
     name, when = names.parse_point(point)
     if "/" in name:
         return None
+    from recovery.remote import client
+
     try:
         found = client(options).point(point)
     except UnreachableError:
