@@ -1,8 +1,7 @@
 """QEMU's programs (qemu-img, qemu-nbd), as our functions; no other module starts them.
 
-They run niced, so that a base point never takes the processor from a guest's write, and die with the thread that called
-(`setpriv --pdeathsig`): call from a process's main thread. A failure is a BrokenError, or NoSpaceError, made of the last line
-that the program said.
+They run behind guests' writes (`priority`), and die with the thread that called (`setpriv --pdeathsig`): call from a process's
+main thread. A failure is a BrokenError, or NoSpaceError, made of the last line that the program said.
 
 Base points are QCOW2 with `extended_l2=on,cluster_size=128k`: a subcluster is then one block of the journal. Measured with
 QEMU 7.2, 4,000 scattered 4 KiB writes (15.6 MiB) to a 2 GiB disk over NBD, best of two:
@@ -38,6 +37,7 @@ from typing import Any
 from cdpserver import durable, messages
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError
 from cdpserver.limits import SECTOR
+from cdpserver.priority import behind_writes
 from cdpserver.progress import Progress, nobody, to_stdout
 
 OPTIONS = "extended_l2=on,cluster_size=128k"
@@ -62,7 +62,7 @@ _FLOCK = struct.Struct("@hhqqi4x")
 
 _PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 
-NICED = ("nice", "-n", "10", "setpriv", "--pdeathsig", "KILL", "--")
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _run(
     """Run a program to its end; its standard output. BrokenError, NoSpaceError."""
     try:
         done = subprocess.run(
-            [*NICED, *arguments],
+            [*behind_writes(), *DIES_WITH_US, *arguments],
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -105,7 +105,7 @@ def _run_told(arguments: Sequence[str], *, doing: str, progress: Progress, cwd: 
     with tempfile.TemporaryFile() as stderr:
         try:
             process = subprocess.Popen(
-                [*NICED, *arguments],
+                [*behind_writes(), *DIES_WITH_US, *arguments],
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -355,7 +355,7 @@ def serve(
         str(path.absolute()),
     ]
     server = subprocess.Popen(
-        [*NICED, *command],
+        [*behind_writes(), *DIES_WITH_US, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

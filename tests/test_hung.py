@@ -1,6 +1,7 @@
 """Targets that hang: known in time, killed or left by `yank`; and those that do not are left alone. On a clock that jumps."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -18,6 +19,7 @@ from cdpserver.clock import fix_clock
 from cdpserver.config import Config
 from cdpserver.errors import NoSpaceError, RefusedError, UnreachableError
 from cdpserver.events import EventLog
+from cdpserver.priority import NICE
 from cdpserver.service.children import Child
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
@@ -90,6 +92,18 @@ def watched(short_path: Path) -> Iterator[Watched]:
     made.process.kill()
     made.process.wait()
     catalog.close()
+
+
+async def test_jobs_leave_the_processor_to_guests_writes(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import json, os, subprocess as s; from cdpserver.priority import behind_writes as b; n = os.getpriority(0, 0); "
+    script += "print(json.dumps({'job': n, 'qemu': int(s.check_output([*b(), 'nice']))}), end='')"
+    (tmp_path / "asked.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    expected = max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
+    # Nor do QEMU's programs, which a job starts in the same way, go below it.
+    assert await watched.core.job("asked", "asked") == {"job": expected, "qemu": expected}
 
 
 async def test_a_worker_that_hangs_is_killed(

@@ -21,6 +21,7 @@ STAGES = (
         "cdpserver.names",
         "cdpserver.durable",
         "cdpserver.messages",
+        "cdpserver.priority",
         "cdpserver.progress",
     ),
     (

@@ -21,6 +21,7 @@ from cdpserver.events import EventLog
 from cdpserver.journal.log import Position
 from cdpserver.names import When, check_disk_name
 from cdpserver.points import Timeline as Points
+from cdpserver.priority import behind_writes
 from cdpserver.retention import policies
 from cdpserver.retention.policy import Policy, combine
 from cdpserver.service import processes
@@ -52,8 +53,8 @@ class Core:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
 
     async def job(self, name: str, module: str, *arguments: str) -> Any:
-        """Run `python -m module` as a process of its own; its JSON answer, or the error that it reports."""
-        command = [sys.executable, "-m", module, *arguments]
+        """Run `python -m module` in a process of its own, behind guests' writes; its JSON answer, or the error it reports."""
+        command = [*behind_writes(), sys.executable, "-m", module, *arguments]
         tell = progress.hearer.get()
 
         def hear(line: bytes) -> None:
