@@ -11,7 +11,7 @@ import trio
 from cdpserver.errors import CdpError, UsageError
 from cdpserver.vm.mirror import disk_uri
 from cdpserver.vm.probe import Probe
-from cdpserver.vm.target import Ago, SeenJob, TargetState
+from cdpserver.vm.target import Ago, At, SeenJob, TargetState
 from cdpserver.vm.tls import Credential
 from recovery.agent_client import AgentClient
 
@@ -38,6 +38,8 @@ class ApiTarget:
         self._credential = credential
         self._probes: dict[str, Probe] = {}
         self._calls = trio.CapacityLimiter(AT_ONCE)
+        self._ahead_ns = 0
+        """How far the server's clock is ahead of ours, by its last answer; rather too little."""
         self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_EVENTS)
 
     async def call(self, function: Callable[..., Answer], *arguments: Any, **more: Any) -> Answer:
@@ -56,7 +58,9 @@ class ApiTarget:
 
     async def state(self, disk: str) -> TargetState:
         """See Target."""
-        return TargetState.read((await self.call(self._client.mirror, disk))["said"])
+        found = await self.call(self._client.mirror, disk)
+        self._ahead_ns = int(found["time_ns"]) - now_ns()  # it has been on its way since
+        return TargetState.read(found["said"])
 
     async def holds(self, disk: str, place: str) -> bool:
         """See Target."""
@@ -74,9 +78,14 @@ class ApiTarget:
 
     async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
         """See Target."""
-        said = {"disk": disk, "session": session, "reason": reason, "ago_ns": ago.whole_ns}
-        if ago.freed_ns is not None:
-            said["freed_ago_ns"] = ago.freed_ns
+        at = At.of(ago, now_ns=now_ns() + self._ahead_ns)
+        said = {
+            "disk": disk,
+            "session": session,
+            "reason": reason,
+            "whole_ns": at.whole_ns,
+            "freed_ns": at.freed_ns,
+        }
         await self.call(self._client.tell_mirror, "lost", said)
 
     def hung_s(self, disk: str) -> float:
@@ -105,6 +114,11 @@ class ApiTarget:
     def emit(self, event: str, **fields: Any) -> None:
         """See Target: told with the next report."""
         self.events.append({"event": event, "fields": fields})
+
+
+def now_ns() -> int:
+    """The clock by which a controller tells what it saw when."""
+    return int(trio.current_time() * 1e9)
 
 
 def uri_here(uris: dict[str, str], nbd: str | None, credential: Credential | None = None) -> str:

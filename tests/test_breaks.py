@@ -34,7 +34,8 @@ def line() -> Iterator[Line]:
 
 def lose(line: Line, *, ago_ns: int | None = None) -> None:
     """QEMU was seen in sync, and now its job stands."""
-    line.disk.lost(1, "test", ago_ns=ago_ns, freed_ago_ns=None)
+    whole_ns = None if ago_ns is None else line.world.now_ns - ago_ns
+    line.disk.lost(1, "test", whole_ns=whole_ns, freed_ns=None)
 
 
 def offered(line: Line, *times_ns: int) -> list[Grade | None]:
@@ -94,7 +95,7 @@ def test_what_came_in_late_is_no_point(line: Line) -> None:
     seq = line.writer.last_seq
     line.disk.marker("bookmark").mark(control.mark("then"))
     world.now_ns += 100 * MS
-    line.disk.lost(1, "test", ago_ns=SECOND_NS, freed_ago_ns=150 * MS)
+    line.disk.lost(1, "test", whole_ns=world.now_ns - SECOND_NS, freed_ns=world.now_ns - 150 * MS)
     world.now_ns += 2 * SECOND_NS
     with line.points() as points:
         listed = points.points(now_ns=world.now_ns)
@@ -163,9 +164,7 @@ def test_what_was_on_its_way_when_the_target_hung_is_no_point_of_when_it_came(li
     world.now_ns += MS
     line.disconnect()
     world.now_ns += MS
-    line.disk.lost(
-        1, "test", ago_ns=world.now_ns - freed_ns + SECOND_NS // 2, freed_ago_ns=world.now_ns - freed_ns
-    )
+    line.disk.lost(1, "test", whole_ns=freed_ns - SECOND_NS // 2, freed_ns=freed_ns)
     assert gap(line)["from_ns"] == freed_ns
     assert offered(line, freed_ns, freed_ns + 1, late_ns, world.now_ns) == [Grade.CRASH, None, None, None]
 
@@ -209,6 +208,21 @@ def test_what_comes_after_a_write_that_was_refused_is_no_point(
     assert line.writer.state.synced, "one refusal ends one session"
 
 
+def test_what_comes_after_a_write_that_was_refused_on_its_way_is_no_point(line: Line) -> None:
+    """Whatever stands between QEMU and the target: no connection ended, the target knows of nothing, and the next write came."""
+    world = line.world
+    seen_ns = world.now_ns
+    world.now_ns += 100 * MS  # here one is refused
+    refused_ns = world.now_ns
+    world.now_ns += 100 * MS
+    line.write(2 * BLOCK, b"d" * BLOCK)
+    later_ns = world.now_ns
+    world.now_ns += 100 * MS
+    line.disk.lost(1, "test", whole_ns=seen_ns, freed_ns=None)
+    assert gap(line)["from_ns"] == seen_ns
+    assert offered(line, seen_ns, refused_ns, later_ns, world.now_ns) == [Grade.CRASH, None, None, None]
+
+
 def test_a_write_that_waited_for_room_was_not_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its guest has heard of nothing."""
     line.connection().waits = True
@@ -230,7 +244,7 @@ def test_a_read_that_fails_counts_for_who_writes(line: Line) -> None:
 
 
 def test_no_gap_without_being_in_sync(line: Line) -> None:
-    line.disk.lost(7, "of another session", ago_ns=None, freed_ago_ns=None)
+    line.disk.lost(7, "of another session", whole_ns=None, freed_ns=None)
     line.disconnect()
     line.write(0, b"c" * BLOCK)
     lose(line, ago_ns=0)  # seen in sync up to the first write of the next

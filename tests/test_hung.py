@@ -31,7 +31,7 @@ from cdpserver.vm.probe import Probe
 from cdpserver.vm.qmp import Event, QmpRefusedError
 from cdpserver.vm.record import ProtectedDisk, ProtectedVm, QmpSocket
 from cdpserver.vm.release import release
-from cdpserver.vm.target import TargetState
+from cdpserver.vm.target import Ago, TargetState
 from recovery.agent_client import AgentClient
 from recovery.agent_target import ApiTarget
 from tests.test_later_qemu import NAME, URI, UUID, KeptTarget
@@ -227,6 +227,35 @@ async def test_an_agent_knows_of_its_own_that_a_disk_hangs(short_path: Path) -> 
             assert target.hung_s("web/other") == 0
             nursery.cancel_scope.cancel()
     assert target.hung_s("web/d") == 0, "watched no more"
+
+
+class ToldClient(KnownClient):
+    """It answers by the server's clock, and keeps what it is told."""
+
+    SERVER_NS = 10**18
+
+    def mirror(self, disk: str) -> dict[str, Any]:
+        said = TargetState(session=1, synced=True, last_seq=1, place="1:1").as_dict()
+        return {"uuid": UUID, "uris": {}, "said": said, "time_ns": self.SERVER_NS}
+
+    def tell_mirror(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.told = verb, body
+        return {}
+
+
+async def test_an_agent_says_by_the_servers_clock_when_it_saw_a_mirror_whole(short_path: Path) -> None:
+    """However long the word is on its way: a gap that began later than what is missing would hide it."""
+    client = ToldClient(short_path / "nbd.sock")
+    target = ApiTarget(client, None)
+    before = trio.current_time()
+    await target.state("web/d")
+    whole_at = trio.current_time()
+    ago = Ago.of(trio.current_time(), whole_at=whole_at, freed_at=None)
+    await target.lost("web/d", 1, "test", ago=ago)
+    verb, said = client.told
+    assert (verb, said["freed_ns"]) == ("lost", None)
+    late_ns = said["whole_ns"] - client.SERVER_NS
+    assert abs(late_ns) <= (trio.current_time() - before) * 1e9
 
 
 # --- the controller

@@ -144,7 +144,7 @@ def test_an_agent_asks_for_its_own_vms_only(far: Far) -> None:
         ("GET", "/v1/agents/hv2/vms", None),
         ("POST", "/v1/agents/hv2:report", {"vms": [], "events": []}),
         ("GET", "/v1/mirror?disk=theirs", None),
-        ("POST", "/v1/mirror:lost", {"disk": "theirs", "session": 1, "reason": "r", "ago_ns": 0}),
+        ("POST", "/v1/mirror:lost", {"disk": "theirs", "session": 1, "reason": "r", "whole_ns": 0}),
         ("POST", "/v1/mirror:size", {"disk": "theirs", "size": 1 << 30}),
     ):
         status, answer = far.ask(token, method, path, body)

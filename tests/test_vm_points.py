@@ -71,7 +71,7 @@ def test_dependent_writes_never_disagree_at_a_point_of_the_vm(seed: int) -> None
                 if dice.random() < 0.5:
                     disk.write(2 * BLOCK, b"m" * BLOCK)
                 world.now_ns += dice.randrange(1, SECOND_NS)
-                disk.disk.lost(session, "test", ago_ns=world.now_ns - seen_ns, freed_ago_ns=None)
+                disk.disk.lost(session, "test", whole_ns=seen_ns, freed_ns=None)
                 world.now_ns += dice.randrange(1, SECOND_NS)
             elif chance < 0.35:
                 INDEXER.call("drain", dice.choice(disks).directory, world.boot)

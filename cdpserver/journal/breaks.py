@@ -7,7 +7,8 @@ mirror is back already: then the gap has an end as well.
                 broke_ns                                       began_ns
 
 Where the connection ended says nothing: QEMU may have ended its job long before. Nor does the last change where a target hung
-until the guest was let go on without it: what was on its way is received when it goes on, later than what it is of.
+until the guest was let go on without it: what was on its way is received when it goes on, later than what it is of. Nor where no
+connection ended: what refused a write did so on the way, and the next may have come through.
 """
 
 from contextlib import closing
@@ -68,14 +69,15 @@ def put_gap(
     session: int,
     reason: str,
     *,
-    now_ns: int,
-    ago_ns: int | None,
-    freed_ago_ns: int | None,
+    whole_ns: int | None,
+    freed_ns: int | None,
+    connected: bool,
 ) -> tuple[int, int] | None:
-    """Put on record that writes of the guest were not received, says who saw session `session` in sync `ago_ns` ago, if ever.
+    """Put on record that writes of the guest were not received, says who saw session `session` in sync at `whole_ns`, if ever.
 
-    If it was let go on, `freed_ago_ns` ago, a record that came after that is of before. Returns the gap, (from, until), durable
-    on return; `until` is 0 while it is open. None if there is none, or it is known.
+    If it was let go on, at `freed_ns`, a record that came after that is of before. `connected`: who wrote is there still, so that
+    something on the way refused a write, and others have come after it. Returns the gap, (from, until), durable on return;
+    `until` is 0 while it is open. None if there is none, or it is known.
     """
     with writer._lock, closing(Journal(writer.directory)) as journal:
         state = writer.state
@@ -85,10 +87,10 @@ def put_gap(
         if broke is None:
             return None
         from_ns, until_ns = broke.broke_ns, broke.began_ns
-        if ago_ns is not None:
-            from_ns = max(from_ns, now_ns - ago_ns)
-        if freed_ago_ns is not None:
-            from_ns = min(from_ns, now_ns - freed_ago_ns)
+        if whole_ns is not None:
+            from_ns = whole_ns if connected else max(from_ns, whole_ns)
+        if freed_ns is not None:
+            from_ns = min(from_ns, freed_ns)
         if until_ns and until_ns <= from_ns + 1:
             return None
         if state.synced:

@@ -108,6 +108,9 @@ class Agents:
 
     async def mirror(self, disk: str) -> dict[str, Any]:
         """Who a disk is, where its mirror writes to, and what its worker says."""
+        time_ns = (
+            self._core.clock.now_ns()
+        )  # before the answer: an agent takes the moment at which it has it for a later one
         uuid, _ = await self._protection.target.identity(disk)
         entry = self._core.entry(disk)
         uris = self._core.disk_uris(entry, await self._core.thread(self._core.secret, entry))
@@ -115,4 +118,5 @@ class Agents:
             "uuid": uuid,
             "uris": {kind: mirror_uri(uri, uuid) for kind, uri in uris.items()},
             "said": (await self._protection.target.state(disk)).as_dict(),
+            "time_ns": time_ns,
         }

@@ -12,7 +12,7 @@ from cdpserver.service.disks import Disks
 from cdpserver.service.hung import Hung
 from cdpserver.vm.disks import check_size
 from cdpserver.vm.mirror import mirror_uri
-from cdpserver.vm.target import Ago, SeenJob, TargetState
+from cdpserver.vm.target import Ago, At, SeenJob, TargetState
 
 ASK_S = 5.0
 """A worker that restarts is back in a fraction of this."""
@@ -74,8 +74,13 @@ class OwnTarget:
 
     async def lost(self, disk: str, session: int, reason: str, *, ago: Ago) -> None:
         """A gap begins, and points are `unordered` after it."""
+        # By now, and not when the worker hears it: what is on its way for a while would move the gap.
+        await self.lost_at(disk, session, reason, at=At.of(ago, now_ns=self._core.clock.now_ns()))
+
+    async def lost_at(self, disk: str, session: int, reason: str, *, at: At) -> None:
+        """The same with times of the server's clock."""
         entry = self._core.entry(disk)
-        said = {"session": session, "reason": reason, "ago_ns": ago.whole_ns, "freed_ago_ns": ago.freed_ns}
+        said = {"session": session, "reason": reason, "whole_ns": at.whole_ns, "freed_ns": at.freed_ns}
         await self._core.targets.call(entry.id, "lost", disk=disk, **said)
 
     def hung_s(self, disk: str) -> float:

@@ -300,8 +300,8 @@ class TargetDisk:
             )
         return {"session": number, "seq": seq, "time_ns": time_ns}
 
-    def lost(self, session: int, reason: str, *, ago_ns: int | None, freed_ago_ns: int | None) -> None:
-        """Writes of the guest did not arrive, says who watches its mirror and saw session `session` in sync `ago_ns` ago.
+    def lost(self, session: int, reason: str, *, whole_ns: int | None, freed_ns: int | None) -> None:
+        """Writes of the guest did not arrive, says who watches its mirror and saw session `session` in sync at `whole_ns`.
 
         A session that counts as in sync ends with this, and the gap is on record; it ends with the next first write.
         """
@@ -309,8 +309,10 @@ class TargetDisk:
         if journal is None or self._is_direct:
             return
         with self._session_lock:
-            ago = {"ago_ns": ago_ns, "freed_ago_ns": freed_ago_ns}
-            found = put_gap(journal, session, reason, now_ns=self._clock_ns(), **ago)
+            connected = any(connection.wrote for connection in self._connections.values())
+            found = put_gap(
+                journal, session, reason, whole_ns=whole_ns, freed_ns=freed_ns, connected=connected
+            )
         if found is None:
             return
         from_ns, until_ns = found

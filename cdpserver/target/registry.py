@@ -207,7 +207,7 @@ class Registry:
                 observed=r.get("observed"),
             ),
             "lost": lambda r: self.disk(r["disk"]).lost(
-                r["session"], r["reason"], ago_ns=r["ago_ns"], freed_ago_ns=r.get("freed_ago_ns")
+                r["session"], r["reason"], whole_ns=r["whole_ns"], freed_ns=r["freed_ns"]
             ),
             "mirrored": lambda r: self.disk(r["disk"]).mirrored(),
             "direct": lambda r: self.disk(r["disk"]).direct(),

@@ -81,6 +81,19 @@ class Ago:
         return cls(*(None if at is None else int((now - at) * 1e9) for at in (whole_at, freed_at)))
 
 
+@dataclass(frozen=True, slots=True)
+class At:
+    """When that was, on the server's clock. Said to who may hear it late."""
+
+    whole_ns: int | None
+    freed_ns: int | None = None
+
+    @classmethod
+    def of(cls, ago: Ago, *, now_ns: int) -> "At":
+        """`now_ns` may be earlier than it is, and not later: a gap rather begins too early."""
+        return cls(*(None if ns is None else max(0, now_ns - ns) for ns in (ago.whole_ns, ago.freed_ns)))
+
+
 class Target(Protocol):
     """Our side of a mirror. Every method but `hung_s` may raise CdpError."""
 

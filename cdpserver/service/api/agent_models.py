@@ -107,8 +107,10 @@ class LostMirror(Body):
     disk: Text
     session: int = Field(ge=0, lt=MAX)
     reason: str
-    ago_ns: int | None = Field(None, ge=0, lt=MAX)
-    freed_ago_ns: int | None = Field(None, ge=0, lt=MAX)
+    whole_ns: int | None = Field(
+        None, ge=0, lt=MAX, description="When it was whole last, on the server's clock."
+    )
+    freed_ns: int | None = Field(None, ge=0, lt=MAX, description="When its guest was let go on, likewise.")
 
 
 class HeldPlace(Body):
@@ -168,6 +170,7 @@ class MirrorSide(Answer):
     uuid: str
     uris: dict[str, str]
     said: MirrorSaid
+    time_ns: int = Field(description="The server's clock, when this was asked.")
 
 
 class WantedDisk(Answer):

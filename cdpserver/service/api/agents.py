@@ -9,7 +9,7 @@ from cdpserver.service.agents import Agents
 from cdpserver.service.api import agent_models, vm_models
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.protection import connection_of
-from cdpserver.vm.target import Ago, SeenJob
+from cdpserver.vm.target import At, SeenJob
 
 AGENT = "/v1/agents/{agent}"
 
@@ -69,8 +69,8 @@ def routes(answers: Answers, agents: Agents) -> APIRouter:
     async def say_mirror_lost(asked: Request, body: agent_models.LostMirror) -> Response:
         """Writes of the guest did not arrive."""
         own(asked, body.disk)
-        ago = Ago(body.ago_ns, body.freed_ago_ns)
-        await agents.target.lost(body.disk, body.session, body.reason, ago=ago)
+        at = At(body.whole_ns, body.freed_ns)
+        await agents.target.lost_at(body.disk, body.session, body.reason, at=at)
         return await answers.one({"disk": body.disk})
 
     @routes.post("/v1/mirror:size", response_model=agent_models.Done)
