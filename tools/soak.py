@@ -39,7 +39,7 @@ STORE = 1024 * MIB
 DISKS = {"small": 8 * MIB, "odd": 16 * MIB + 512, "large": 24 * MIB}
 """One with a size that is no multiple of a block: it is written by sectors."""
 
-POLICY = {"bp_every": "20s", "keep_rp": "1m 5m/5s", "keep_bp": "1h", "max_chain": "6"}
+POLICY = {"bp_every": "20s", "keep_rp": "1m 5m/5s", "keep_bp": "1h", "max_chain": "24"}
 RATE = 40.0
 """Writes a second to each disk, at most."""
 
