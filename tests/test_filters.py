@@ -22,6 +22,7 @@ from tests.test_protect import all_arrives, guest, in_sync, protect, world
 from tests.test_service import ApiError, Server, read, until
 from tools.kit.source import Source
 from tools.soaking.oracle import Oracle
+from tools.soaking.writer import send
 
 pytestmark = pytest.mark.real
 
@@ -77,10 +78,7 @@ class Written:
                 self.instants_ns.append(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
             write = self.oracle.next(self._dice)
             self.oracle.sent(write)
-            if write.is_zero:
-                self._handle.zero(write.length, write.offset)
-            else:
-                self._handle.pwrite(self.oracle.data(write), write.offset)
+            send(self._handle, self.oracle, write)
             self.oracle.acknowledged()
 
 

@@ -54,7 +54,7 @@ class Writer:
                         pending = self.oracle.next(self._dice)
                         self.oracle.sent(pending)
                         sent = time.monotonic()
-                    self._send(handle, pending)
+                    send(handle, self.oracle, pending)
                     self.oracle.acknowledged()
                     self.longest_s = max(self.longest_s, time.monotonic() - sent)
                     pending = None
@@ -68,11 +68,13 @@ class Writer:
                 with contextlib.suppress(nbd.Error):
                     handle.shutdown()
 
-    def _send(self, handle: nbd.NBD, write: Write) -> None:
-        if write.is_zero:
-            handle.zero(write.length, write.offset)
-        else:
-            handle.pwrite(self.oracle.data(write), write.offset)
+
+def send(handle: nbd.NBD, oracle: Oracle, write: Write) -> None:
+    """Do a write."""
+    if write.is_zero:
+        handle.zero(write.length, write.offset)
+    else:
+        handle.pwrite(oracle.data(write), write.offset)
 
 
 def said(error: Exception) -> str:
