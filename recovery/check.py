@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, CorruptError, NotFoundError, UsageError
 from cdpserver.names import format_bytes
 from cdpserver.state import StateDir, default_state_dir
-from recovery.local import timeline_of
+from recovery.local import id_in, timeline_of
 from recovery.output import answer, answer_json, say, show_time
 
 if TYPE_CHECKING:
@@ -26,24 +27,26 @@ FILES_NAMED = 20
 """Files of one damaged place that are named; nobody reads more, and the JSON says when there were others."""
 
 
-def disks_of(state: StateDir, name: str) -> dict[str, str]:
+def _disks_in(state: StateDir, catalog: Catalog, name: str) -> dict[str, str]:
     """Ids of timelines by the disk's name: of a disk, or of each disk of a VM or group."""
     from cdpserver import groups
     from cdpserver.vm import instant
 
-    with Catalog.open(state, writable=False) as catalog:
-        if groups.is_several(catalog, name):
-            return {entry.name: entry.id for entry in instant.disks_of(state, catalog, name)}
-    return {name: timeline_of(state, name)}
+    if groups.is_several(catalog, name):
+        return {entry.name: entry.id for entry in instant.disks_of(state, catalog, name)}
+    return {name: id_in(catalog, name)}
 
 
 def check(options: Namespace) -> None:
     """Verify a disk, or each disk of a VM or group. CorruptError after the answer if anything is damaged."""
     from cdpserver.check import check_timeline, lost
+    from recovery.check_catalog import CatalogCheck
 
     _refuse_what_excludes(options)
     state = StateDir.open(default_state_dir(options.state_dir))
-    disks = disks_of(state, options.disk)
+    catalog = CatalogCheck(state)
+    with catalog.names() as names:
+        disks = _disks_in(state, names, options.disk)
     deadline = None if options.within is None else time.monotonic() + options.within / 1e9
     anchors = _Anchors(Path(options.anchor)) if options.anchor is not None else None
     told = []
@@ -60,13 +63,16 @@ def check(options: Namespace) -> None:
                 # It was removed just now, which this says, or its directory is lost.
                 report = lost(state.timeline(timeline_of(state, disk)))
         _keep(note, depth, report)
+        report = replace(report, damage=(*catalog.of(id), *report.damage))
         reports[disk] = report
         files = _files(state, disk, report) if options.files else None
-        told.append(_as_dict(disk, state, report, depth, files))
+        told.append({**_as_dict(disk, state, report, depth, files), "catalog": catalog.elsewhere()})
         if not options.json:
             _answer_report(disk, report, state.path, files)
         if anchors is not None:
             anchors.take(disk, state.timeline(id), report)
+    for wrong in catalog.elsewhere() if not options.json else ():
+        say(f"{wrong['what']} ({wrong['hint']})")
     if options.json:
         answer_json(told if list(disks) != [options.disk] else told[0])
     for disk, report in reports.items():

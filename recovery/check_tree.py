@@ -36,7 +36,7 @@ def _add_check(commands: Commands) -> None:
     check = commands.leaf(
         "check",
         lazy("check", "check"),
-        "Verify everything of a disk: segments, payload, index, base points. Needs no server, and disturbs none.",
+        "Verify everything of a disk: segments, payload, index, base points, catalog. Needs no server, and disturbs none.",
         "cdp check web/vda --within 30m --resume",
     )
     check.add_argument("disk", metavar="DISK|VM", type=names.check_disk_name)

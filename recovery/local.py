@@ -21,7 +21,12 @@ LOCK_SECONDS = 10.0
 def timeline_of(state: StateDir, disk: str) -> str:
     """The id of the disk's timeline."""
     with Catalog.open(state, writable=False) as catalog:
-        entry = catalog.get(disk)
+        return id_in(catalog, disk)
+
+
+def id_in(catalog: Catalog, disk: str) -> str:
+    """The id of a disk's timeline, of a catalog that is open."""
+    entry = catalog.get(disk)
     if entry is None:
         raise NotFoundError(f"there is no disk {show(disk)}", hint="list the disks: cdp disk list")
     if entry.state != "live":

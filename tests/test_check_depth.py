@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cdpserver import sums
+from cdpserver.catalog import Catalog
 from cdpserver.catalog.rows import FORMAT, TABLES
 from cdpserver.check import Report, check_timeline
 from cdpserver.check.depth import BASE, END, PAYLOAD, Depth, Part, Quick, Sample
@@ -160,7 +161,7 @@ def test_what_makes_no_sense_is_refused(
 
 @pytest.fixture
 def named(disk: Disk) -> Disk:
-    """The disk has a name in the catalog's copy, which is what a reader is content with."""
+    """The disk has a name in the catalog."""
     entry = {"id": "t1", "state": "live", "created_ns": 1}
     content: dict[str, object] = {
         "format": FORMAT,
@@ -169,4 +170,5 @@ def named(disk: Disk) -> Disk:
         **{key: {} for key in TABLES},
     }
     disk.state.catalog_copy.write_text(json.dumps(content))
+    Catalog.recover(disk.state)
     return disk

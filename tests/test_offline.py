@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cdpserver.catalog import Catalog
 from cdpserver.catalog.rows import FORMAT, TABLES
 from cdpserver.index.indexer import rebuild
 from cdpserver.journal import control
@@ -74,6 +75,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     content = {"format": FORMAT, "next_id": 2, "disks": {"d": {"id": "t1", "state": "live", "created_ns": 1}}}
     content |= {table: {} for table in TABLES}
     disk.state.catalog_copy.write_text(json.dumps(content))
+    Catalog.recover(disk.state)
     path = place / "copy"
     shutil.copytree(disk.state.path, path, symlinks=True)
     shutil.rmtree(disk.state.path)

@@ -77,7 +77,11 @@ def read_copy(path: Path) -> Content:
 
     FileNotFoundError if there is none; CorruptError.
     """
-    value = durable.read_json(path)
+    return read_content(durable.read_json(path), path)
+
+
+def read_content(value: dict[str, Any], path: Path) -> Content:
+    """Content from the object of a copy; `path` is for the message. CorruptError."""
     version = take_int(value, "format", path, least=1)
     if version > FORMAT:
         raise corrupt_json(path, f"its format is {version}, of a newer cdpserver")

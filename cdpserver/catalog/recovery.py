@@ -1,13 +1,15 @@
 """Rebuilding a lost catalog from its copy and from the timelines' own files."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from cdpserver import durable, timeline
-from cdpserver.catalog.content import Content, Entry, check_free, read_copy
+from cdpserver.catalog.content import Content, Entry, check_free, read_content, read_copy
 from cdpserver.catalog.rows import FORMAT, TABLES, empty_rows
 from cdpserver.catalog.store import DATA, build
 from cdpserver.errors import CdpError, CorruptError, RefusedError
@@ -56,12 +58,30 @@ def recover(state: StateDir) -> list[str]:
 
 def is_readable(path: Path, format: int = FORMAT) -> bool:
     """Whether a process of its own can read the whole catalog in directory `path`, of this format or later."""
-    if not (path / DATA).exists():
+    try:
+        read_apart(path, format)
+    except CorruptError:
         return False
+    return True
+
+
+def read_apart(path: Path, format: int = FORMAT) -> Content:
+    """All that the catalog in directory `path` holds, read by a process of its own. CorruptError."""
+    if not (path / DATA).exists():
+        raise CorruptError(f"{path} is missing")
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "cdpserver.catalog.probe", str(path), str(format)]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    ended = subprocess.run(command, env=environment, capture_output=True, check=False, text=True)
+    if ended.returncode < 0:
+        raise CorruptError(
+            f"{path} is damaged: reading it ends a process with {signal.Signals(-ended.returncode).name}"
+        )
+    if ended.returncode:
+        raise CorruptError(
+            ended.stderr.strip().splitlines()[-1] if ended.stderr.strip() else f"{path} is damaged"
+        )
+    return read_content(json.loads(ended.stdout), path)
 
 
 def _look_at_copy(state: StateDir) -> list[str]:

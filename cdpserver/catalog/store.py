@@ -110,10 +110,11 @@ def add_row_tables(path: Path) -> None:
 class Store:
     """The open environment in directory `path`. A process opens it once, and not across a fork."""
 
-    def __init__(self, path: Path, *, writable: bool, format: int = FORMAT) -> None:
+    def __init__(self, path: Path, *, writable: bool, format: int = FORMAT, lock: bool = True) -> None:
         """Open it; CorruptError if it is missing or visibly damaged, BrokenError if it may not be opened.
 
-        With an older `format` it may lack the tables that came later.
+        With an older `format` it may lack the tables that came later. Without `lock` a reader needs to write nothing, and who
+        changes it meanwhile may change what is read.
         """
         self.path = path
         self._decoded: tuple[int, dict[str, Entry]] | None = None
@@ -127,6 +128,7 @@ class Store:
                 readonly=not writable,
                 create=False,
                 mode=0o644,
+                lock=lock,
             )
             try:
                 _check_pages(self._env, path / DATA)
