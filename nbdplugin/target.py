@@ -33,6 +33,7 @@ from cdpserver.target.registry import Registry
 from nbdplugin import serving, thread_state
 from nbdplugin.admission import Admission, Clients
 from nbdplugin.forward import DIRECT, Forward
+from nbdplugin.negotiation import NEGOTIATION_S, Negotiations
 
 API_VERSION = 2
 
@@ -51,6 +52,8 @@ _tls = False
 _clients = Clients(NBD_CLIENTS)
 _registry: Registry | None = None
 _admission: Admission | None = None
+_negotiation_s = NEGOTIATION_S
+_negotiations: Negotiations | None = None
 
 
 def registry() -> Registry:
@@ -67,9 +70,10 @@ def admission() -> Admission:
 
 def config(key: str, value: str) -> None:
     """`state_dir=DIR`; `durable_lag_ns=N`: the durable lag past which writes slow down; `worker=K workers=N`: which of them
-    this process is; `tls=1`: over TCP nobody is let in without; `clients=N`: so many of each disk at once.
+    this process is; `tls=1`: over TCP nobody is let in without; `clients=N`: so many of each disk at once; `negotiation=SECONDS`:
+    who has chosen no export by then is gone.
     """
-    global _state_dir, _durable_lag_ns, _worker, _workers, _tls, _clients
+    global _state_dir, _durable_lag_ns, _worker, _workers, _tls, _clients, _negotiation_s
     if key == "state_dir":
         _state_dir = value
     elif key == "durable_lag_ns":
@@ -82,9 +86,12 @@ def config(key: str, value: str) -> None:
         _tls = value == "1"
     elif key == "clients":
         _clients = Clients(int(value))
+    elif key == "negotiation":
+        _negotiation_s = float(value)
     else:
         raise RuntimeError(
-            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1, clients=N are known"
+            f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1, clients=N, "
+            "negotiation=SECONDS are known"
         )
 
 
@@ -107,11 +114,25 @@ def after_fork() -> None:
 
 
 def _start() -> None:
-    global _registry, _admission
+    global _registry, _admission, _negotiations
     state = StateDir.open(Path(_state_dir))
     _registry = Registry(state, durable_lag_ns=_durable_lag_ns, worker=_worker, workers=_workers)
     _admission = Admission(state, _registry.catalog, tls=_tls)
     _registry.start()
+    _negotiations = Negotiations(_say_late, limit_s=_negotiation_s)
+    _negotiations.begin()
+
+
+def _say_late(count: int) -> None:
+    registry().log.emit(
+        "target.negotiation-ended", level="warning", connections=count, after_s=_negotiation_s
+    )
+
+
+def preconnect(readonly: bool) -> None:
+    """A client has come, and is not greeted yet."""
+    assert _negotiations is not None
+    _negotiations.began()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -148,6 +169,12 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def open(readonly: bool) -> Handle:
     """The disk of the export name that the client asked for."""
+    assert _negotiations is not None
+    with _negotiations.choosing():
+        return _chosen()
+
+
+def _chosen() -> Handle:
     asked = nbdkit.export_name()
     text = sealed.unseal(asked)[1]  # what is said of it tells no secret
     name = text.removeprefix(DIRECT)
