@@ -1,11 +1,17 @@
-"""What must grow with the work, and should grow no faster: a base point by what changed, a pass by what it drops."""
+"""What must grow with the work, and should grow no faster: a base point by what changed, a pass by what it drops.
+
+By the clock, and in processor time of all processes of the service, which other work disturbs less.
+"""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import nbd
 
 from tools.measure.basepoints import write
 from tools.measure.context import MIB, Context
+from tools.measure.processes import Processes
 from tools.measure.result import Measure
 
 BLOCK = 4096
@@ -15,36 +21,51 @@ AGE_S = 11.0
 """What is older than `keep_rp` goes, counted to the disk's newest record."""
 
 
+class _Timed:
+    """A measure by the clock, and one of processor time."""
+
+    def __init__(self, context: Context, key: str, title: str) -> None:
+        self._processes = Processes.of(context.ours.server)
+        self.clock = Measure(key, title, "s", "lower")
+        self.cpu = Measure(f"{key}-cpu", f"{title}, processor time", "s", "lower")
+
+    def add(self, subject: str, do: Callable[[], object]) -> None:
+        """Time what is done."""
+        started, spent = time.monotonic(), self._processes.spent()
+        do()
+        self.clock.add(subject, time.monotonic() - started)
+        self.cpu.add(subject, self._processes.spent() - spent)
+
+
 def work(context: Context) -> list[Measure]:
-    """Seconds of a cut for each number of blocks, and of a pass for each number of intervals."""
-    cut = Measure("work-cut", "base point", "s", "lower")
-    prune = Measure("work-prune", "pass that drops them and merges their base points", "s", "lower")
+    """A cut for each number of blocks, and a pass for each number of intervals."""
+    cut = _Timed(context, "work-cut", "base point")
+    prune = _Timed(context, "work-prune", "pass that drops them and merges their base points")
     ours = context.ours
     for _ in range(context.rounds):
         for blocks in context.sizes.cut_blocks:
             with ours.disk(DISK) as name:
                 write(context, name, BLOCK, blocks * BLOCK)
-                started = time.monotonic()
-                ours.client.cut(name)
-                cut.add(f"{blocks:,} blocks changed", time.monotonic() - started)
+                cut.add(f"{blocks:,} blocks changed", partial(ours.client.cut, name))
         for intervals in context.sizes.prune_intervals:
-            prune.add(f"{intervals:,} intervals dropped", _prune(context, intervals))
-    context.say(f"work: cuts {cut.as_dict()['medians']}, passes {prune.as_dict()['medians']}")
-    return [cut, prune]
+            with ours.disk(64 * MIB) as name:
+                _age(context, name, intervals)
+                drop = partial(ours.client.prune, name, dry_run=False)
+                prune.add(f"{intervals:,} intervals dropped", drop)
+    found = [cut.clock, cut.cpu, prune.clock, prune.cpu]
+    context.say("work: " + ", ".join(f"{measure.name} {measure.as_dict()['medians']}" for measure in found))
+    return found
 
 
-def _prune(context: Context, intervals: int) -> float:
+def _age(context: Context, name: str, intervals: int) -> None:
+    """Give a disk so many intervals that its policy does not keep."""
     ours = context.ours
-    with ours.disk(64 * MIB) as name:
-        handle = nbd.NBD()
-        handle.connect_uri(ours.uri(name))
-        for number in range(intervals):
-            handle.pwrite(number.to_bytes(8, "big") * (BLOCK // 8), number * BLOCK)
-            ours.client.cut(name)
-        time.sleep(AGE_S)
-        handle.pwrite(bytes(BLOCK), 0)
-        handle.shutdown()
-        ours.client.set_policy(name, POLICY)
-        started = time.monotonic()
-        ours.client.prune(name, dry_run=False)
-        return time.monotonic() - started
+    handle = nbd.NBD()
+    handle.connect_uri(ours.uri(name))
+    for number in range(intervals):
+        handle.pwrite(number.to_bytes(8, "big") * (BLOCK // 8), number * BLOCK)
+        ours.client.cut(name)
+    time.sleep(AGE_S)
+    handle.pwrite(bytes(BLOCK), 0)
+    handle.shutdown()
+    ours.client.set_policy(name, POLICY)
