@@ -105,7 +105,7 @@ def backups(context: Context) -> list[Measure]:
         with context.ours.disk(size, declared=False) as name:
             _fill(context, name, image, size)
             context.ours.wait_indexed(name)
-            turns = [_Ours(context, name), *(_Theirs(context, peer) for peer in others)]
+            turns = rotated([_Ours(context, name), *(_Theirs(context, peer) for peer in others)], number)
             for turn in turns:
                 context.settle()
                 full.add(turn.name, size / turn.save() / 1e6)
@@ -122,6 +122,12 @@ def backups(context: Context) -> list[Measure]:
                 turn.end()
     image.unlink()
     return [full, more, back, stored, both, memory]
+
+
+def rotated(turns: list["_Turn"], number: int) -> list["_Turn"]:
+    """Whose turn is when in round `number`: nobody is always the first one after the disk was written."""
+    first = number % len(turns)
+    return turns[first:] + turns[:first]
 
 
 def _fill(context: Context, name: str, image: Path, size: int) -> None:
