@@ -26,7 +26,7 @@ from cdpserver.leases import GRACE_NS
 from cdpserver.nodes import nodes
 from tests.core import scratch
 from tests.test_prune import Kept
-from tests.test_service import ApiError, Server, connected, until
+from tests.test_service import ApiError, Server, connected, read, until
 from tests.test_thin import Busy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,3 +385,28 @@ def test_what_is_asked_for_while_history_is_dropped_is_there_or_refused(host: Ho
         for kind, uri, seq in good:
             with connected(uri) as client:
                 assert bytes(client.pread(SIZE, 0)) == content[seq], (kind, seq)
+
+
+def files_of(pid: int) -> set[str]:
+    """What a process has open of the history, by path."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(fd))
+    return {path for path in found if "/intervals/" in path and ".data" in path}
+
+
+def test_who_reads_a_disk_keeps_nothing_of_what_was_dropped(host: Host) -> None:
+    """Its room would not come back before the worker ends."""
+    kept, name = host.kept, host.kept.entry.name
+    kept.line.close(clean=True)
+    kept.catalog.close()
+    (config := host.state.path.parent / "c.toml").write_text(POLICY)
+    with Server(host.state.path, "--config", str(config)) as server:
+        uri, target = server.get(f"/v1/disks/{name}")["uri"], server.pids()["target-0"]
+        content = read(uri, SIZE)
+        before = files_of(target)
+        server.post("/v1/prune")
+        assert [path for path in before if not Path(path).exists()], "what the test is about"
+        assert not [path for path in files_of(target) if path.endswith("(deleted)")]
+        assert read(uri, SIZE) == content

@@ -267,6 +267,15 @@ def open_index(path: Path) -> IndexFile | None:
         return found
 
 
+def let_go_of_gone() -> None:
+    """Close what nobody uses and is there no more, so that the file system has its room back."""
+    with _open_lock:
+        for path, held in list(_open.items()):
+            if held.users == 0 and not (path.exists() and path.stat().st_ino == held.inode):
+                held.env.close()
+                del _open[path]
+
+
 def release(file: IndexFile) -> None:
     """A user of `open_index` is done with it."""
     with _open_lock:

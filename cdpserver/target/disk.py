@@ -335,6 +335,11 @@ class TargetDisk:
                 journal = self.writer("guest")
                 journal.synced(control.synced(journal.state.session, write_blocking=True, direct=True))
 
+    def let_go(self) -> None:
+        """Some of the history was dropped: keep none of it open."""
+        if self.reads is not None:
+            self.reads.let_go()
+
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.
 

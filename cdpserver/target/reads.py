@@ -11,6 +11,7 @@ import numpy as np
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError, RefusedError
+from cdpserver.index.store import let_go_of_gone
 from cdpserver.limits import BLOCK
 from cdpserver.nodes import ROTTED
 from cdpserver.view.history import History
@@ -98,6 +99,13 @@ class LiveReads:
             yield
         finally:
             self._view.files.verifier = None
+
+    def let_go(self) -> None:
+        """Close every file, so that what was dropped gives its room back; the next request opens what is there then."""
+        with self._lock:
+            self._view.close()
+            self._history.journal.refresh()
+        let_go_of_gone()
 
     def close(self) -> None:
         """Give files and leases back."""

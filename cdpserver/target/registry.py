@@ -218,6 +218,7 @@ class Registry:
             "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),
             "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),
             "full": self._set_full,
+            "let_go": self._let_go,
             "shut": self._shut,
             "shut-all": self._shut_all,
         }
@@ -237,6 +238,13 @@ class Registry:
             found = self._disks.get(request["id"])
             if found is not None:
                 found.full = request["why"]
+
+    def _let_go(self, request: dict[str, Any]) -> None:
+        """Keep nothing open of what one disk has lost; one that is not open holds nothing."""
+        with self._lock:
+            found = self._disks.get(request["id"])
+        if found is not None:
+            found.let_go()
 
     def _shut(self, request: dict[str, Any]) -> None:
         """Close one timeline for good (it is being removed)."""
