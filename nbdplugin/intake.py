@@ -13,6 +13,7 @@ import socket
 import threading
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nbdkit
@@ -87,7 +88,10 @@ def after_fork() -> None:
 def _begin(asked: dict[str, Any]) -> None:
     global _pushed
     intent = Intent.read(asked["intent"])
-    repository = _held.enter_context(Repository(open_place(asked["repo"]), secret=asked["secret"]))
+    cache = None if asked["cache"] is None else Path(asked["cache"])
+    repository = _held.enter_context(
+        Repository(open_place(asked["repo"]), secret=asked["secret"], cache=cache)
+    )
     check_held = _held.enter_context(sessions.session(repository.place, intent.id))
     repository.refresh()
     _pushed = Pushed(repository, intent, check_held)

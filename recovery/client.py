@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote, urlencode
 
 from cdpserver.errors import RefusedError, UnreachableError
 from cdpserver.state import StateDir
+from recovery.client_backups import BackupCalls
 from recovery.endpoint import Endpoint
 from recovery.wire import ask, error_of
 
@@ -29,7 +30,7 @@ PIECE_BYTES = 1 << 20
 Object: TypeAlias = dict[str, Any]
 
 
-class Client:
+class Client(BackupCalls):
     """Asks the service of one state directory. A connection per call; nothing is kept open."""
 
     def __init__(
@@ -302,32 +303,6 @@ class Client:
     def remove_fork(self, name: str) -> Object:
         """Remove a fork with what was written to it."""
         return self._long("DELETE", f"forks/{quote(name)}")
-
-    # -- repositories --------------------------------------------------------------------------------------------
-
-    def repositories(self) -> list[Object]:
-        """Those that the service knows."""
-        return self._list("GET", "repositories")
-
-    def add_repository(self, path: str, key_file: str) -> Object:
-        """Register a repository."""
-        return self._object("PUT", "repositories", body={"path": path, "key_file": key_file})
-
-    def remove_repository(self, which: str) -> Object:
-        """Forget one, by its id or path."""
-        return self._object("DELETE", f"repositories/{quote(which, safe='')}")
-
-    def backups(self, name: str) -> list[Object]:
-        """Those of a disk, VM or group in the repositories that the service knows."""
-        return self._list("GET", "backups", query={"name": name})
-
-    def attach(self, backup: str, repository: str | None) -> Object:
-        """A backup as a point."""
-        return self._object("POST", "backups:attach", body={"backup": backup, "repository": repository})
-
-    def detach(self, backup: str) -> Object:
-        """An attached backup is let go."""
-        return self._object("POST", f"backups/{quote(backup, safe='')}:detach")
 
     # -- recoveries ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from cdpserver import names
 from cdpserver.errors import UsageError
 from recovery.arguments import count, point, take_yes
-from recovery.tree import Commands, lazy
+from recovery.tree import Commands, Group, lazy
 
 REPO_VARIABLE = "CDP_REPO"
 
@@ -226,6 +226,7 @@ def _add_backup(commands: Commands) -> None:
         "cdp backup detach 20261122T201805.250000Z-0badcafe",
     )
     detach.add_argument("id", metavar="ID", type=_id)
+    _add_sources(backup)
     for command in (show, verify, remove, lock, unlock, restore):
         command.add_argument(
             "id", metavar="ID", type=_id, help="of cdp backup list, its beginning, or latest"
@@ -234,22 +235,41 @@ def _add_backup(commands: Commands) -> None:
         take_repo(command)
 
 
+def _add_sources(backup: Group) -> None:
+    """`cdp backup now`, `cdp backup source`"""
+    now = backup.leaf(
+        "now",
+        lazy("sources", "now"),
+        "Let the server make the backup that a policy asks for, out of its turn.",
+        "cdp backup now mail",
+    )
+    now.add_argument("name", metavar="DISK|VM", type=names.check_disk_name)
+    source = backup.group(
+        "source",
+        "Running VMs that have no points here, which the server backs up as their policies say.",
+        "cdp backup source add mail --libvirt qemu:///system --freeze",
+    )
+    add = source.leaf(
+        "add",
+        lazy("sources", "add"),
+        "Name one, or say where it is now; cdp policy set VM --backup WHEN --backup-to PATH says when.",
+        "cdp backup source add mail --libvirt qemu:///system --freeze --or-crash",
+    )
+    _take_monitor(add)
+    source.leaf("list", lazy("sources", "list_"), "List them.", "cdp backup source list")
+    remove = source.leaf(
+        "remove",
+        lazy("sources", "remove"),
+        "Forget one, and its policy; its backups stay.",
+        "cdp backup source remove mail",
+    )
+    for command in (add, remove):
+        command.add_argument("vm", metavar="VM", type=names.check_name)
+
+
 def _take_running_vm(run: ArgumentParser) -> None:
-    """How a VM is reached that CDP does not protect."""
-    run.add_argument(
-        "--qmp",
-        metavar="PATH",
-        help="back up a running VM, as it is now: the socket of a QMP monitor of its QEMU",
-    )
-    run.add_argument("--libvirt", metavar="URI", help="the same by the libvirt that owns the monitor")
-    run.add_argument("--domain", metavar="NAME", help="its domain, if its name is not VM")
-    run.add_argument(
-        "--disk",
-        metavar="DISK",
-        action="append",
-        default=[],
-        help="a drive name, libvirt's target (vda), device id or node name; can be given again; else all that the guest has",
-    )
+    """How a VM is reached that CDP does not protect, and how its backup comes."""
+    _take_monitor(run)
     run.add_argument(
         "--sshfs",
         metavar="HOST",
@@ -262,6 +282,24 @@ def _take_running_vm(run: ArgumentParser) -> None:
     )
     run.add_argument(
         "--ssh", metavar="COMMAND", help="with --sshfs: how ssh is called, such as 'ssh -p 2222 -i KEY'"
+    )
+
+
+def _take_monitor(run: ArgumentParser) -> None:
+    """The monitor of a VM, its disks and its guest agent."""
+    run.add_argument(
+        "--qmp",
+        metavar="PATH",
+        help="of a running VM: the socket of a QMP monitor of its QEMU",
+    )
+    run.add_argument("--libvirt", metavar="URI", help="the same by the libvirt that owns the monitor")
+    run.add_argument("--domain", metavar="NAME", help="its domain, if its name is not VM")
+    run.add_argument(
+        "--disk",
+        metavar="DISK",
+        action="append",
+        default=[],
+        help="a drive name, libvirt's target (vda), device id or node name; can be given again; else all that the guest has",
     )
     run.add_argument(
         "--freeze", action="store_true", help="with the guest's file systems frozen, by its agent: grade app"

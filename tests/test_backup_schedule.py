@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from cdpserver.errors import UsageError
+from cdpserver.errors import NotFoundError, RefusedError, UsageError
+from cdpserver.repository.content import Content
+from cdpserver.repository.places import open_place
+from cdpserver.repository.repository import Repository
 from cdpserver.retention.backups import parse_plan
 from cdpserver.retention.policy import Policy
-from cdpserver.service.backups import due
+from cdpserver.service.backup_due import due
 from cdpserver.vm.trial.schedule import Planned
 from recovery import cli
+from tests.test_backup_live import Disks
 from tests.test_service import SIZE, Server, connected, until
 
 MIB = 1 << 20
@@ -141,12 +145,18 @@ def cdp(server: Server, capsys: pytest.CaptureFixture[str], *arguments: object) 
     return json.loads(capsys.readouterr().out)
 
 
-def missed(server: Server) -> None:
-    """The service was down while times passed."""
+def noted(server: Server) -> dict[str, dict[str, Any]]:
+    """What the service has noted of schedules."""
     path = server.state_dir / "backups.json"
-    noted = json.loads(path.read_text())
-    noted["d"]["slot"] = "2020-01-01T00:00"
-    path.write_text(json.dumps(noted))
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def missed(server: Server, subject: str = "d") -> None:
+    """The service was down while times passed."""
+    found = noted(server)
+    found[subject]["slot"] = "2020-01-01T00:00"
+    (server.state_dir / "backups.json").write_text(json.dumps(found))
 
 
 @pytest.mark.real
@@ -174,6 +184,7 @@ def test_the_service_makes_keeps_and_copies_them(
         assert (made[0]["what"], made[0]["kind"], made[0]["read_bytes"]) == ("d", "incremental", 0)
         first = made[0]["backup"]
         assert [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[0])] == [by_hand, first]
+        until(lambda: again.events("backup.copied"), "copy")
         assert [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[1])] == [first]
         assert 'cdp_backup_ok{vm="d"} 1.0' in again_metrics(again)
         point = cdp(again, capsys, "uri", f"backup:{first}")
@@ -188,10 +199,10 @@ def test_the_service_makes_keeps_and_copies_them(
         assert made[0]["removed"] == 1, (
             "the first one: none but the newest is kept, and what was made by hand"
         )
-        assert again.events("backup.copy-failed")[0]["backup"] == made[0]["backup"]
+        assert until(lambda: again.events("backup.copy-failed"), "failed copy")[0]["what"] == "d"
         listed = [b["id"] for b in cdp(again, capsys, "backup", "list", "--repo", repos[0])]
         assert listed == [by_hand, made[0]["backup"]]
-        assert "the backup of d has failed" in str(again.get("/v1/overview")["warnings"])
+        until(lambda: "the backup of d has failed" in str(again.get("/v1/overview")["warnings"]), "warning")
         again.stop()
     missed(server)
     repos[0].rename(short_path / "gone")
@@ -200,6 +211,65 @@ def test_the_service_makes_keeps_and_copies_them(
         assert "there is no repository" in failed[0]["reason"]
         assert 'cdp_backup_ok{vm="d"} 0.0' in again_metrics(again)
         assert "2020-01-01" in (server.state_dir / "backups.json").read_text(), "it stays due"
+
+
+@pytest.mark.real
+def test_running_vms_that_have_no_points_here(
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named, scheduled, made up for, made by hand and forgotten; one that hangs keeps no other repository from its backups."""
+    qemu = Disks(short_path)
+    try:
+        live, points = short_path / "live", short_path / "points"
+        for repo in (live, points):
+            cdp(server, capsys, "repo", "init", repo, "--chunk-size", "64K")
+            cdp(server, capsys, "repo", "add", repo)
+        source = ("backup", "source", "add", "mail", "--qmp", qemu.monitor, "--disk", "vda")
+        with pytest.raises(NotFoundError):
+            cdp(server, capsys, "policy", "set", "mail", "--backup", "hourly", "--backup-to", live)
+        assert cdp(server, capsys, *source)["disks"] == ["vda"]
+        assert [one["vm"] for one in cdp(server, capsys, "backup", "source", "list")] == ["mail"]
+        with pytest.raises(RefusedError, match="has points here"):
+            cdp(server, capsys, "backup", "source", "add", "d", "--qmp", qemu.monitor)
+        with pytest.raises(UsageError, match="only its backups have a policy"):
+            cdp(server, capsys, "policy", "set", "mail", "--size-cap", "1G")
+        with pytest.raises(RefusedError, match="no policy asks for backups of mail"):
+            cdp(server, capsys, "backup", "now", "mail")
+        for name, repo in (("mail", live), ("d", points)):
+            cdp(server, capsys, "policy", "set", name, "--backup", "hourly keep none", "--backup-to", repo)
+        qemu.write(os.urandom(MIB), 0)
+        first = cdp(server, capsys, "backup", "now", "mail")
+        assert (first["kind"], first["removed"]) == ("full", 0)
+        until(lambda: {"mail", "d"} <= noted(server).keys(), "look at the schedule")
+        server.stop()
+        missed(server)
+        missed(server, "mail")
+        qemu.write(os.urandom(MIB), MIB)
+        qemu.stand_still(True)
+        with Server(server.state_dir) as again:
+            until(qemu.job, "its job")
+            made = until(
+                lambda: [e for e in again.events("backup.done") if e["what"] == "d"], "the other's backup"
+            )
+            assert made[0]["kind"] == "full"
+            with pytest.raises(RefusedError, match="is busy with mail"):
+                cdp(again, capsys, "backup", "now", "mail")
+            qemu.stand_still(False)
+            made = until(
+                lambda: [e for e in again.events("backup.done") if e["what"] == "mail"][1:], "its backup"
+            )
+            assert (made[0]["kind"], made[0]["read_bytes"], made[0]["removed"]) == ("incremental", MIB, 1)
+            assert 'cdp_backup_ok{vm="mail"} 1.0' in again_metrics(again)
+            with Repository(open_place(str(live))) as repository:
+                found = repository.backup(made[0]["backup"]).disk("mail/vda")
+                assert found is not None
+                assert Content(repository, found).read(0, found.size) == qemu.content()
+            cdp(again, capsys, "backup", "source", "remove", "mail")
+            with pytest.raises(NotFoundError):
+                cdp(again, capsys, "policy", "show", "mail")
+        assert qemu.ours() == []
+    finally:
+        qemu.end()
 
 
 def again_metrics(server: Server) -> str:

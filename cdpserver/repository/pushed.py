@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -67,13 +67,15 @@ class Intent:
     reason: str
     parent: str
     disks: tuple[Sent, ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> "Intent":
         """From a message; the reverse of `dataclasses.asdict`."""
         disks = tuple(Sent(str(one["name"]), int(one["size"])) for one in fields["disks"])
         texts = {name: str(fields[name]) for name in ("id", "vm", "kind", "reason", "parent")}
-        return cls(**texts, created_ns=int(fields["created_ns"]), disks=disks)
+        tags = {str(name): str(value) for name, value in fields["tags"].items()}
+        return cls(**texts, created_ns=int(fields["created_ns"]), disks=disks, tags=tags)
 
 
 class Disk:
@@ -277,6 +279,7 @@ class Pushed:
             new_bytes=self._pipeline.new_bytes,
             stored_bytes=self._writer.stored_bytes,
             seconds=round(time.monotonic() - self._started, 3),
+            tags=dict(intent.tags),
             since_ns=self._repository.now_ns(),
         )
         publish(self._repository, backup, self._check_held)

@@ -69,6 +69,11 @@ def of_vm_or_disk(rows: Mapping[str, Row], config: Config, entry: Entry) -> Poli
     return combine(found[:-1] if split_name(entry.name)[1] is not None else found).policy
 
 
+def of_vm(rows: Mapping[str, Row], config: Config, vm: str) -> Effective:
+    """The policy of a VM of which there are no disks here. CorruptError."""
+    return combine([config.policy, _layer(f"VM {vm}", rows.get(vm_row(vm)))])
+
+
 def effective(catalog: Catalog, config: Config, entry: Entry) -> Effective:
     """The policy of a disk as it is now. CorruptError for a row that cannot be read."""
     return combine(layers(catalog.rows("policies"), config, entry))

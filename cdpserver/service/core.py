@@ -52,8 +52,10 @@ class Core:
         """Run something that blocks in a thread."""
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
 
-    async def job(self, name: str, module: str, *arguments: str) -> Any:
-        """Run `python -m module` in a process of its own, behind guests' writes; its JSON answer, or the error it reports."""
+    async def job(self, name: str, module: str, *arguments: str, let_end_s: float = 0) -> Any:
+        """Run `python -m module` in a process of its own, behind guests' writes; its JSON answer, or the error it reports. Killed
+        when cancelled; with `let_end_s` only if SIGTERM has not ended it by then.
+        """
         command = [*behind_writes(), sys.executable, "-m", module, *arguments]
         tell = progress.hearer.get()
 
@@ -61,7 +63,7 @@ class Core:
             if (fraction := progress.read_line(line)) is not None:
                 tell(fraction)
 
-        done = await processes.run(self.state.run / f"{name}.pid", command, hear)
+        done = await processes.run(self.state.run / f"{name}.pid", command, hear, let_end_s=let_end_s)
         try:
             last = done.stdout.rpartition(b"\n")[2]
             answer = json.loads(last or b"{}")

@@ -171,6 +171,11 @@ def _backups(backups: list[dict[str, Any]]) -> Iterator[Metric]:
             "When it ended, or failed, since 1970.",
             [(one["what"], one["ended_ns"] / 1e9) for one in backups],
         ),
+        (
+            "waits",
+            "1 if one that is due waits for long behind another one of its repository, else 0.",
+            [(one["what"], int(bool(one["waits"]))) for one in backups],
+        ),
         ("stored_bytes", "What the newest one added.", [(o["what"], o["stored_bytes"]) for o in backups]),
         ("seconds", "How long the newest one took.", [(o["what"], o["seconds"]) for o in backups]),
     ):

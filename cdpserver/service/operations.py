@@ -54,7 +54,8 @@ async def run(
     marks = Marks(core, protection, freezer)
     sampler = Sampler(core, protection)
     attached = Attached(core, all_disks)
-    parts = Parts(children, all_disks, protection, jobs, recoveries, marks, sampler, attached)
+    backups = Backups(core, jobs)
+    parts = Parts(children, all_disks, protection, jobs, recoveries, marks, sampler, attached, backups)
     await core.thread(all_disks.finish_what_was_left)
     if stopping.is_set():
         return
@@ -74,7 +75,7 @@ async def run(
         nursery.start_soon(sampler.keep_sampling)
         nursery.start_soon(Scrubbing(core).keep_scrubbing)
         nursery.start_soon(attached.keep_tidy)
-        nursery.start_soon(Backups(core, jobs).keep_backing_up)
+        nursery.start_soon(backups.keep_backing_up)
         async with trio.open_nursery() as requests:
             await requests.start(_serve_api, core, parts, roles, listeners, stopping)
             core.log.emit("service.ready", api=str(core.state.api_socket), pid=os.getpid())

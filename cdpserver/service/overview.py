@@ -20,7 +20,7 @@ from cdpserver.errors import CdpError, CorruptError
 from cdpserver.journal.control import Grade
 from cdpserver.limits import TAIL_RECORDS
 from cdpserver.names import format_bytes, format_duration
-from cdpserver.service import backups, behind, facts
+from cdpserver.service import backup_due, behind, facts
 from cdpserver.service.children import Children
 from cdpserver.service.core import Core
 from cdpserver.service.event_counts import EventCounts
@@ -235,15 +235,16 @@ def _backups(core: Core) -> list[dict[str, Any]]:
     return [
         {
             "what": subject,
-            "state": said["state"],
+            "state": said.get("state", "waiting"),
             "id": said.get("id", ""),
-            "ended_ns": said["ended_ns"],
+            "ended_ns": said.get("ended_ns", 0),
             "stored_bytes": said.get("stored_bytes", 0),
             "seconds": said.get("seconds", 0),
-            "reason": said.get("reason", ""),
+            "reason": said.get("reason") or said.get("copy_reason", ""),
+            "waits": said.get("waits", ""),
         }
-        for subject, said in sorted(backups.load(core.state).items())
-        if said.get("state")
+        for subject, said in sorted(backup_due.load(core.state).items())
+        if said.get("state") or said.get("waits")
     ]
 
 
@@ -284,6 +285,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
         for one in found["backups"]
         if one["reason"]
     ]
+    said += [f"the backup of {one['what']} waits: {one['waits']}" for one in found["backups"] if one["waits"]]
     for disk in found["disks"]:
         said += _disk_warnings(disk)
     return said

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cdpserver.service.attached import Attached
+from cdpserver.service.backups import Backups
 from cdpserver.service.children import Children
 from cdpserver.service.disks import Disks
 from cdpserver.service.jobs import Jobs
@@ -24,3 +25,4 @@ class Parts:
     marks: Marks
     sampler: Sampler
     attached: Attached
+    backups: Backups

@@ -11,11 +11,16 @@ from cdpserver.errors import CdpError, NotFoundError, UsageError
 from cdpserver.retention import policies
 from cdpserver.retention.facts import gather
 from cdpserver.retention.plan import fixed_bytes
-from cdpserver.retention.policy import FIELDS, SHORTEN, Layer, Policy, check_cap, combine, parse_values
+from cdpserver.retention.policy import FIELDS, SHORTEN, Effective, Policy, check_cap, combine, parse_values
 from cdpserver.service.core import Core
+from cdpserver.vm.backup import sources
 
 OF_VMS = ("mark_every", "freeze")
 """Values that all disks of a VM have in common."""
+
+
+OF_SOURCES = ("backup", "backup_to", "backup_copy")
+"""Values of a VM that has no points here."""
 
 
 class Policies:
@@ -33,11 +38,10 @@ class Policies:
     def _show(self, name: str) -> dict[str, Any]:
         found = self._disks(name)
         catalog, config = self._core.catalog, self._core.config
-        if found[0].name == name:
+        if found and found[0].name == name:
             shown = policies.effective(catalog, config, found[0])
         else:
-            row = catalog.row("policies", policies.vm_row(name))
-            shown = combine([config.policy, Layer(f"VM {name}", parse_values(policies.texts_of(row)))])
+            shown = policies.of_vm(catalog.rows("policies"), config, name)
         problem = shown.problem
         return {
             "name": name,
@@ -47,7 +51,7 @@ class Policies:
         }
 
     def _disks(self, name: str) -> list[Entry]:
-        """The disk of this name, or the disks of the VM of this name. NotFoundError."""
+        """The disk of this name, or the disks of the VM of this name, none of one that is only backed up. NotFoundError."""
         names.check_disk_name(name)
         entries = self._core.catalog.names()
         if name in entries:
@@ -55,7 +59,7 @@ class Policies:
         found = [entry for other, entry in entries.items() if other.startswith(f"{name}/")]
         if groups.find(self._core.catalog, name) is not None:
             raise UsageError(f"{name} is a group, which has no policy", hint="set those of its VMs and disks")
-        if not found:
+        if not found and name not in sources.load(self._core.state.path):
             raise NotFoundError(f"there is no disk or VM {name}", hint="list the disks: cdp disk list")
         return found
 
@@ -81,6 +85,8 @@ class Policies:
         texts = {**policies.texts_of(catalog.row("policies", id)), **given}
         row = policies.row(id, about, texts)
         # What does not go together is refused before it is kept, for the first disk that it would hold for.
+        if not disks:
+            self._check_source(name, policies.of_vm({id: row}, self._core.config, name), given)
         for entry in disks:
             rows = catalog.rows("policies") | {id: row}
             found = combine(policies.layers(rows, self._core.config, entry))
@@ -89,6 +95,15 @@ class Policies:
             if "size_cap" in given and found.policy.at_cap == SHORTEN:
                 self._check_cap(entry, found.policy)
         policies.put(catalog, row)
+
+    def _check_source(self, name: str, found: Effective, given: Mapping[str, str]) -> None:
+        if not given.keys() <= set(OF_SOURCES):
+            raise UsageError(
+                f"{name} has no points here, so only its backups have a policy",
+                hint=f"cdp policy set {name} --backup 'daily 02:00 keep 7d' --backup-to PATH",
+            )
+        if found.problem is not None:
+            raise found.problem
 
     def _check_cap(self, entry: Entry, policy: Policy) -> None:
         core = self._core
@@ -101,7 +116,7 @@ class Policies:
     def _row_of(self, name: str) -> tuple[str, dict[str, str], list[Entry]]:
         """(id of the row, what it is about, the disks that it holds for)."""
         disks = self._disks(name)
-        if disks[0].name == name:
+        if disks and disks[0].name == name:
             return policies.disk_row(disks[0].id), {"disk": disks[0].id}, disks
         return policies.vm_row(name), {"vm": name}, disks
 

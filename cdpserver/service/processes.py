@@ -123,9 +123,11 @@ async def wait(pid: int) -> int:
 
 
 async def run(
-    pid_file: Path, command: Sequence[str], hear: Callable[[bytes], None]
+    pid_file: Path, command: Sequence[str], hear: Callable[[bytes], None], *, let_end_s: float = 0
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run `command` to its end and capture what it says; `hear` gets each line as it comes. Killed when cancelled."""
+    """Run `command` to its end and capture what it says; `hear` gets each line as it comes. Killed when cancelled,
+    with `let_end_s` only if SIGTERM has not ended it by then.
+    """
     start = functools.partial(
         trio.run_process,
         wrapped(pid_file, command),
@@ -133,7 +135,7 @@ async def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         check=False,
-        deliver_cancel=_kill,
+        deliver_cancel=functools.partial(_end, let_end_s),
         env=environment(),
         process_group=0,
     )
@@ -161,7 +163,11 @@ async def _keep(stream: trio.abc.ReceiveStream, kept: bytearray) -> None:
         kept += part
 
 
-async def _kill(process: trio.Process) -> None:
+async def _end(let_end_s: float, process: trio.Process) -> None:
+    if let_end_s:
+        process.terminate()
+        with trio.move_on_after(let_end_s):
+            await process.wait()
     process.kill()
 
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 import cdpserver
 from cdpserver.service.agents import Agents
 from cdpserver.service.api import agents as agent_routes
+from cdpserver.service.api import backups as backup_routes
 from cdpserver.service.api import capacity as capacity_routes
 from cdpserver.service.api import chains as chain_routes
 from cdpserver.service.api import disks as disk_routes
@@ -47,6 +48,7 @@ from cdpserver.service.overview import Overview
 from cdpserver.service.parts import Parts
 from cdpserver.service.policies import Policies
 from cdpserver.service.roles import Role, Roles
+from cdpserver.service.sources import Sources
 from cdpserver.service.vms import Vms
 from cdpserver.tokens import Known
 
@@ -106,6 +108,7 @@ def build(core: Core, parts: Parts, roles: Roles, stopping: trio.Event) -> FastA
     app.include_router(download_routes.routes(core, disks.browsing))
     app.include_router(drill_routes.routes(answers, long, parts.recoveries.drills, roles))
     app.include_router(repository_routes.routes(answers, parts.attached))
+    app.include_router(backup_routes.routes(answers, long, Sources(core), parts.backups))
     app.include_router(job_routes.routes(answers, parts.jobs))
     app.include_router(event_routes.routes(core, answers, stopping))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ LOOKS = _words(
     status show_overview show_metrics scrape list_events stream_events list_jobs show_job
     list_disks show_disk list_forks show_fork list_groups show_group list_vms show_vm list_agent_vms
     list_points list_vm_points show_point point_uri list_base_points show_tree list_locks show_policy plan_prune usage forecast
-    list_recoveries show_recovery list_drills list_rpo list_backups list_repositories
+    list_recoveries show_recovery list_drills list_rpo list_backups list_repositories list_sources
     """
 )
 """What shows how things are, and nothing that guests have stored."""
@@ -28,7 +28,7 @@ OPERATES = _words(
     """
     say_synced set_bookmark cut_base_point rebuild_base_point add_fork add_lock cancel_job
     start_recovery abort_recovery retry_recovery commit_recovery undo_recovery drill_point lend_forks return_forks
-    attach_backup detach_backup report say_agent_vm_arrived say_mirror_synced ask_mirror_holds say_mirror_lost
+    attach_backup detach_backup run_backup report say_agent_vm_arrived say_mirror_synced ask_mirror_holds say_mirror_lost
     """
 )
 """What makes something, or says something of a disk, and loses nothing."""
@@ -45,6 +45,7 @@ RULES = _words(
     """
     add_disk remove_disk resize_disk say_mirror_size remove_fork merge_base_points prune set_policy clear_policy remove_lock
     add_group remove_group protect_vm protect_agent_vm unprotect_vm add_repository remove_repository
+    add_source remove_source
     """
 )
 """What loses history, or lets a disk use the store."""

@@ -39,10 +39,14 @@ DEAD_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The repository: its location, and the key of an encrypted one."""
+    """The repository: its location, the key of an encrypted one, where its index is kept, if not in this user's cache, and where
+    the socket for QEMU is, if not in TMPDIR.
+    """
 
     location: str
     secret: bytes | None
+    cache: str | None = None
+    sockets: str | None = None
 
 
 class Receiver:
@@ -116,14 +120,15 @@ class Receiver:
         return lines[-1][:300] if lines else "it said nothing"
 
     async def _begin(self, where: Where) -> None:
-        asked = {"repo": where.location, "secret": where.secret, "intent": asdict(self._intent)}
+        asked: dict[str, Any] = {"repo": where.location, "secret": where.secret, "cache": where.cache}
+        asked["intent"] = asdict(self._intent)
         await self._ask(asked, within_s=START_S)
 
 
 @contextlib.asynccontextmanager
 async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncIterator[Receiver]:
     """It listens, with the repository open. `user` is who QEMU runs as, if that is known. What was not committed is no backup."""
-    directory = Path(tempfile.mkdtemp(prefix="cdp-"))
+    directory = Path(tempfile.mkdtemp(prefix="cdp-", dir=where.sockets))
     ours, theirs = socket.socketpair()
     try:
         with tempfile.TemporaryFile() as log, theirs:

@@ -12,9 +12,9 @@ import hashlib
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Wanted:
     """Who QEMU runs as, if that is known; libvirt is asked."""
     sshfs: "Sshfs | None" = None
     """The backup comes this way, and not by NBD."""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,7 @@ def _intent(wanted: Wanted, choice: Choice, disks: Sequence[LiveDisk], created_n
         reason=choice.reason,
         parent=choice.parent.id if choice.parent is not None else "",
         disks=tuple(Sent(disk.name, disk.size) for disk in disks),
+        tags=wanted.tags,
     )
 
 
