@@ -89,6 +89,7 @@ def list_all(options: Namespace) -> None:
     if options.json:
         answer_json(rows)
     else:
+        rows = [row | {"reason": row["reason"] or row.get("waits", "")} for row in rows]
         answer_table(COLUMNS, rows, nothing="no recoveries; begin one: cdp recover start VM@WHEN --to DIR")
 
 
@@ -110,10 +111,14 @@ class _Lines:
 
     def __init__(self) -> None:
         self._said: tuple[str, str] | None = None
+        self._waits = ""
         self._at = 0.0
 
     def hear(self, found: dict[str, Any]) -> None:
-        """What the service says now."""
+        """What the service says now; why it waits on a terminal too."""
+        if found.get("waits", "") != self._waits:
+            self._waits = found.get("waits", "")
+            say(f"{found['id']} waits: {self._waits}" if self._waits else f"{found['id']} goes on")
         phase = (found["state"], found["phase"])
         if sys.stderr.isatty() or (phase == self._said and time.monotonic() - self._at < LINE_S):
             return

@@ -16,6 +16,7 @@ from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageErr
 from cdpserver.vm.recovery import record, states
 from cdpserver.vm.recovery.graph import export_of
 from cdpserver.vm.recovery.record import RecoveredDisk, Recovery
+from recovery import cli
 from recovery.recover import places
 from tests.test_service import ApiError, Server, connected, pattern, read, until, write
 from tools.kit.processes import TooLate, listens, start
@@ -481,6 +482,36 @@ def test_abort_before_and_after_the_vm_is_there(server: Server, home: Path, shor
         server.post("/v1/recoveries/used:retry")
         wait(server, "used", "done")
         assert read(vm.uri(), SIZE) == content
+
+
+@real
+def test_why_it_waits_is_said(
+    server: Server, home: Path, short_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens, a QEMU on something else, a monitor that another program holds; nothing once it goes on."""
+    protect(server)
+    qmp = short_path / "vm.qmp"
+    begun = begin(server, home, qmp, name="slow")
+
+    def waits(what: str) -> bool:
+        shown = server.get("/v1/recoveries/slow")
+        assert (shown["state"], shown["reason"]) == ("running", "")
+        return what in shown["waits"]
+
+    soon(lambda: waits(f"no QEMU listens at {qmp}"), "no QEMU", seconds=90)
+    options = cli.parse(["--state-dir", str(server.state_dir), "recover", "show", "slow"])
+    options.run(options)
+    assert f"no QEMU listens at {qmp}" in capsys.readouterr().out
+    other = short_path / "other.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", other, "1M"], check=True)
+    with Vm(short_path, [str(other)]):
+        fork = begun["disks"][0]["fork"]
+        soon(lambda: waits(f"has no disk on the export {fork}"), "QEMU on something else", seconds=90)
+    with Vm(short_path, [begun["uri"]], "early") as vm:
+        with Qmp(vm.qmp):
+            vm.qmp.rename(qmp)
+            soon(lambda: waits("another program holds this monitor"), "a monitor that is held", seconds=90)
+        assert wait(server, "slow", "done")["waits"] == ""
 
 
 # --- refusals

@@ -254,7 +254,8 @@ class Recoveries:
             one = replace(one, copied=runner.copied, total=runner.total)
         disks = [self._shown_disk(one, number, disk) for number, disk in enumerate(one.disks)]
         vm = {"launched": Vm(self._core, one.id).describe()} if one.vm_command and not one.libvirt else {}
-        return {**one.describe(), "uri": disks[0]["uri"], "disks": disks, **vm}
+        waits = runner.waits if runner is not None and one.stage in ACTIVE else ""
+        return {**one.describe(), "waits": waits, "uri": disks[0]["uri"], "disks": disks, **vm}
 
     def _shown_disk(self, one: Recovery, number: int, disk: RecoveredDisk) -> dict[str, Any]:
         core = self._core

@@ -63,6 +63,8 @@ class Runner:
         self.recovery = recovery
         self.copied = recovery.copied
         self.total = recovery.total
+        self.waits = ""
+        """Why nothing goes on, while that is for somebody else to change; nothing else."""
 
     # -- the record ------------------------------------------------------------------------------------------
 
@@ -111,6 +113,7 @@ class Runner:
                     return
             except qmp.QmpClosedError as error:
                 self._check_launched(error)
+                self.waits = f"{error.message}; {error.hint}"
                 lost_at = trio.current_time() if lost_at is None else lost_at
                 if self.recovery.stage != BEGIN and trio.current_time() - lost_at > GONE_S:
                     raise
@@ -130,6 +133,7 @@ class Runner:
         if self.recovery.stage == BEGIN:
             await self._wait_for_vm(monitor)
             await self.step("connected")
+        self.waits = ""
         if self.recovery.stage in (COPYING, UNDOING):
             await self._copy(monitor)
             await self.step("ready")
@@ -165,6 +169,7 @@ class Runner:
             while True:
                 if await move.is_there():
                     break
+                self.waits = f"QEMU runs, and has no disk on {move.expected}; cdp recover show says what to start it on"
                 await trio.sleep(WAIT_S)
 
     async def _copy(self, monitor: qmp.Monitor) -> None:

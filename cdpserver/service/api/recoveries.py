@@ -100,6 +100,9 @@ class Recovery(Answer):
     copied_bytes: Count
     total_bytes: Count
     reason: str = Field(description="Why it failed.")
+    waits: str = Field(
+        "", description="Why nothing goes on, while that is for somebody to change; it is not kept."
+    )
     events: list[dict[str, Any]] = Field(description="The newest, oldest of them first.")
     disks: list[dict[str, Any]] = Field(
         description="`blockdev` of each: the words of QEMU's command line for it; a device has drive=recovered0, and so on."

@@ -46,6 +46,11 @@ class Move:
     def _on_fork(self, graph: Graph) -> list[str]:
         return graph.used_on_export(self.disk.fork)
 
+    @property
+    def expected(self) -> str:
+        """What the VM is to run on, in words: where its newest content is."""
+        return f"the export {self.disk.fork}" if self.disk.at == "fork" else self.disk.target
+
     async def is_there(self) -> bool:
         """Does the VM run where its newest content is? MoveFailedError if it runs where that is not any more."""
         if self.disk.at == "fork":

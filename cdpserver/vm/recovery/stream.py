@@ -33,6 +33,11 @@ class StreamMove(Move):
     def _point(self) -> str:
         return f"{self.disk.disk}@seq:{self.disk.seq}"
 
+    @property
+    def expected(self) -> str:
+        """What the VM is to run on, in words: the file that is filled."""
+        return self.disk.target
+
     async def is_there(self) -> bool:
         """Does the VM run on the file at home?"""
         return self._at_home(await self._graph()) is not None
