@@ -1,5 +1,6 @@
 """What a backup and a restore hold in memory: bounded, whatever the size of the disk, and as docs/backup.md says it."""
 
+import contextlib
 import itertools
 import os
 import tracemalloc
@@ -13,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdpserver.copying.target import RawFile
-from cdpserver.repository import packs, pipeline, restore
+from cdpserver.repository import packs, pipeline, pushed, restore, sessions
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.packed import RUN_BYTES
 from cdpserver.repository.pipeline import runs_of
 from cdpserver.repository.place import DirectoryPlace
+from cdpserver.repository.pushed import Intent, Pushed, Sent
+from cdpserver.repository.record import FULL
 from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.restore import Restore
 from cdpserver.repository.take import back_up
@@ -53,6 +56,35 @@ def test_a_backup_holds_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         pack = MIB + chunk  # what is over its length when it is put
         read = max(MIB, chunk)  # as the source makes it
         assert most[0] < 2 * in_flight + (1 + packs.PUTTING) * pack * 9 // 8 + read + 2 * MIB
+
+
+@pytest.mark.parametrize("chunk", [64 << 10, MIB])
+def test_what_is_sent_is_held_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """A running VM's backup: what waits to be stored, and behind it as any other; the disk is several times as large."""
+    monkeypatch.setattr(packs, "PACK_BYTES", MIB)
+    monkeypatch.setattr(pipeline, "IN_FLIGHT_BYTES", 4 * MIB)
+    for limit in ("MUCH_BYTES", "MOST_BYTES"):
+        monkeypatch.setattr(pushed, limit, 4 * MIB)
+    place = DirectoryPlace(tmp_path / "repo")
+    create(place, chunk_size=chunk)
+    source = Made(60 * MIB)
+    intent = Intent(sessions.new_id(1), 1, "web", FULL, "for a test", "", (Sent("web/vda", source.size),))
+    with (
+        Repository(place, cache=tmp_path / "cache") as repository,
+        sessions.session(place, intent.id) as check_held,
+    ):
+        with peak() as most, contextlib.closing(Pushed(repository, intent, check_held)) as sent:
+            disk = sent.connect("web/vda")
+            content = bytearray(chunk)
+            for at in range(0, source.size, chunk):
+                source.read_into(content, at)
+                sent.write(disk, at, content)
+            backup = sent.commit(1, "crash")
+        assert backup.stored_bytes > source.size
+        waits = 4 * MIB + pushed.CHUNKS_HELD * chunk
+        in_flight = max(4 * MIB, 2 * chunk)
+        pack = MIB + chunk
+        assert most[0] < waits + 2 * in_flight + (1 + packs.PUTTING) * pack * 9 // 8 + 2 * chunk + 2 * MIB
 
 
 @pytest.mark.parametrize("chunk", [64 << 10, 4 * MIB])
