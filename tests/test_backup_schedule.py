@@ -2,20 +2,37 @@
 
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from cdpserver.errors import NotFoundError, RefusedError, UsageError
+from cdpserver.catalog import Catalog
+from cdpserver.clock import fix_clock
+from cdpserver.config import Config
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
+from cdpserver.events import EventLog
+from cdpserver.repository import registered
 from cdpserver.repository.content import Content
+from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.places import open_place
-from cdpserver.repository.repository import Repository
+from cdpserver.repository.registered import Registered
+from cdpserver.repository.repository import Repository, create
 from cdpserver.retention.backups import parse_plan
 from cdpserver.retention.policy import Policy
-from cdpserver.service.backup_due import due
+from cdpserver.service import backups
+from cdpserver.service.backup_due import copies_due, due, load
+from cdpserver.service.control import Targets
+from cdpserver.service.core import Core
+from cdpserver.service.jobs import Jobs
+from cdpserver.service.policies import Policies
+from cdpserver.state import StateDir
+from cdpserver.vm.backup import sources
 from cdpserver.vm.trial.schedule import Planned
 from recovery import cli
 from tests.test_backup_live import Disks
@@ -270,6 +287,81 @@ def test_running_vms_that_have_no_points_here(
         assert qemu.ours() == []
     finally:
         qemu.end()
+
+
+async def _waiting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two VMs whose backups go to one repository; the monitor of the first one says nothing."""
+    monkeypatch.setattr(backups, "WAITS_S", 0.0)
+    monkeypatch.setattr(backups, "LOOK_S", 0.05)
+    state = StateDir.create_or_open(path / "state")
+    config = create(DirectoryPlace(path / "repo"), chunk_size=64 << 10)
+    registered.save(state.path, {config.id.hex(): Registered(config.id.hex(), str(path / "repo"), "")})
+    sources.save(state.path, {vm: sources.checked(vm, {"qmp": str(path / "qmp")}) for vm in ("a", "b")})
+    note = {"schedule": "hourly", "slot": "2020-01-01T00:00"}
+    (state.path / "backups.json").write_text(json.dumps({"a": note, "b": note}))
+    with Catalog.open(state, writable=True) as catalog, socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path / "qmp"))
+        silent.listen()
+        clock, _ = fix_clock(state.clock, time.time_ns)
+        core = Core(state, Config(), clock, catalog, EventLog(state.events), Targets(state, 1))
+        for vm in ("a", "b"):
+            await Policies(core, lambda: None).set(vm, {"backup": "hourly", "backup_to": str(path / "repo")})
+        jobs = Jobs(state.run / "jobs.json", clock, core.log)
+
+        def waits() -> bool:
+            return "backup.waits" in state.events.read_text()
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(jobs.keep_running)
+            nursery.start_soon(backups.Backups(core, jobs).keep_backing_up)
+            await trio.to_thread.run_sync(until, waits, "word that it waits")
+            await trio.to_thread.run_sync(until, lambda: load(state)["b"].get("waits"), "note of that")
+            nursery.cancel_scope.cancel()
+        event = next(e for e in map(json.loads, state.events.open()) if e["event"] == "backup.waits")
+        assert (event["what"], event["behind"], event["repository"]) == ("b", "a", str(path / "repo"))
+        assert load(state)["b"]["waits"].startswith("for a, which")
+        assert "waits" not in load(state)["a"]
+
+
+def test_what_waits_for_its_repository_is_said(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trio.run(_waiting, short_path, monkeypatch)
+
+
+def test_a_copy_is_due_until_it_is_made() -> None:
+    copied = [Planned("web", Policy(backup="daily 02:00", backup_to="/repo", backup_copy="/second"))]
+    noted: dict[str, dict[str, Any]] = {"web": {"copy": "due", "slot": "2026-11-27T02:00"}}
+    assert [(one.what, one.to) for one in copies_due(noted, copied)] == [("copies of web", "/second")]
+    assert copies_due({"web": {"copy": "done"}}, copied) == copies_due({}, copied) == []
+    assert copies_due(noted, planned("daily 02:00")) == [], "nobody asks for it any more"
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({}, "one way to its QEMU"),
+        ({"qmp": "/q", "libvirt": "qemu:///system"}, "one way to its QEMU"),
+        ({"qmp": "q"}, "not an absolute path"),
+        ({"qmp": "/q", "domain": "x"}, "--domain goes with"),
+        ({"qmp": "/q", "freeze": True}, "which guest agent"),
+        ({"qmp": "/q", "or_crash": True}, "go with --freeze"),
+        ({"qmp": "/q", "freeze": True, "agent": "a"}, "not an absolute path"),
+        ({"libvirt": "qemu+ssh://root@hv1/system"}, "another host"),
+    ],
+)
+def test_what_is_no_source(said: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        sources.checked("web", said)
+
+
+def test_sources_are_kept_and_junk_is_corrupt(tmp_path: Path) -> None:
+    one = sources.checked("web", {"libvirt": "qemu:///system", "freeze": True, "disks": ["vda"]})
+    assert one.agent_address == "qemu:///system#web"
+    sources.save(tmp_path, {"web": one})
+    assert sources.load(tmp_path) == {"web": one}
+    for junk in ("[]", "{", '{"web": 1}', '{"web": {}}', '{"web": {"qmp": 5}}', '{"../x": {"qmp": "/q"}}'):
+        (tmp_path / "sources.json").write_text(junk)
+        with pytest.raises(CorruptError):
+            sources.load(tmp_path)
 
 
 def again_metrics(server: Server) -> str:

@@ -51,7 +51,7 @@ EVERYTHING = FOUND | {
             "what": "db",
             "state": "failed",
             "ended_ns": 6 * 10**9,
-            "waits": "it waits for web",
+            "waits": "for web, which /repo has been at for long",
             "stored_bytes": 0,
             "seconds": 0,
             "reason": "full",

@@ -122,7 +122,7 @@ class Backups:
         if known:
             rows = core.catalog.rows("policies")
             taken = {name.partition("/")[0] for name in core.catalog.names()}
-            for vm in known.keys() - taken:
+            for vm in sorted(known.keys() - taken):
                 policy = policies.of_vm(rows, core.config, vm).policy
                 if policy.backup is not None:
                     found.append(Planned(vm, policy))
@@ -138,7 +138,7 @@ class Backups:
         self._core.log.emit(
             "backup.waits", level="warning", what=work.what, repository=work.to, behind=behind
         )
-        reason = f"it waits for {behind}, which {work.to} has been at for long (cdp job list; cdp job cancel)"
+        reason = f"for {behind}, which {work.to} has been at for long (cdp job list; cdp job cancel)"
         await self._note(work.due.planned.subject, {"waits": reason})
 
     async def _work(self, work: Work, repository: str) -> None:

@@ -285,7 +285,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
         for one in found["backups"]
         if one["reason"]
     ]
-    said += [f"the backup of {one['what']} waits: {one['waits']}" for one in found["backups"] if one["waits"]]
+    said += [f"the backup of {one['what']} waits {one['waits']}" for one in found["backups"] if one["waits"]]
     for disk in found["disks"]:
         said += _disk_warnings(disk)
     return said
