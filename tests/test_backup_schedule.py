@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -25,7 +26,7 @@ from cdpserver.repository.registered import Registered
 from cdpserver.repository.repository import Repository, create
 from cdpserver.retention.backups import parse_plan
 from cdpserver.retention.policy import Policy
-from cdpserver.service import backups
+from cdpserver.service import backups, processes
 from cdpserver.service.backup_due import copies_due, due, load
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
@@ -362,6 +363,30 @@ def test_sources_are_kept_and_junk_is_corrupt(tmp_path: Path) -> None:
         (tmp_path / "sources.json").write_text(junk)
         with pytest.raises(CorruptError):
             sources.load(tmp_path)
+
+
+ENDS_ITSELF = """
+import pathlib, signal, sys
+def end(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("here", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_a_process_that_is_cancelled_may_end_by_itself(tmp_path: Path) -> None:
+    """A backup takes its jobs out of QEMU then."""
+
+    async def cancelled() -> None:
+        with trio.CancelScope() as scope:
+            command = [sys.executable, "-c", ENDS_ITSELF, str(tmp_path / "ended")]
+            await processes.run(tmp_path / "pid", command, lambda _: scope.cancel(), let_end_s=120)
+
+    trio.run(cancelled)
+    assert (tmp_path / "ended").exists()
 
 
 def again_metrics(server: Server) -> str:
