@@ -17,7 +17,7 @@ from typing import Any
 import nbd
 import pytest
 
-from cdpserver.errors import BrokenError, CdpError, NoSpaceError, UnreachableError, UsageError
+from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError, UnreachableError, UsageError
 from cdpserver.repository.content import Content
 from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
@@ -327,6 +327,8 @@ def test_who_runs_it_stands_still(qemu: Disks, capsys: pytest.CaptureFixture[str
         guest.start()
         guest.join(300)
         assert not guest.is_alive(), "the guest is held up"
+        with pytest.raises(RefusedError, match="another process backs up this VM"):
+            cdp(capsys, *command(qemu))
         process.send_signal(signal.SIGCONT)
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
@@ -361,6 +363,63 @@ def test_a_repository_that_is_full(qemu: Disks, short_path: Path, capsys: pytest
         assert cdp(capsys, "repo", "check", repo)["sound"]
     finally:
         subprocess.run(["umount", repo], check=True)
+
+
+@contextlib.contextmanager
+def far_away(directory: Path, mount: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`directory` at `mount`, through a file server that can be made to stand still: whoever asks is held in the kernel then."""
+    mount.mkdir()
+    server = subprocess.Popen(
+        ["/usr/lib/openssh/sftp-server", "-d", directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert server.stdin is not None and server.stdout is not None
+    client = subprocess.Popen(
+        ["sshfs", "-f", "-o", "passive", ":", mount], stdin=server.stdout, stdout=server.stdin
+    )
+    for pipe in (server.stdin, server.stdout):
+        pipe.close()
+    try:
+        until(lambda: client.poll() is not None or mount.is_mount(), "mount")
+        yield server
+    finally:
+        server.send_signal(signal.SIGCONT)
+        subprocess.run(["umount", "-l", mount], check=True)
+        for process in (client, server):
+            process.kill()
+            process.wait()
+
+
+def test_a_repository_that_hangs(qemu: Disks, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The guest goes on, and QEMU is rid of it when the command is told to end, though the target cannot even be killed."""
+    (short_path / "nas").mkdir()
+    repo = short_path / "there" / "repo"
+    with far_away(short_path / "nas", short_path / "there") as server:
+        cdp(capsys, "repo", "init", repo, "--chunk-size", "64K")
+        qemu.write(os.urandom(MIB), 0)
+        before = cdp(capsys, *command(qemu, "--repo", repo))["id"]
+        qemu.write(os.urandom(3 * MIB), MIB)
+        qemu.stand_still(True)
+        with started(qemu, "--repo", repo) as process:
+            until(qemu.job, "its job")
+            server.send_signal(signal.SIGSTOP)
+            qemu.stand_still(False)
+            guest = threading.Thread(target=qemu.write, args=(os.urandom(MIB), 2 * MIB), daemon=True)
+            guest.start()
+            guest.join(300)
+            assert not guest.is_alive(), "the guest is held up"
+            until(lambda: qemu.job() is None, "all that is sent", seconds=120)
+            process.send_signal(signal.SIGINT)
+            until(lambda: qemu.ours() == [], "the end of it in QEMU", seconds=120)
+            server.send_signal(signal.SIGCONT)
+            process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+        assert [row["id"] for row in cdp(capsys, "backup", "list", "--repo", repo)] == [before]
+        made = cdp(capsys, *command(qemu, "--repo", repo))
+        assert (made["kind"], made["parent"]) == ("incremental", before)
+        with Repository(open_place(str(repo))) as repository:
+            found = repository.backup(made["id"]).disk("vda")
+            assert found is not None
+            assert Content(repository, found).read(0, found.size) == qemu.content()
 
 
 def test_jobs_pause_while_the_target_has_much_to_do(qemu: Disks) -> None:
