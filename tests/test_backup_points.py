@@ -143,6 +143,38 @@ def test_it_is_browsed_mounted_and_drilled(
     assert cdp(server, capsys, "backup", "verify", id_, "--repo", repo)["sound"]
 
 
+class Hasty(Server):
+    """A service whose days are short."""
+
+    PROGRAM = "from cdpserver.service import attached, main; attached.IDLE_S, attached.LOOK_S = 0.0, 0.1; main.main()"
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.log = state_dir.with_name(f"{state_dir.name}.log")
+        with open(self.log, "ab") as log:
+            command = [sys.executable, "-c", self.PROGRAM, "--state-dir", str(state_dir)]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
+        until(self._is_up, "answer of the API")
+
+
+@pytest.mark.real
+def test_what_nobody_uses_is_let_go_by_itself(short_path: Path) -> None:
+    """Attached by a service before, and asked for by nobody since."""
+    place = DirectoryPlace(short_path / "repo")
+    create(place, chunk_size=64 << 10)
+    with Repository(place, cache=short_path / "cache") as opened:
+        id_ = back_up(opened, [Made(MIB)], "made@1").id
+    with Server(short_path / "s") as server:
+        server.request("PUT", "/v1/repositories", {"path": str(short_path / "repo")})
+        server.post("/v1/backups:attach", backup=f"backup:{id_}")
+        server.stop()
+    with Hasty(short_path / "s") as server:
+        until(lambda: server.events("backup.detached"), "end of what nobody uses")
+        assert server.get("/v1/forks") == []
+        assert list(place.names("locks")) == [], "its lock in the repository went with it"
+        assert server.get("/v1/repositories")
+
+
 @pytest.mark.real
 @needs_fuse
 def test_a_repository_that_is_read_only_and_hangs(
