@@ -114,14 +114,6 @@ class Jobs:
         for job in jobs:
             await self._monitor.execute("job-dismiss", {"id": job["id"]})
 
-    async def cut_off(self) -> None:
-        """End the connections to targets that do not answer and do not go. QmpRefusedError: a qemu-storage-daemon cannot."""
-        to = self._name("to", 0).removesuffix("0")
-        nodes = [name for name in await self._targets() if name.startswith(to)]
-        await self._monitor.execute(
-            "yank", {"instances": [{"type": "block-node", "node-name": name} for name in nodes]}
-        )
-
     async def clean(self) -> None:
         """End jobs and take nodes away, whoever began them. RefusedError if that takes too long."""
         for job in await self._jobs():

@@ -75,11 +75,12 @@ class Receiver:
         asked = {"op": "commit", "time_ns": time_ns, "grade": grade}
         return await self._ask(asked, within_s=float("inf"))
 
-    async def abandon(self) -> bool:
+    async def abandon(self) -> None:
         """See Transport. It stays where it answers: killed, it might not be gone, but would answer QEMU no more."""
         with contextlib.suppress(CdpError):  # what ended the backup, which is known
             await self._ask({"op": "give-up"})
-        return self._answers or await killed(self._process)
+        if not self._answers:
+            await kill(self._process)
 
     async def end(self) -> None:
         """Let it let go of the repository, and end."""
@@ -145,18 +146,17 @@ async def receiving(where: Where, intent: Intent, *, user: int | None) -> AsyncI
                     yield receiver
                     await receiver.end()
             finally:
-                await killed(process)
+                await kill(process)
     finally:
         ours.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def killed(process: trio.Process) -> bool:
-    """Is it gone? One that the kernel holds goes when it is let go."""
+async def kill(process: trio.Process) -> None:
+    """It is gone on return, unless the kernel holds it: then it goes when it is let go."""
     process.kill()
     with trio.move_on_after(DEAD_S, shield=True):
         await process.wait()
-    return process.returncode is not None
 
 
 async def _start(nbd: Path, control: socket.socket, log: BinaryIO) -> trio.Process:

@@ -237,8 +237,8 @@ class _Run:
             contextlib.suppress(QmpClosedError, QmpRefusedError, RefusedError),
         ):
             # At the commit the jobs have ended: QEMU waits for nothing.
-            if not self._committing and not await transport.abandon():
-                await self._jobs.cut_off()
+            if not self._committing:
+                await transport.abandon()
             await self._jobs.clean()
             if not self._committing:  # else nobody knows whether it is one
                 await self._jobs.forget(lambda backup: backup == self._intent.id)

@@ -67,10 +67,9 @@ class Staged:
         self._link.check()
         return False
 
-    async def abandon(self) -> bool:
+    async def abandon(self) -> None:
         """See Transport. What waits for a link that was closed gets an error."""
         await self.end()
-        return True
 
     async def commit(self, *, time_ns: int, grade: str, sent: Sequence[int]) -> dict[str, Any]:
         """See Transport."""

@@ -18,10 +18,8 @@ class Transport(Protocol):
         """Has it much to do still, so that the jobs are to pause? The error that ended the backup, if one did."""
         ...
 
-    async def abandon(self) -> bool:
-        """No request of QEMU's is to wait for us any longer; its targets are open still. False if they wait for a process that
-        hangs in such a way that it cannot even be killed.
-        """
+    async def abandon(self) -> None:
+        """No request of QEMU's is to wait for us any longer; its targets are open still."""
         ...
 
     async def commit(self, *, time_ns: int, grade: str, sent: Sequence[int]) -> dict[str, Any]:
