@@ -128,8 +128,16 @@ def delta_views(state_dir: Path, history: History, number: int) -> DeltaViews:
     """
     assert history.state_dir == state_dir
     cut = _cut(history, number)
-    under = backing(history, cut)
-    return DeltaViews(cut, View(history, cut.seq), View(under.history, under.seq), [history])
+    return _open_views(history, cut, backing(history, cut), Files())
+
+
+def _open_views(history: History, cut: Cut, under: Backing, files: Files) -> DeltaViews:
+    new = View(history, cut.seq, files)
+    try:
+        return DeltaViews(cut, new, View(under.history, under.seq), [history])
+    except BaseException:
+        new.close()
+        raise
 
 
 def _cut(history: History, number: int) -> Cut:
@@ -319,9 +327,7 @@ def publish(
     if final.exists() and not again:
         return describe(history, cut)
     under = backing(history, cut)
-    views = DeltaViews(
-        cut, View(history, cut.seq, Files(verify=True)), View(under.history, under.seq), [history]
-    )
+    views = _open_views(history, cut, under, Files(verify=True))
     building = final.with_name(f"{durable.TEMPORARY}{final.name}")
     try:
         building.unlink(missing_ok=True)
