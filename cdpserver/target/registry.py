@@ -5,6 +5,7 @@ each disk is with one worker. Timelines that another host boot left open are ope
 that may have holes.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -27,6 +28,9 @@ from cdpserver.target.disk import TargetDisk
 from cdpserver.target.leftover import needs_recovery
 from cdpserver.target.place import holds
 from cdpserver.target.placement import worker_of
+
+STARVED_S = 0.1
+"""Between two attempts to take a call while there are no files left for it."""
 
 COMMITTERS = 16
 """Commits under way at once: disks wait for the same device, which makes many durable in one go."""
@@ -176,9 +180,21 @@ class Registry:
         return listener
 
     def _serve(self, listener: socket.socket) -> None:
+        """For ever: who asks while files or threads have run out waits, or is cut off and asks again."""
+        starved = False
         while True:
-            connection, _ = listener.accept()
-            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+            try:
+                connection, _ = listener.accept()
+                with contextlib.ExitStack() as unless_served:
+                    unless_served.callback(connection.close)
+                    threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                    unless_served.pop_all()
+                starved = False
+            except (OSError, RuntimeError) as error:
+                if not starved:
+                    self.log.emit("target.starved", level="error", reason=str(error))
+                starved = True
+                time.sleep(STARVED_S)
 
     def _converse(self, connection: socket.socket) -> None:
         with connection:
