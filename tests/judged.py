@@ -238,27 +238,33 @@ class Judged:
         work = self.directory / name
         work.mkdir()
         fork = server.post("/v1/forks", name=name, point=f"web/root-device@seq:{point['seq']}")
-        # Through a loop device: the file system's blocks are smaller than what an export reads at least.
-        with as_file(str(fork.get("uri_unix", fork["uri"])), work / "nf") as file, as_loop(file) as device:
-            run("e2fsck", "-y", "-E", "journal_only", device, accept=(0, 1))
-            run("e2fsck", "-fn", device)
-            with mounted(device, work / "m", "-o", "ro") as root:
-                lines = (root / "data/counter").read_text().split()
-                database = work / "ledger.db"
-                for suffix in ("", "-journal"):
-                    kept = root / f"data/ledger.db{suffix}"
-                    if kept.exists():
-                        database.with_name(f"ledger.db{suffix}").write_bytes(kept.read_bytes())
         told = f"{point}; gaps: {server.events('disk.gap')}"
-        assert lines == [str(n + 1) for n in range(len(lines))], told
-        assert len(lines) >= counted, f"{counted} was said to be durable, {len(lines)} is the newest: {told}"
-        with sqlite3.connect(database) as ledger:
-            assert ledger.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            if paid:
-                (held,) = ledger.execute("SELECT max(number) FROM payment").fetchone()
-                assert held >= paid, f"{paid} was said to be committed, {held} is the newest: {told}"
-                assert ledger.execute("SELECT sum(units) FROM account").fetchone() == (1_000_000,)
-        ledger.close()
+        with as_file(str(fork.get("uri_unix", fork["uri"])), work / "nf") as file:
+            check_root(file, work, counted=counted, paid=paid, told=told)
+
+
+def check_root(file: Path, work: Path, *, counted: int, paid: int, told: str) -> None:
+    """A root disk, in a file that may be written: its journal is replayed, it is clean, and holds what was said to be durable."""
+    # Through a loop device: the file system's blocks are smaller than what an export reads at least.
+    with as_loop(file) as device:
+        run("e2fsck", "-y", "-E", "journal_only", device, accept=(0, 1))
+        run("e2fsck", "-fn", device)
+        with mounted(device, work / "m", "-o", "ro") as root:
+            lines = (root / "data/counter").read_text().split()
+            database = work / "ledger.db"
+            for suffix in ("", "-journal"):
+                kept = root / f"data/ledger.db{suffix}"
+                if kept.exists():
+                    database.with_name(f"ledger.db{suffix}").write_bytes(kept.read_bytes())
+    assert lines == [str(n + 1) for n in range(len(lines))], told
+    assert len(lines) >= counted, f"{counted} was said to be durable, {len(lines)} is the newest: {told}"
+    with sqlite3.connect(database) as ledger:
+        assert ledger.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        if paid:
+            (held,) = ledger.execute("SELECT max(number) FROM payment").fetchone()
+            assert held >= paid, f"{paid} was said to be committed, {held} is the newest: {told}"
+            assert ledger.execute("SELECT sum(units) FROM account").fetchone() == (1_000_000,)
+    ledger.close()
 
 
 def chosen(points: list[dict[str, Any]], dice: random.Random) -> list[dict[str, Any]]:
@@ -278,10 +284,15 @@ def newest(said: list[tuple[int, int]], point: dict[str, Any]) -> int:
     return max((number for time_ns, number in said if time_ns <= point["time_ns"]), default=0)
 
 
+def number_in(content: bytes) -> int:
+    """The newest number on a disk of a pair."""
+    return int(content[:16].replace(b"\0", b"").strip() or b"0")
+
+
 def number_at(uri: str) -> int:
     handle = nbd.NBD()
     handle.connect_uri(uri)
     try:
-        return int(bytes(handle.pread(512, 0))[:16].replace(b"\0", b"").strip() or b"0")
+        return number_in(bytes(handle.pread(512, 0)))
     finally:
         handle.shutdown()
