@@ -947,6 +947,7 @@ def test_rebuild_and_check(state_dir: Path) -> None:
         "segments": 1,
         "bytes": 4192,
         "damage": [],
+        "catalog": [],
         "untold": 0,
     }
 

@@ -43,6 +43,10 @@ class Link:
         """Where the directory is, on the host."""
         self._host, self._ssh, self._log = host, ssh, log
 
+    def cut(self) -> None:
+        """End it at once: what waits for it on the host gets an error."""
+        self._ssh.kill()
+
     def check(self) -> None:
         """BrokenError if it has ended."""
         if self._ssh.poll() is not None:
