@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpserver.errors import BrokenError, CorruptError, NoSpaceError
+from cdpserver.names import show
 
 TEMPORARY = ".tmp-"
 REMOVING = ".removing-"
@@ -218,6 +219,19 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise corrupt_json(path, str(error)) from None
+    return value
+
+
+def read_objects(path: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
+    """Objects by their names, each with exactly `keys`; none if there is no file. CorruptError for one that says other things."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}
+    for name, said in value.items():
+        if not isinstance(said, dict):
+            raise corrupt_json(path, f"{show(name)} is not an object")
+        take_keys(said, keys, path)
     return value
 
 

@@ -175,13 +175,20 @@ class SlowPlace(DirectoryPlace):
         super().put(name, data, until_ns)
 
 
-def test_who_sends_waits_for_a_slow_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says that it has much to do, takes some more, and then lets requests wait until there is room."""
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlowPlace:
+    """A repository's, that has much to do with its first pack."""
     monkeypatch.setattr(packs, "PACK_BYTES", STEP)
     for limit in ("MUCH_BYTES", "MOST_BYTES"):
         monkeypatch.setattr(pushed_module, limit, 0)
-    place, size = SlowPlace(tmp_path / "repo"), 64 * STEP
-    create(place, chunk_size=STEP)
+    made = SlowPlace(tmp_path / "repo")
+    create(made, chunk_size=STEP)
+    return made
+
+
+def test_who_sends_waits_for_a_slow_repository(place: SlowPlace, tmp_path: Path) -> None:
+    """It says that it has much to do, takes some more, and then lets requests wait until there is room."""
+    size = 64 * STEP
     content = random.Random(3).randbytes(size)
     with (
         Repository(place, cache=tmp_path / "cache") as opened,
@@ -205,16 +212,12 @@ def test_who_sends_waits_for_a_slow_repository(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("given_up", [False, True])
 def test_no_request_waits_for_a_repository_that_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
+    place: SlowPlace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_up: bool
 ) -> None:
     """One waits for so long at most; then, or when the backup is given up, all are answered at once, and there is no backup."""
-    monkeypatch.setattr(packs, "PACK_BYTES", STEP)
-    for limit in ("MUCH_BYTES", "MOST_BYTES"):
-        monkeypatch.setattr(pushed_module, limit, 0)
     if not given_up:
         monkeypatch.setattr(pushed_module, "ROOM_S", 0.1)
-    place, size = SlowPlace(tmp_path / "repo"), 64 * STEP
-    create(place, chunk_size=STEP)
+    size = 64 * STEP
     with (
         Repository(place, cache=tmp_path / "cache") as opened,
         sending(opened, size=size) as pushed,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cdpserver import durable
-from cdpserver.durable import corrupt_json, take_keys, take_str
+from cdpserver.durable import take_str
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
 from cdpserver.names import show
 from cdpserver.repository.content import Content
@@ -37,17 +37,10 @@ class Registered:
 def load(state_dir: Path) -> dict[str, Registered]:
     """By id. CorruptError for a file that says something else."""
     path = state_dir / FILE
-    try:
-        value = durable.read_json(path)
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for id_, held in value.items():
-        if not isinstance(held, dict):
-            raise corrupt_json(path, f"{show(id_)} is not an object")
-        take_keys(held, {"path", "key_file"}, path)
-        found[id_] = Registered(id_, take_str(held, "path", path), take_str(held, "key_file", path))
-    return found
+    return {
+        id_: Registered(id_, take_str(held, "path", path), take_str(held, "key_file", path))
+        for id_, held in durable.read_objects(path, {"path", "key_file"}).items()
+    }
 
 
 def save(state_dir: Path, known: Mapping[str, Registered]) -> None:

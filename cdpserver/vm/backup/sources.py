@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpserver import durable
-from cdpserver.durable import corrupt_json, take_keys
+from cdpserver.durable import corrupt_json
 from cdpserver.errors import UsageError
 from cdpserver.names import check_name, show
 from cdpserver.vm.connect import check_here
@@ -23,7 +23,7 @@ FILE = "sources.json"
 MAX_SOURCES = 10_000
 """The file is written anew with each change."""
 
-KEYS = frozenset({"qmp", "libvirt", "domain", "disks", "freeze", "agent", "or_crash"})
+KEYS = {"qmp", "libvirt", "domain", "disks", "freeze", "agent", "or_crash"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +82,8 @@ def checked(vm: str, said: Mapping[str, Any]) -> LiveSource:
 def load(state_dir: Path) -> dict[str, LiveSource]:
     """By VM. CorruptError for a file that says something else."""
     path = state_dir / FILE
-    try:
-        value = durable.read_json(path)
-    except FileNotFoundError:
-        return {}
     found = {}
-    for vm, said in value.items():
-        if not isinstance(said, dict):
-            raise corrupt_json(path, f"{show(vm)} is not an object")
-        take_keys(said, set(KEYS), path)
+    for vm, said in durable.read_objects(path, KEYS).items():
         try:
             found[vm] = checked(vm, said)
         except (UsageError, TypeError, AttributeError) as error:
