@@ -56,6 +56,7 @@ STAGES = (
         "cdpserver.copying",
         "cdpserver.repository.clock",
         "cdpserver.repository.content",
+        "cdpserver.repository.damaged",
         "cdpserver.repository.format",
         "cdpserver.repository.index",
         "cdpserver.repository.lease",

@@ -52,6 +52,8 @@ def check(repository: Repository, *, read_data: bool = True, progress: Progress 
         found.packs += 1
         if read_data and pack not in found.packs_damaged and not repository.is_ours(pack):
             found.packs_damaged.append(pack)
+    if read_data:
+        repository.look_again()
     verdicts: dict[bytes, str] = {}
     ids = repository.backup_ids()
     for number, id_ in enumerate(ids):
@@ -132,7 +134,9 @@ def _pages(chunks: ChunkList) -> Iterator[tuple[int, bytes, str]]:
 def _look(repository: Repository, id_: bytes, length: int, read_data: bool, found: Checked) -> str:
     found.chunks += 1
     if not read_data:
-        return "" if repository.index.find(id_) else "a chunk is missing"
+        if repository.whole(id_):
+            return ""
+        return "a chunk was found damaged" if repository.index.find(id_) else "a chunk is missing"
     try:
         found.read_bytes += len(repository.load(id_, length))
     except CorruptError as error:

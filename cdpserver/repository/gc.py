@@ -68,7 +68,10 @@ def _add_ids(repository: Repository, backup: Backup, ids: set[bytes]) -> None:
 
 
 def unused(repository: Repository) -> list[Unused]:
-    """Packs worth deleting now; nothing is changed. Those of running sessions are left alone."""
+    """Packs worth deleting now; nothing is changed. Those of running sessions are left alone.
+
+    One in which something was found damaged is worth it as soon as that is stored elsewhere too, or used by nobody.
+    """
     packs = dict(repository.place.names("packs"))
     running = sessions.running(repository.place)
     repository.refresh()
@@ -78,10 +81,13 @@ def unused(repository: Repository) -> list[Unused]:
         if sessions.session_of(pack) in running:
             continue
         entries = repository.entries(pack, length)
-        kept = sum(e.stored for e in _read_here(repository, pack, entries, live))
+        here = list(_read_here(repository, pack, entries, live))
+        kept = sum(entry.stored for entry in here)
         overhead = HEAD.size + TAIL_SIZE + len(entries) * ROW.size
         wasted = not kept or length - overhead - kept > WASTE * length
-        if wasted and not _is_retained(repository, pack):
+        damaged = repository.damaged.of(pack)
+        healed = bool(damaged) and damaged.isdisjoint(entry.id for entry in here)
+        if (wasted or healed) and not _is_retained(repository, pack):
             found.append(Unused(pack, length, kept))
     return found
 
@@ -99,7 +105,7 @@ def _is_retained(repository: Repository, pack: str) -> bool:
 def _read_here(repository: Repository, pack: str, entries: list[Entry], live: set[bytes]) -> Iterator[Entry]:
     """The used entries of a pack that count as this one's: a chunk in several packs counts for the first."""
     for entry in entries:
-        places = repository.index.find(entry.id) if entry.id in live else []
+        places = repository.places(entry.id) if entry.id in live else []
         if places and places[0][0] == pack:
             yield entry
 
@@ -115,6 +121,9 @@ def sweep(repository: Repository, *, progress: Progress = nobody) -> Swept:
         sessions.doom(place, sorted(({item.pack for item in found} | notes.keys()) - noted))
         repository.refresh()
         packs = dict(place.names("packs"))
+        for pack, id_ in repository.damaged.places:
+            if pack not in packs:
+                repository.damaged.forget(pack, id_)
         running = sessions.running(place)
         going, waiting = [], 0
         for pack in sorted(repository.doomed):
@@ -147,7 +156,7 @@ def _delete(
             progress(number / len(going))
             try:
                 for entry in repository.entries(pack, lengths[pack]):
-                    elsewhere = {name for name, _ in repository.index.find(entry.id)} - leaving
+                    elsewhere = set(repository.whole(entry.id)) - leaving
                     if entry.id in live and not elsewhere and entry.id not in moved:
                         content = repository.load(entry.id, entry.raw)
                         moved.add(entry.id)
@@ -161,6 +170,8 @@ def _delete(
         check_held()  # another run could have begun to move things otherwise
         repository.place.delete(pack)
         repository.index.forget({pack})
+        for id_ in repository.damaged.of(pack):
+            repository.damaged.forget(pack, id_)
         sessions.spare(repository.place, pack)
     progress(1.0)
     repository.refresh()

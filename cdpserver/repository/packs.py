@@ -8,7 +8,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
-from cdpserver.repository.format import ENTRY_SIZE, Entry, Kind, pack_end, pack_entry, pack_head
+from cdpserver.errors import CorruptError
+from cdpserver.repository.format import ENTRY_SIZE, ZERO_ID, Entry, Kind, pack_end, pack_entry, pack_head
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.sessions import pack_name
 
@@ -47,6 +48,29 @@ class PackWriter:
                 return False
             self._claimed.add(id_)
             return True
+
+    def claim_page(self, id_: bytes, length: int) -> bool:
+        """The same for a page of a list; stored already, it is read first: without it nothing that it lists can be found."""
+        return self.claim(id_) or (self._is_damaged(id_, length) and self.claim(id_))
+
+    def _is_damaged(self, id_: bytes, length: int) -> bool:
+        with self._claiming:
+            if id_ in self._claimed:
+                return False
+        try:
+            self._repository.load(id_, length)
+        except CorruptError:
+            return True
+        return False
+
+    def add_page(self, ids: bytes) -> bytes:
+        """The id of a page of a list, which is stored, or will be after `flush`."""
+        if not any(ids):
+            return ZERO_ID
+        id_ = self._repository.id(ids)
+        if self.claim_page(id_, len(ids)):
+            self.add(id_, Kind.PAGE, len(ids), self._repository.seal(id_, Kind.PAGE, ids))
+        return id_
 
     def add(self, id_: bytes, kind: Kind, raw: int, sealed: tuple[bytes, int]) -> None:
         """One chunk; durable after `flush`."""

@@ -7,6 +7,7 @@
     clock/now            how late it is at least (clock.py)
     sessions/<id>        a backup that is under way, held by who runs it
     doomed/<id>          a pack that is about to be deleted
+    damaged/<pack>.<id>  a chunk that was found damaged
 
 A Place promises no more than object stores have: put whole, get, get a range, list, delete. What a name holds never changes but
 by `put` of the whole. Packs, backups and repo.json are put once, and some places can promise that nobody deletes them before

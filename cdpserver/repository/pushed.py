@@ -23,7 +23,7 @@ from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
 from cdpserver.names import format_time
 from cdpserver.repository.assembly import Assembly
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, Kind, chunk_count
+from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, chunk_count
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.pipeline import Pipeline
 from cdpserver.repository.pipeline import Sent as SentChunk
@@ -302,7 +302,7 @@ class Pushed:
             disk.put(chunk, ZERO_ID)
         pages, used = [], 0
         for ids, stored in disk.pages():
-            pages.append(stored if stored is not None else self._page(ids))
+            pages.append(stored if stored is not None else self._writer.add_page(ids))
             used += sum(ids[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(ids), ID_SIZE))
         # No timeline of ours has such a name, nor another disk: a copy in a second repository is told apart by this and the time.
         return BackedUpDisk(
@@ -315,15 +315,6 @@ class Pushed:
             pages=tuple(pages),
             chunks=used,
         )
-
-    def _page(self, ids: bytes) -> bytes:
-        """The id of a page, which is stored."""
-        if not any(ids):
-            return ZERO_ID
-        id_ = self._repository.id(ids)
-        if self._writer.claim(id_):
-            self._writer.add(id_, Kind.PAGE, len(ids), self._repository.seal(id_, Kind.PAGE, ids))
-        return id_
 
     def give_up(self) -> None:
         """Nothing more is taken: requests are answered at once, with an error."""

@@ -2,9 +2,11 @@
 
 Invariants: a pack is durable before a chunk in it is known; a backup's name appears after all of its chunks are durable. A name
 that is there is a whole backup, and one that was killed leaves at most chunks that `gc` takes away.
-A chunk in a doomed pack counts as not there: who finds it so stores it anew (gc.py says why that is safe).
+A chunk in a doomed pack counts as not there: who finds it so stores it anew (gc.py says why that is safe). So does one that was
+found damaged (damaged.py).
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -20,6 +22,7 @@ from cdpserver.durable import take_int, take_str
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import format_size, show
 from cdpserver.repository import clock, format, sessions
+from cdpserver.repository.damaged import Damaged
 from cdpserver.repository.format import Entry, Kind
 from cdpserver.repository.index import Index
 from cdpserver.repository.place import Place
@@ -193,6 +196,7 @@ class Repository:
         folder = cache if cache is not None else default_cache()
         self.index = Index(folder / f"repo-{self.config.id.hex()}.mdb")
         self.doomed: frozenset[str] = frozenset()
+        self.damaged = Damaged(place)
         self._zeros: dict[int, bytes] = {}
         try:
             self.refresh()
@@ -246,6 +250,7 @@ class Repository:
             except CorruptError:
                 unreadable.append(pack)
         self.doomed = frozenset(sessions.doomed(self.place))
+        self.damaged.refresh()
         return unreadable
 
     def entries(self, pack: str, length: int) -> list[Entry]:
@@ -272,7 +277,33 @@ class Repository:
         """Is the chunk stored, and will it stay?"""
         if id_ == format.ZERO_ID:
             return True
-        return any(pack not in self.doomed for pack, _ in self.index.find(id_))
+        return any(pack not in self.doomed for pack in self.whole(id_))
+
+    def places(self, id_: bytes) -> list[tuple[str, Entry]]:
+        """(pack, entry) of each place where the chunk is, always in the same order; last where it was found damaged."""
+        found = self.index.find(id_)
+        if id_ not in self.damaged.ids:
+            return found
+        return sorted(found, key=lambda place: (place[0], id_) in self.damaged.places)
+
+    def whole(self, id_: bytes) -> list[str]:
+        """The packs that hold it, without those in which it was found damaged."""
+        return [pack for pack, _ in self.index.find(id_) if (pack, id_) not in self.damaged.places]
+
+    def check_stored(self, ids: set[bytes]) -> None:
+        """CorruptError if any of these chunks is in no pack, or was found damaged. A microsecond for each; nothing is read."""
+        if self.index.lacks(ids):
+            raise CorruptError("some of its chunks are gone", hint=CHECK)
+        if not all(self.whole(id_) for id_ in self.damaged.ids & ids):
+            raise CorruptError("some of its chunks were found damaged", hint=CHECK)
+
+    def look_again(self) -> None:
+        """At the places that were found damaged: an operator may have put a pack back."""
+        for pack, id_ in self.damaged.places:
+            for entry in (entry for there, entry in self.index.find(id_) if there == pack):
+                with contextlib.suppress(CorruptError, FileNotFoundError):
+                    self._read(pack, entry)
+                    self.damaged.forget(pack, id_)
 
     def id(self, content: bytes | bytearray | memoryview) -> bytes:
         """What the content is called here."""
@@ -317,13 +348,13 @@ class Repository:
     def _find(self, id_: bytes, length: int) -> tuple[Entry, bytes, bytes]:
         """Entry, stored bytes, content; from the first pack that has it whole."""
         failed = CorruptError(f"chunk {id_.hex()[:16]} is missing from {self.place.where}", hint=CHECK)
-        for pack, entry in self.index.find(id_):
+        for pack, entry in self.places(id_):
             try:
-                stored = self.place.read(pack, entry.place, entry.stored)
-                content = self.opened(id_, entry.kind, entry.codec, entry.raw, stored)
+                stored, content = self._read_twice(pack, entry)
             except FileNotFoundError:
                 failed = CorruptError(f"{pack} is missing from {self.place.where}", hint=CHECK)
             except CorruptError as error:
+                self.damaged.note(pack, id_)
                 failed = CorruptError(f"{error.message} (in {pack})", hint=CHECK)
             else:
                 if len(content) != length:
@@ -332,6 +363,17 @@ class Repository:
                     )
                 return entry, stored, content
         raise failed
+
+    def _read(self, pack: str, entry: Entry) -> tuple[bytes, bytes]:
+        """(stored bytes, content). FileNotFoundError, CorruptError."""
+        stored = self.place.read(pack, entry.place, entry.stored)
+        return stored, self.opened(entry.id, entry.kind, entry.codec, entry.raw, stored)
+
+    def _read_twice(self, pack: str, entry: Entry) -> tuple[bytes, bytes]:
+        """The same; what was damaged on its way to us is not damaged."""
+        with contextlib.suppress(CorruptError):
+            return self._read(pack, entry)
+        return self._read(pack, entry)
 
     # -- backups
 

@@ -87,7 +87,7 @@ class Restore(Work):
         for end, numbers in self._cut():
             stretch = _Stretch(self._at)
             wanted = [(number, self._chunks.id(number)) for number in numbers]
-            jobs = [_Job(stretch, run) for run in runs(wanted, self._repository.index.find)]
+            jobs = [_Job(stretch, run) for run in runs(wanted, self._repository.places)]
             if not self._target.fresh:
                 jobs += [_Job(stretch, zeros) for zeros in self._zeros(self._at, end, numbers)]
             stretch.open = len(jobs)

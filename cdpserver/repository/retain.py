@@ -42,5 +42,5 @@ def _packs(repository: Repository, backup: Backup) -> Iterator[str]:
             content = chunks.page(number)
             ids = {content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE)} | {page}
             for id_ in ids - seen - {ZERO_ID}:
-                yield from (pack for pack, _ in repository.index.find(id_) if pack not in repository.doomed)
+                yield from (pack for pack in repository.whole(id_) if pack not in repository.doomed)
             seen |= ids

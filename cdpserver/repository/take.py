@@ -14,7 +14,7 @@ from cdpserver.errors import BrokenError, CorruptError, RefusedError
 from cdpserver.progress import Progress, nobody, part
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, Kind, chunk_count
+from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, chunk_count
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.pipeline import Pipeline
 from cdpserver.repository.place import HeldCheck
@@ -76,15 +76,14 @@ def check_list(repository: Repository, disk: BackedUpDisk) -> None:
 
 def check_chunks(repository: Repository, disk: BackedUpDisk) -> None:
     """Has every chunk of it a place still? CorruptError. A second and more for each TiB, and nothing is read of a chunk: what is
-    in its place is for `cdp repo check` to say.
+    in its place is for `cdp repo check` to say, and counts here once it was said.
     """
     check_list(repository, disk)
     chunks = ChunkList(repository, disk)
     for number in range(len(disk.pages)):
         page = chunks.page(number)
         ids = {page[at : at + ID_SIZE] for at in range(0, len(page), ID_SIZE)}
-        if repository.index.lacks(ids - {ZERO_ID}):
-            raise CorruptError("some of its chunks are gone")
+        repository.check_stored(ids - {ZERO_ID})
 
 
 def _is_all(sources: Sequence[Source], changed: int) -> bool:
@@ -219,7 +218,7 @@ def _store(
         assert before is not None
         old = ChunkList(repository, before)
         ranges = choice.ranges[number]
-    made = _List(repository, writer, old, count)
+    made = _List(writer, old, count)
 
     def put(chunk: int, id_: bytes) -> None:
         made.put(chunk, id_)
@@ -242,9 +241,9 @@ def _store(
 class _List:
     """The list of a disk's chunks, in ascending order: a page is stored when another one begins, so that one is in memory."""
 
-    def __init__(self, repository: Repository, writer: PackWriter, old: ChunkList | None, count: int) -> None:
+    def __init__(self, writer: PackWriter, old: ChunkList | None, count: int) -> None:
         """What is never put is as in `old`, or zeros."""
-        self._repository, self._writer, self._old = repository, writer, old
+        self._writer, self._old = writer, old
         self._count = count
         self._pages: list[bytes] = []
         self._page: bytearray | None = None
@@ -271,7 +270,7 @@ class _List:
         while len(self._pages) < number:
             if self._page is not None:
                 content = bytes(self._page)
-                self._pages.append(self._stored(content))
+                self._pages.append(self._writer.add_page(content))
             elif self._old is not None and self._old.disk.pages[len(self._pages)] != ZERO_ID:
                 content = self._old.page(len(self._pages))
                 self._pages.append(self._old.disk.pages[len(self._pages)])
@@ -280,14 +279,6 @@ class _List:
                 self._pages.append(ZERO_ID)
             self._page = None
             self.used += sum(content[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(content), ID_SIZE))
-
-    def _stored(self, content: bytes) -> bytes:
-        if not any(content):
-            return ZERO_ID
-        id_ = self._repository.id(content)
-        if self._writer.claim(id_):
-            self._writer.add(id_, Kind.PAGE, len(content), self._repository.seal(id_, Kind.PAGE, content))
-        return id_
 
 
 def chunks_of(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[int]:

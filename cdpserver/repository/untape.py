@@ -164,7 +164,7 @@ def _chunk(
         found.lost_chunks += 1
         return
     found.chunks += 1
-    if writer.claim(record.id):
+    if writer.claim_page(record.id, record.raw) if kind == Kind.PAGE else writer.claim(record.id):
         writer.add(record.id, kind, record.raw, (payload, record.codec))
 
 
