@@ -22,6 +22,7 @@ from recovery.output import answer, answer_json, say, show_time
 
 if TYPE_CHECKING:
     from cdpserver.check import Damage, Depth, Progress, Report
+    from cdpserver.check.anchor import Anchor
 
 FILES_NAMED = 20
 """Files of one damaged place that are named; nobody reads more, and the JSON says when there were others."""
@@ -44,11 +45,14 @@ def check(options: Namespace) -> None:
 
     _refuse_what_excludes(options)
     state = StateDir.open(default_state_dir(options.state_dir))
+    anchor = _anchor(options)
     catalog = CatalogCheck(state)
     with catalog.names() as names:
         disks = _disks_in(state, names, options.disk)
+        if anchor is not None:
+            live = {name: entry.id for name, entry in names.names().items() if entry.state == "live"}
+            anchor.miss(state, live)
     deadline = None if options.within is None else time.monotonic() + options.within / 1e9
-    anchors = _Anchors(Path(options.anchor)) if options.anchor is not None else None
     told = []
     reports: dict[str, Report] = {}
     for disk, id in disks.items():
@@ -69,56 +73,31 @@ def check(options: Namespace) -> None:
         told.append({**_as_dict(disk, state, report, depth, files), "catalog": catalog.elsewhere()})
         if not options.json:
             _answer_report(disk, report, state.path, files)
-        if anchors is not None:
-            anchors.take(disk, state.timeline(id), report)
-    for wrong in catalog.elsewhere() if not options.json else ():
-        say(f"{wrong['what']} ({wrong['hint']})")
+        if anchor is not None and (report.whole or report.chain is not None):
+            anchor.take(disk, state.timeline(id), report.chain)
+    for row in catalog.elsewhere() if not options.json else ():
+        say(f"{row['what']} ({row['hint']})")
     if options.json:
         answer_json(told if list(disks) != [options.disk] else told[0])
     for disk, report in reports.items():
         if not report.whole:
+            for wrong in anchor.wrong if anchor is not None else ():
+                say(wrong)
             places = len(report.damage) + report.untold
             raise CorruptError(
                 f"{disk} is damaged in {places} place{'s' if places > 1 else ''}",
                 hint=report.damage[0].finding.hint,
             )
-    if anchors is not None:
-        anchors.save()
+    if anchor is not None:
+        anchor.save()
 
 
-class _Anchors:
-    """The heads in an anchor, and those that are to replace them when all agree."""
+def _anchor(options: Namespace) -> "Anchor | None":
+    if options.anchor is None:
+        return None
+    from cdpserver.check.anchor import Anchor
 
-    def __init__(self, path: Path) -> None:
-        from cdpserver.check import anchor
-
-        self._path = path
-        self._held = anchor.load(path)
-        self._wrong: list[str] = []
-
-    def take(self, disk: str, directory: Path, report: "Report") -> None:
-        """Compare a chain with what was kept of it, and take its head."""
-        from cdpserver.check import anchor
-
-        head = report.chain
-        if head is None:
-            uuids = [uuid for uuid, row in self._held.items() if row.get("disk") == disk]
-            self._wrong += [f"{disk} has no hash chain, and had one when it was anchored"] if uuids else []
-            return
-        held = self._held.get(head.uuid.hex())
-        if held is not None and (wrong := anchor.compare(directory, head, held)):
-            self._wrong.append(f"{disk}: {wrong}")
-        self._held[head.uuid.hex()] = {"disk": disk, "links": head.links, "head": head.digest.hex()}
-
-    def save(self) -> None:
-        """Keep the new heads. CorruptError if any chain is not what it was; the anchor stays as it is then."""
-        from cdpserver.check import anchor
-
-        if self._wrong:
-            raise CorruptError(
-                "; ".join(self._wrong), hint="history was rewritten: compare it with a copy or a backup"
-            )
-        anchor.save(self._path, self._held)
+    return Anchor(Path(options.anchor), forget=options.forget)
 
 
 def _refuse_what_excludes(options: Namespace) -> None:
@@ -135,6 +114,10 @@ def _refuse_what_excludes(options: Namespace) -> None:
         raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one of them")
     if options.anchor is not None and not options.chain:
         raise UsageError("--anchor is of the hash chain", hint="cdp check DISK --chain --anchor FILE")
+    if options.forget and options.anchor is None:
+        raise UsageError(
+            "--forget is of an anchor", hint="cdp check DISK --chain --anchor FILE --forget DISK"
+        )
     if options.seed is not None and options.sample is None:
         raise UsageError("--seed is of a sample", hint="cdp check DISK --sample 5 --seed 1")
     if (options.resume or options.within is not None) and (options.quick or options.sample is not None):

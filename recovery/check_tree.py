@@ -66,5 +66,14 @@ def _add_check(commands: Commands) -> None:
         help="with --chain: compare with the heads kept in FILE, somewhere else, and keep the new ones there",
     )
     check.add_argument(
+        "--forget",
+        metavar="DISK",
+        action="append",
+        default=[],
+        type=names.check_disk_name,
+        help="with --anchor: what FILE has of this disk means nothing any more, since it was removed or made anew, "
+        "or its chain was begun anew by cdp repair",
+    )
+    check.add_argument(
         "--files", action="store_true", help="name the guest's files that damaged bytes belong to"
     )

@@ -21,7 +21,10 @@ from cdpserver.journal.log import interval_path
 from cdpserver.journal.record import BODY, CHECK, RECORD_SIZE, payload_digest
 from cdpserver.journal.record import Kind as RecordKind
 from cdpserver.journal.segment import PAGE, SegmentReader, data_path, log_path
-from tests.test_check import BLOCK, BOOT, Disk, disk, flip, template
+from cdpserver.timeline import load
+from recovery import check as command
+from recovery import cli
+from tests.test_check import BLOCK, BOOT, Disk, disk, empty_disk, fill, flip, template
 from tests.test_check_depth import cdp, named
 
 __all__ = ["disk", "named", "template"]  # fixtures
@@ -176,6 +179,16 @@ def test_a_broken_chain_does_not_keep_the_indexer_from_indexing(disk: Disk) -> N
         pass
 
 
+def ask(
+    disk: Disk, anchor: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
+) -> tuple[int, str]:
+    """Exit status and stderr of a check against an anchor."""
+    where = ("--state-dir", str(disk.state.path), "--quick", "--chain", "--anchor", str(anchor))
+    monkeypatch.setattr("sys.argv", ["cdp", "check", "d", *where, *more])
+    monkeypatch.setattr(command, "boot_id", lambda: BOOT)
+    return cli.main(), capsys.readouterr().err
+
+
 def test_an_anchor_elsewhere_shows_a_history_that_was_made_anew(
     named: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,3 +221,55 @@ def test_an_anchor_elsewhere_shows_a_history_that_was_made_anew(
     assert look(named).whole
     assert cdp(monkeypatch, capsys, *words)[0] == 4 and anchor.read_bytes() == kept
     assert cdp(monkeypatch, capsys, "check", "d", "--anchor", str(anchor))[0] == 2
+
+
+def test_a_timeline_made_anew_under_another_uuid_is_refused_until_it_is_told_to_forget(
+    named: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever may write everything gives the name to another timeline, whose chain agrees with itself."""
+    anchor = tmp_path / "anchor.json"
+    chained(named)
+    assert ask(named, anchor, monkeypatch, capsys, "--forget", "d")[0] == 2  # nothing is kept of it yet
+    assert ask(named, anchor, monkeypatch, capsys)[0] == 0
+    kept = anchor.read_bytes()
+    other = empty_disk(tmp_path / "other")
+    fill(other)
+    shutil.rmtree(named.directory)
+    shutil.copytree(other.directory, named.directory)
+    made = Disk(named.state, load(named.directory))
+    link(made)
+    assert made.timeline.uuid != named.timeline.uuid and look(made).whole
+    code, said = ask(made, anchor, monkeypatch, capsys)
+    assert code == 4 and "d is not the timeline that was anchored" in said and anchor.read_bytes() == kept
+    assert ask(made, anchor, monkeypatch, capsys, "--forget", "d")[0] == 0
+    (uuid,) = json.loads(anchor.read_bytes())["disks"]
+    assert uuid == made.timeline.uuid.hex() and ask(made, anchor, monkeypatch, capsys)[0] == 0
+
+
+def test_a_disk_that_was_anchored_and_is_gone_is_said_by_the_check_of_another(
+    named: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anchor = tmp_path / "anchor.json"
+    chained(named)
+    assert ask(named, anchor, monkeypatch, capsys)[0] == 0
+    kept = json.loads(anchor.read_bytes())
+    (row,) = kept["disks"].values()
+    kept["disks"] |= {"00" * 16: {**row, "disk": "web/root"}}
+    anchor.write_text(json.dumps(kept))
+    code, said = ask(named, anchor, monkeypatch, capsys)
+    assert code == 4 and "web/root was anchored, and is gone" in said
+    flip(named.log(2), PAGE + 20)
+    code, said = ask(named, anchor, monkeypatch, capsys)
+    assert code == 4 and "d is damaged" in said and "web/root was anchored, and is gone" in said
+    flip(named.log(2), PAGE + 20)
+    assert ask(named, anchor, monkeypatch, capsys, "--forget", "web/root")[0] == 0
+    # A disk that has another name now is the same timeline.
+    kept["disks"] = {
+        uuid: {**row, "disk": "before"} for uuid, row in kept["disks"].items() if uuid != "00" * 16
+    }
+    anchor.write_text(json.dumps(kept))
+    assert ask(named, anchor, monkeypatch, capsys)[0] == 0
+    assert [row["disk"] for row in json.loads(anchor.read_bytes())["disks"].values()] == ["d"]
+    kept["disks"] = {"a": {"disk": "d"}}
+    anchor.write_text(json.dumps(kept))
+    assert ask(named, anchor, monkeypatch, capsys)[0] == 4  # damaged, and said so
