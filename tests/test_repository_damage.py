@@ -201,7 +201,7 @@ def test_a_stream_heals(case: Case, kind: Kind) -> None:
 def test_gc_moves_what_is_damaged_where_else_it_is(case: Case) -> None:
     """Of two places the good one is about to go, and the other one stays for what else is in it."""
     case.back_up()
-    for chunk in (3, 5):
+    for chunk in (3, 5, *range(20, 30)):
         case.line.write(chunk * CHUNK, random.Random(chunk).randbytes(CHUNK))
     second = case.back_up()
     with case.repository() as repository:
