@@ -93,7 +93,7 @@ def list_(options: Namespace) -> None:
         rows = [
             {**backup.show(), "locked": backup.id in held}
             for backup in repository.backups()
-            if options.name in (None, backup.name.partition("@")[0], *(disk.name for disk in backup.disks))
+            if options.name in (None, backup.subject, *(disk.name for disk in backup.disks))
         ]
     if options.json:
         answer_json(rows)

@@ -211,7 +211,7 @@ def copy(options: Namespace) -> int:
             done = copying(
                 source,
                 target,
-                wanted=lambda backup: name in (None, backup.name.partition("@")[0]),
+                wanted=lambda backup: name in (None, backup.subject),
                 progress=lambda part: bar(int(part * 1000), 1000),
             )
     result = {

@@ -24,7 +24,7 @@ def export(options: Namespace) -> None:
             "the stream would go to this terminal", hint="write it to a file, a tape, or a pipe"
         )
     with opened_repository(options) as repository:
-        wanted = options.backup or repository.backup_ids()
+        wanted = options.backup or [brief.id for brief in repository.briefs()]
         backups = [find_backup(repository, id_) for id_ in wanted]
         if not backups:
             raise NotFoundError(

@@ -80,13 +80,14 @@ def find_backup(repository: Repository, text: str) -> Backup:
 
 def find_id(repository: Repository, text: str) -> str:
     """The same, whether it can be read or not."""
-    ids = repository.backup_ids()
     if text == "latest":
-        if not ids:
+        briefs = repository.briefs()
+        if not briefs:
             raise NotFoundError(
                 f"there is no backup in {repository.place.where}", hint="cdp backup run makes one"
             )
-        return ids[-1]
+        return briefs[-1].id
+    ids = repository.backup_ids()
     found = [id_ for id_ in ids if id_.startswith(text)]
     if len(found) > 1 and text not in found:
         raise UsageError(f"{len(found)} backups begin with {show(text)}", hint="write more of the id")

@@ -1,11 +1,13 @@
 """Backups as points: browsed, mounted and drilled; let go when nobody uses them; in a repository that is read-only, or hangs."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from cdpserver.config import Config
 from cdpserver.errors import NotFoundError
 from cdpserver.events import EventLog
 from cdpserver.repository import registered
+from cdpserver.repository.configuration import Config as RepositoryConfig
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.registered import Registered
-from cdpserver.repository.repository import Config as RepositoryConfig
 from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.take import back_up
 from cdpserver.service import attached
@@ -217,22 +219,47 @@ def test_a_repository_that_is_read_only_and_hangs(
         assert server.events("backup.detached")
 
 
-async def _not_of_the_service(
-    path: Path, monkeypatch: pytest.MonkeyPatch, hangs: Path, config: RepositoryConfig
-) -> None:
-    """A service whose repository hangs: that is said after a while, and no thread of the service's own waits meanwhile."""
+@contextlib.contextmanager
+def knowing(path: Path, *known: Registered) -> Iterator[tuple[Core, Attached]]:
+    """What a service has to do with repositories, without the service."""
     state = StateDir.create_or_open(path / "second")
     with Catalog.open(state, writable=True) as catalog:
         clock, _ = fix_clock(state.clock, lambda: START_NS)
         core = Core(state, Config(), clock, catalog, EventLog(state.events), Targets(state, 1))
-        service = Attached(core, Disks(core, Browsing(core)))
-        one = Registered(config.id.hex(), str(hangs), "")
-        registered.save(state.path, {one.id: one})
+        registered.save(state.path, {one.id: one for one in known})
+        yield core, Attached(core, Disks(core, Browsing(core)))
+
+
+def test_the_newest_of_several_repositories(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own time: one that a clock dated years ahead is not the latest, wherever it is."""
+    places = [DirectoryPlace(short_path / name) for name in "ab"]
+    known = [Registered(create(place, chunk_size=64 << 10).id.hex(), place.where, "") for place in places]
+    made: list[str] = []
+    real = time.time_ns
+    for place, ahead_ns in ((places[0], 0), (places[1], 1 << 60), (places[0], 0)):
+        with monkeypatch.context() as patch, Repository(place, cache=short_path / "cache") as opened:
+            patch.setattr(time, "time_ns", lambda ahead_ns=ahead_ns: real() + ahead_ns)
+            made.append(back_up(opened, [Made(64 << 10)], "made@1").id)
+
+    async def asked() -> None:
+        with knowing(short_path, *known) as (_, service):
+            assert [row["id"] for row in await service.backups(None)] == made
+            assert (await service.find("latest", None))[1] == made[-1]
+            assert (await service.find(made[1][:8], None)) == (known[1], made[1])
+
+    trio.run(asked)
+
+
+async def _not_of_the_service(
+    path: Path, monkeypatch: pytest.MonkeyPatch, hangs: Path, config: RepositoryConfig
+) -> None:
+    """A service whose repository hangs: that is said after a while, and no thread of the service's own waits meanwhile."""
+    with knowing(path, Registered(config.id.hex(), str(hangs), "")) as (core, service):
         with monkeypatch.context() as patch:
             patch.setattr(attached, "ANSWER_S", 0.5)  # it never answers, however long
             for _ in range(3):
                 assert await service.backups(None) == []
-            assert f"{hangs} has not answered" in state.events.read_text()
+            assert f"{hangs} has not answered" in core.state.events.read_text()
             with pytest.raises(NotFoundError, match="has not answered"):
                 await service.attach("backup:1999", None)
         assert core.threads.borrowed_tokens == 0

@@ -55,6 +55,7 @@ STAGES = (
         "cdpserver.index",
         "cdpserver.copying",
         "cdpserver.repository.clock",
+        "cdpserver.repository.configuration",
         "cdpserver.repository.content",
         "cdpserver.repository.damaged",
         "cdpserver.repository.format",

@@ -91,7 +91,7 @@ def copy(
         told = part(progress, number / len(lacking), (number + 1) / len(lacking))
         try:
             sources = [CopiedSource(source, disk, held) for disk in backup.disks]
-            known = Known(backup.id, backup.created_ns)
+            known = Known(backup.id, backup.created_ns, backup.order[0])
             copied.append(
                 back_up(
                     target,

@@ -8,7 +8,7 @@ opened once, and is shared.
 
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -56,6 +56,8 @@ class Index:
         """Pack number -> its name."""
         self._retained = self._env.open_db(b"retained")
         """Object -> until when the place keeps it from being deleted, at least."""
+        self._briefs = self._env.open_db(b"briefs")
+        """Backup -> what `Brief.pack` made of it; of an encrypted repository too."""
 
     def packs(self) -> set[str]:
         """The packs that it knows."""
@@ -123,6 +125,19 @@ class Index:
             value = txn.get(name.encode())
         return int(TIME.unpack(value)[0]) if value is not None else 0
 
+    def briefs(self) -> dict[str, bytes]:
+        """Those of backups that are known, and may be gone."""
+        with self._env.begin(db=self._briefs) as txn:
+            return {bytes(key).decode(): bytes(value) for key, value in txn.cursor()}
+
+    def note_briefs(self, new: Mapping[str, bytes], gone: Iterable[str]) -> None:
+        """What is known of more backups; of some that are gone nothing is."""
+        with self._env.begin(write=True, db=self._briefs) as txn:
+            for id_ in gone:
+                txn.delete(id_.encode())
+            for id_, value in new.items():
+                txn.put(id_.encode(), value)
+
     def close(self) -> None:
         """Nothing may be under way."""
         with _sharing:
@@ -150,7 +165,7 @@ def _environment(path: Path) -> lmdb.Environment:
 
 def _opened(path: Path) -> lmdb.Environment:
     env = lmdb.open(
-        str(path), subdir=False, map_size=MAP_BYTES, max_dbs=4, sync=False, mode=0o600, max_readers=512
+        str(path), subdir=False, map_size=MAP_BYTES, max_dbs=5, sync=False, mode=0o600, max_readers=512
     )
     try:
         env.open_db(b"chunks", dupsort=True, dupfixed=True)

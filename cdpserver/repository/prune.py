@@ -1,8 +1,8 @@
 """Which backups a rule keeps: one of each of the newest N hours, days, weeks, months or years that have any; and why each. Pure.
 
-The newest of a slot is kept. Slots without a backup do not count: neither a clock that is years ahead nor a machine that was off
-for a year makes all too old. A backup that is locked, or younger than the repository's immutable time, is kept whatever the
-rule says.
+The newest of a slot is kept, by the repository's own time: what a clock dated ahead is no newer for it. Slots without a backup do
+not count: neither a clock that is years ahead nor a machine that was off for a year makes all too old. A backup that is locked,
+or younger than the repository's immutable time, is kept whatever the rule says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,9 @@ def plan(
     Rules go by the calendar; what is immutable by the repository's own time, which is `lived_ns`.
     """
     verdicts = []
-    names = sorted({_of(backup) for backup in backups})
+    names = sorted({backup.subject for backup in backups})
     for name in names:
-        mine = sorted(
-            (b for b in backups if _of(b) == name), key=lambda b: (b.created_ns, b.id), reverse=True
-        )
+        mine = sorted((b for b in backups if b.subject == name), key=lambda b: b.order, reverse=True)
         taken: set[tuple[str, int]] = set()
         for number, backup in enumerate(mine):
             reasons = []
@@ -54,7 +52,7 @@ def plan(
             held = hold(backup, lived_ns, locked=locked, immutable_ns=immutable_ns)
             reasons += [held] if held else []
             verdicts.append(Verdict(backup, bool(reasons), ", ".join(reasons) or "no rule keeps it"))
-    return sorted(verdicts, key=lambda v: (v.backup.created_ns, v.backup.id))
+    return sorted(verdicts, key=lambda v: v.backup.order)
 
 
 def hold(backup: Backup, lived_ns: int, *, locked: Mapping[str, str], immutable_ns: int) -> str:
@@ -65,7 +63,3 @@ def hold(backup: Backup, lived_ns: int, *, locked: Mapping[str, str], immutable_
     if immutable_ns and left_ns > 0:
         return f"immutable for {format_duration(-(-left_ns // SECOND_NS) * SECOND_NS)} more"
     return ""
-
-
-def _of(backup: Backup) -> str:
-    return backup.name.partition("@")[0]

@@ -265,7 +265,7 @@ class Pushed:
             raise self._failed
         disks = [self._listed(disk, time_ns, grade) for disk in self.disks.values()]
         self._writer.flush()
-        intent, parent = self._intent, self._parent
+        intent, parent, now_ns = self._intent, self._parent, self._repository.now_ns()
         backup = Backup(
             id=intent.id,
             kind=intent.kind,
@@ -280,7 +280,8 @@ class Pushed:
             stored_bytes=self._writer.stored_bytes,
             seconds=round(time.monotonic() - self._started, 3),
             tags=dict(intent.tags),
-            since_ns=self._repository.now_ns(),
+            since_ns=now_ns,
+            made_ns=now_ns,
         )
         publish(self._repository, backup, self._check_held)
         return backup

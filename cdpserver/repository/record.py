@@ -47,7 +47,19 @@ class Backup:
     seconds: float = 0.0
     tags: dict[str, str] = field(default_factory=dict)
     since_ns: int = 0
-    """When it was made by the repository's time (clock.py): from then on it is immutable."""
+    """When it came here by the repository's time (clock.py): from then on it is immutable."""
+    made_ns: int = 0
+    """When it was made by the time of the repository that it was made in; copies and imports keep it."""
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """What sorts backups from the oldest to the newest, whatever a clock said when one was made."""
+        return self.made_ns or self.since_ns or self.created_ns, self.id
+
+    @property
+    def subject(self) -> str:
+        """The disk, VM or group: its name without the instant."""
+        return self.name.partition("@")[0]
 
     def pack(self) -> bytes:
         """As msgpack; who reads an unknown key passes over it."""
@@ -83,6 +95,40 @@ class Backup:
         if name is None:
             return self.disks[0] if len(self.disks) == 1 else None
         return next((d for d in self.disks if name in (d.name, d.name.rpartition("/")[2])), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What is enough of a backup to choose one of many: kept in the index, so that they are not all read for it."""
+
+    id: str
+    subject: str
+    """Empty for one that cannot be read."""
+    made_ns: int
+    seqs: dict[str, tuple[str, int]]
+    """(timeline, seq) by disk."""
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """As that of the backup; of one that cannot be read by the time that its id says."""
+        return self.made_ns, self.id
+
+    @classmethod
+    def of(cls, backup: Backup) -> Self:
+        """The brief of a backup."""
+        seqs = {disk.name: (disk.timeline, disk.seq) for disk in backup.disks}
+        return cls(backup.id, backup.subject, backup.order[0], seqs)
+
+    def pack(self) -> bytes:
+        """As msgpack."""
+        packed: bytes = msgpack.packb([self.subject, self.made_ns, self.seqs])
+        return packed
+
+    @classmethod
+    def unpack(cls, id_: str, data: bytes) -> Self:
+        """What `pack` made."""
+        subject, made_ns, seqs = msgpack.unpackb(data, max_map_len=1 << 16)
+        return cls(id_, subject, made_ns, {disk: (timeline, seq) for disk, (timeline, seq) in seqs.items()})
 
 
 def _disk(value: dict[str, Any]) -> BackedUpDisk:

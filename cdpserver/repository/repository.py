@@ -7,30 +7,34 @@ found damaged (damaged.py).
 """
 
 import contextlib
-import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from blake3 import blake3
 
-from cdpserver.durable import take_int, take_str
-from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
-from cdpserver.names import format_size, show
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.names import show
 from cdpserver.repository import clock, format, sessions
+from cdpserver.repository.configuration import (
+    AES,
+    CONFIG,
+    PLAIN,
+    Config,
+    check_chunk_size,
+    config_bytes,
+    config_from,
+)
 from cdpserver.repository.damaged import Damaged
 from cdpserver.repository.format import Entry, Kind
 from cdpserver.repository.index import Index
 from cdpserver.repository.place import Place
-from cdpserver.repository.record import Backup
+from cdpserver.repository.record import Backup, Brief
 from cdpserver.repository.seal import Keys, Sealer, derive_keys
 
-VERSION = 1
-CONFIG = "repo.json"
 CHECK = "cdp repo check says what that touches"
 
 DEFAULT_CHUNK = 256 << 10
@@ -38,44 +42,6 @@ DEFAULT_CHUNK = 256 << 10
 
 BACKUP_MAGIC = b"cdpback1"
 BACKUP_ID = b"backup".ljust(32, b"\0")
-
-PLAIN, AES = "none", "aes-256-gcm"
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What repo.json says; it never changes."""
-
-    id: bytes
-    chunk_size: int
-    cipher: str
-    salt: bytes
-    proof: bytes
-    created_ns: int
-    immutable_ns: int
-
-    def show(self) -> dict[str, Any]:
-        """As `cdp repo show` prints it, and as it is stored."""
-        return {
-            "version": VERSION,
-            "id": self.id.hex(),
-            "chunk_size": self.chunk_size,
-            "cipher": self.cipher,
-            "salt": self.salt.hex(),
-            "proof": self.proof.hex(),
-            "created_ns": self.created_ns,
-            "immutable_ns": self.immutable_ns,
-        }
-
-
-def check_chunk_size(size: int) -> int:
-    """A power of two within the limits. UsageError."""
-    if not format.MIN_CHUNK <= size <= format.MAX_CHUNK or size & (size - 1):
-        raise UsageError(
-            f"{size} bytes cannot be a chunk's size",
-            hint=f"a power of two from {format_size(format.MIN_CHUNK)} to {format_size(format.MAX_CHUNK)}",
-        )
-    return size
 
 
 def create(
@@ -110,7 +76,7 @@ def _put_config(place: Place, config: Config) -> None:
             hint="make a bucket with object lock (it cannot be added to every one later), or leave --immutable out",
         )
     until_ns = _retain_until_ns(now_ns or 0, config.immutable_ns) if place.locks else 0
-    place.put(CONFIG, _config_bytes(config), until_ns)
+    place.put(CONFIG, config_bytes(config), until_ns)
     if now_ns is None:
         clock.visit(place, lambda: 0)
 
@@ -118,10 +84,6 @@ def _put_config(place: Place, config: Config) -> None:
 def _retain_until_ns(now_ns: int, immutable_ns: int) -> int:
     """How long what backups share is retained: longer than any one that is made now, for those to come."""
     return now_ns + immutable_ns + immutable_ns // 4 if immutable_ns else 0
-
-
-def _config_bytes(config: Config) -> bytes:
-    return json.dumps(config.show(), indent=1).encode() + b"\n"
 
 
 def adopt(place: Place, config: Config) -> None:
@@ -146,37 +108,6 @@ def find_config(place: Place) -> Config | None:
         return config_from(place.get(CONFIG), place.where)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def config_from(data: bytes, where: str) -> Config:
-    """What repo.json says. CorruptError, RefusedError for one of a newer version."""
-    path = Path(CONFIG)
-    try:
-        value = json.loads(data)
-        version = take_int(value, "version", path, least=1)
-        if version > VERSION:
-            raise RefusedError(
-                f"{where} is of version {version}, and this program knows {VERSION}",
-                hint="use a newer program",
-            )
-        config = Config(
-            bytes.fromhex(take_str(value, "id", path)),
-            take_int(value, "chunk_size", path),
-            take_str(value, "cipher", path),
-            bytes.fromhex(take_str(value, "salt", path)),
-            bytes.fromhex(take_str(value, "proof", path)),
-            take_int(value, "created_ns", path),
-            take_int(value, "immutable_ns", path),
-        )
-        check_chunk_size(config.chunk_size)
-        if len(config.id) != 16 or config.cipher not in (PLAIN, AES):
-            raise ValueError("an id or a cipher that cannot be")
-    except (ValueError, AttributeError, UsageError, CorruptError) as error:
-        reason = error.message if isinstance(error, CorruptError | UsageError) else str(error)
-        raise CorruptError(
-            f"{CONFIG} of {where} is damaged: {reason}", hint="put it back from a copy"
-        ) from None
-    return config
 
 
 def default_cache() -> Path:
@@ -378,7 +309,7 @@ class Repository:
     # -- backups
 
     def backup_ids(self) -> list[str]:
-        """Of all backups, oldest first: an id begins with its time."""
+        """Of all backups, by what the clock said when each was made."""
         return sorted(name.split("/", 1)[1] for name, _ in self.place.names("backups"))
 
     def backup(self, id_: str) -> Backup:
@@ -405,11 +336,33 @@ class Repository:
 
     def backups(self) -> Iterator[Backup]:
         """All that can be read, oldest first; `cdp repo check` names the others."""
-        for id_ in self.backup_ids():
+        for brief in self.briefs():
             try:
-                yield self.backup(id_)
+                yield self.backup(brief.id)
             except (CorruptError, NotFoundError):
                 continue
+
+    def briefs(self) -> list[Brief]:
+        """Of all backups, oldest first, with those that cannot be read. Read is what the index does not know."""
+        known, ids = self.index.briefs(), self.backup_ids()
+        found, new = [], {}
+        for id_ in ids:
+            if id_ in known:
+                found.append(Brief.unpack(id_, known[id_]))
+                continue
+            try:
+                brief = Brief.of(self.backup(id_))
+            except NotFoundError:
+                continue  # removed meanwhile
+            except CorruptError:
+                found.append(Brief(id_, "", sessions.time_of(id_), {}))
+                continue
+            found.append(brief)
+            new[id_] = brief.pack()
+        gone = known.keys() - set(ids)
+        if new or gone:
+            self.index.note_briefs(new, gone)
+        return sorted(found, key=lambda brief: brief.order)
 
     def write_backup(self, backup: Backup) -> None:
         """Now it is one. All of its chunks are durable."""

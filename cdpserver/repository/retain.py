@@ -9,10 +9,11 @@ not for every backup. Until when is remembered in the index; forgotten, the plac
 
 from collections.abc import Iterator
 
+from cdpserver.repository.configuration import CONFIG
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, ZERO_ID
 from cdpserver.repository.record import Backup
-from cdpserver.repository.repository import CONFIG, Repository
+from cdpserver.repository.repository import Repository
 
 
 def retain(repository: Repository, backup: Backup) -> None:

@@ -76,7 +76,7 @@ def tidy(repository: Repository, subject: str, rules: tuple[Rule, ...] | None) -
 
 
 def _by_policy(backup: Backup, subject: str) -> bool:
-    return backup.name.partition("@")[0] == subject and backup.tags.items() >= BY_POLICY.items()
+    return backup.subject == subject and backup.tags.items() >= BY_POLICY.items()
 
 
 def run_copies(state_dir: Path, subject: str, *, of: str, to: str, keep: str | None) -> dict[str, Any]:

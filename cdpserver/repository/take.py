@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cdpserver.errors import BrokenError, CorruptError, RefusedError
+from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedError
 from cdpserver.progress import Progress, nobody, part
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
@@ -102,30 +102,32 @@ def _bytes(ranges: Iterable[tuple[int, int]]) -> int:
 
 
 def _parent(repository: Repository, sources: Sequence[Source], name: str) -> Backup | None:
-    """The newest backup of the same thing that is no later than this one."""
+    """The backup of the same thing whose instant is the newest that is no later than this one's; of several the newest."""
     seqs = {source.name: (source.timeline, source.seq) for source in sources}
-    for id_ in reversed(repository.backup_ids()):
-        try:
-            backup = repository.backup(id_)
-        except CorruptError:
+    found: list[tuple[int, tuple[int, str]]] = []
+    for brief in repository.briefs():
+        if brief.subject != name.partition("@")[0]:
             continue
-        if backup.name.partition("@")[0] == name.partition("@")[0]:
-            later = any(
-                d.timeline == seqs[d.name][0] and d.seq > seqs[d.name][1]
-                for d in backup.disks
-                if d.name in seqs
-            )
-            if not later:
-                return backup
+        same = [
+            (seq, seqs[disk][1])
+            for disk, (timeline, seq) in brief.seqs.items()
+            if disk in seqs and timeline == seqs[disk][0]
+        ]
+        if all(seq <= mine for seq, mine in same):
+            found.append((sum(seq for seq, _ in same), brief.order))
+    for _, (_, id_) in sorted(found, reverse=True):
+        with contextlib.suppress(CorruptError, NotFoundError):
+            return repository.backup(id_)
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The id and time that a backup has already, elsewhere."""
+    """The id and times that a backup has already, elsewhere."""
 
     id: str
     created_ns: int
+    made_ns: int
 
 
 def back_up(
@@ -164,6 +166,7 @@ def back_up(
                 for number, source in enumerate(sources)
             ]
             writer.flush()
+        now_ns = repository.now_ns()
         backup = Backup(
             id=id_,
             kind=choice.kind,
@@ -178,7 +181,8 @@ def back_up(
             stored_bytes=writer.stored_bytes,
             seconds=round(time.monotonic() - started, 3),
             tags=tags or {},
-            since_ns=repository.now_ns(),
+            since_ns=now_ns,
+            made_ns=now_ns if known is None else known.made_ns,
         )
         publish(repository, backup, check_held)
     return backup

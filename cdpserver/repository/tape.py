@@ -18,10 +18,11 @@ from blake3 import blake3
 from cdpserver.errors import CorruptError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
+from cdpserver.repository.configuration import Config, config_from
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, MAX_CHUNK, PAGE_IDS, ZERO_ID, Kind
 from cdpserver.repository.record import Backup
-from cdpserver.repository.repository import Config, Repository, config_from
+from cdpserver.repository.repository import Repository
 
 MAGIC = b"cdptape1"
 HEAD = struct.Struct("<8sII")

@@ -16,10 +16,11 @@ from blake3 import blake3
 from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.repository import sessions
 from cdpserver.repository.check import Damage, missing
+from cdpserver.repository.configuration import Config
 from cdpserver.repository.format import Kind
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.place import Place
-from cdpserver.repository.repository import Config, Repository, adopt, find_config
+from cdpserver.repository.repository import Repository, adopt, find_config
 from cdpserver.repository.retain import retain
 from cdpserver.repository.tape import (
     HEAD,
@@ -182,7 +183,7 @@ def _backup(repository: Repository, record: Record, payload: bytes, found: Impor
         found.damage += damage
         return
     if id_ not in repository.backup_ids():
-        backup = replace(backup, since_ns=repository.now_ns())
+        backup = replace(backup, since_ns=repository.now_ns(), made_ns=backup.order[0])
         retain(repository, backup)
         repository.write_backup(backup)
     found.backups.append(id_)

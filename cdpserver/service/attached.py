@@ -143,23 +143,24 @@ class Attached:
     async def backups(self, name: str | None) -> list[dict[str, Any]]:
         """The backups in the registered repositories (of the disk, VM or group `name`), oldest first; each id once."""
         core = self._core
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, tuple[int, dict[str, Any]]] = {}
         for one in (await core.thread(registered.load, core.state.path)).values():
             try:
-                for row in await self._reach(one.path, self._list, one, name):
-                    found.setdefault(row["id"], row)
+                for made_ns, row in await self._reach(one.path, self._list, one, name):
+                    found.setdefault(row["id"], (made_ns, row))
             except CdpError as error:
                 core.log.emit(
                     "repository.not-read", level="warning", repository=one.path, reason=error.message
                 )
-        return [row for _, row in sorted(found.items())]
+        return [row for _, (_, row) in sorted(found.items(), key=lambda item: (item[1][0], item[0]))]
 
-    def _list(self, one: Registered, name: str | None) -> list[dict[str, Any]]:
+    def _list(self, one: Registered, name: str | None) -> list[tuple[int, dict[str, Any]]]:
+        """(when it was made by the repository's time, what is told of it)."""
         with registered.open_registered(self._core.state.path, one) as repository:
             return [
-                _listed(backup, one)
+                (backup.order[0], _listed(backup, one))
                 for backup in repository.backups()
-                if name in (None, backup.name.partition("@")[0], *(disk.name for disk in backup.disks))
+                if name in (None, backup.subject, *(disk.name for disk in backup.disks))
             ]
 
     async def attach(self, text: str, repository: str | None) -> dict[str, Any]:
@@ -173,7 +174,7 @@ class Attached:
 
     async def _attach(self, wanted: str, inner: str, repository: str | None) -> dict[str, Any]:
         core = self._core
-        one, id_ = await self._find(wanted, repository)
+        one, id_ = await self.find(wanted, repository)
         vm = names.attached_name(id_)
         self._idle.use(vm, trio.current_time())  # it is not idle from the moment on in which it is seen
         backup = await self._reach(one.path, self._read, one, id_)
@@ -199,7 +200,7 @@ class Attached:
             "disks": [{"disk": disk, "point": point} for disk, point in points.items()],
         }
 
-    async def _find(self, wanted: str, repository: str | None) -> tuple[Registered, str]:
+    async def find(self, wanted: str, repository: str | None) -> tuple[Registered, str]:
         """The one repository that has the backup, and its whole id. One that is not there, or hangs, is passed over."""
         known = [
             one
@@ -209,16 +210,14 @@ class Attached:
         if not known:
             what = "no repository is registered" if repository is None else f"{repository} is not registered"
             raise NotFoundError(what, hint="cdp repo add PATH registers a repository")
-        found: list[tuple[Registered, str]] = []
+        found: list[tuple[Registered, tuple[int, str]]] = []
         silent = []
         for one in known:
             try:
-                ids = await self._reach(one.path, _ids_in, one.path)
+                found += [(one, aged) for aged in await self._reach(one.path, self._aged, one, wanted)]
             except CdpError as error:
                 silent.append(error.message)
-                continue
-            found += [(one, id_) for id_ in ids if wanted == "latest" or id_.startswith(wanted)]
-        different = {id_ for _, id_ in found}
+        different = {id_ for _, (_, id_) in found}
         if len(different) > 1 and wanted != "latest":
             raise UsageError(
                 f"{len(different)} backups begin with {names.show(wanted)}", hint="write more of the id"
@@ -230,8 +229,16 @@ class Attached:
                 f"there is no backup {names.show(wanted)} in {where}{more}", hint="cdp backup list"
             )
         # A copy in another repository has the same id, and is the same.
-        newest = max(different)
-        return next((one, id_) for one, id_ in found if id_ == newest)
+        newest = max(found, key=lambda each: each[1])[1][1]
+        return next((one, newest) for one, (_, id_) in found if id_ == newest)
+
+    def _aged(self, one: Registered, wanted: str) -> list[tuple[int, str]]:
+        """(when it was made, id) of the newest backup, or (0, id) of those whose ids begin so."""
+        if wanted != "latest":
+            ids = (name.removeprefix("backups/") for name, _ in open_place(one.path).names("backups"))
+            return [(0, id_) for id_ in ids if id_.startswith(wanted)]
+        with registered.open_registered(self._core.state.path, one) as repository:
+            return [brief.order for brief in repository.briefs()[-1:]]
 
     def _read(self, one: Registered, id_: str) -> Backup:
         with registered.open_registered(self._core.state.path, one) as repository:
@@ -319,10 +326,6 @@ def _writing(path: str) -> Iterator[None]:
 def _delete(path: str, name: str) -> None:
     with _writing(path):
         open_place(path).delete(name)
-
-
-def _ids_in(path: str) -> list[str]:
-    return sorted(name.split("/", 1)[1] for name, _ in open_place(path).names("backups"))
 
 
 def _listed(backup: Backup, one: Registered) -> dict[str, Any]:

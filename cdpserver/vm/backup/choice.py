@@ -7,11 +7,13 @@ A bitmap is called after the backup at whose instant it began, so it is the repo
     B is in the repository: A goes.    It is not, whoever was killed when: A counts, and B goes
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from cdpserver.errors import CorruptError
+from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.repository.record import FULL, INCREMENTAL, BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.take import NEW_REPOSITORY, Choice, check_chunks
@@ -77,15 +79,16 @@ def choose(
     """Incremental where every disk has a bitmap that began with a backup which is there and whole, and marks less than all."""
     if full:
         return Choice(FULL, "a full one was asked for")
-    backups = [one for one in _newest_first(repository) if one.name.partition("@")[0] == vm]
-    if not backups:
+    backups = _newest_first(repository, vm)
+    newest = next(backups, None)
+    if newest is None:
         return Choice(FULL, NEW_REPOSITORY)
-    if reason := _differs(backups[0], disks):
+    if reason := _differs(newest, disks):
         return Choice(FULL, reason)
     prefix = prefix_of(repository.config.id)
-    parent = next((one for one in backups if not _unmarked(disks, prefix, one.id)), None)
+    parent = next((one for one in chain([newest], backups) if not _unmarked(disks, prefix, one.id)), None)
     if parent is None:
-        return Choice(FULL, _unmarked(disks, prefix, backups[0].id))
+        return Choice(FULL, _unmarked(disks, prefix, newest.id))
     reason = _differs(parent, disks) or _why_not(repository, parent, disks, prefix, max_increments)
     if reason:
         return Choice(FULL, reason)
@@ -108,12 +111,11 @@ def _why_not(
     return ""
 
 
-def _newest_first(repository: Repository) -> Iterable[Backup]:
-    for id_ in reversed(repository.backup_ids()):
-        try:
-            yield repository.backup(id_)
-        except CorruptError:
-            continue
+def _newest_first(repository: Repository, vm: str) -> Iterator[Backup]:
+    for brief in reversed(repository.briefs()):
+        if brief.subject == vm:
+            with contextlib.suppress(CorruptError, NotFoundError):
+                yield repository.backup(brief.id)
 
 
 def _differs(backup: Backup, disks: Iterable[LiveDisk]) -> str:
