@@ -81,11 +81,11 @@ class Forward:
             if self._handle.get_size() < self.size:  # more when it has grown
                 raise RemovedError(f"{self.name} is another disk now", hint="connect again")
 
-    def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
+    def write(self, payload: memoryview, offset: int, *, fua: int = 0) -> None:
         """As Connection.write."""
         self._ask("pwrite", payload, offset, nbd.CMD_FLAG_FUA if fua else 0)
 
-    def zero(self, offset: int, length: int, *, trim: bool = False, fua: bool = False) -> None:
+    def zero(self, offset: int, length: int, *, trim: bool = False, fua: int = 0) -> None:
         """As Connection.zero."""
         self._ask("trim" if trim else "zero", length, offset, nbd.CMD_FLAG_FUA if fua else 0)
 

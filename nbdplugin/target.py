@@ -304,25 +304,25 @@ def _no_room(h: Handle, error: CdpError, where: str, again: Callable[[], None]) 
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     """Acknowledged when it would survive a kill of this process; with FUA when it is durable."""
     try:
-        h.write(memoryview(buf), offset, fua=bool(flags & FUA))
+        h.write(buf, offset, fua=flags & FUA)
     except CdpError as error:
-        _no_room(h, error, "write", lambda: h.write(memoryview(buf), offset, fua=bool(flags & FUA)))
+        _no_room(h, error, "write", lambda: h.write(buf, offset, fua=flags & FUA))
 
 
 def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload."""
     try:
-        h.zero(offset, count, fua=bool(flags & FUA))
+        h.zero(offset, count, fua=flags & FUA)
     except CdpError as error:
-        _no_room(h, error, "zero", lambda: h.zero(offset, count, fua=bool(flags & FUA)))
+        _no_room(h, error, "zero", lambda: h.zero(offset, count, fua=flags & FUA))
 
 
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload; the blocks read as zeros."""
     try:
-        h.zero(offset, count, trim=True, fua=bool(flags & FUA))
+        h.zero(offset, count, trim=True, fua=flags & FUA)
     except CdpError as error:
-        _no_room(h, error, "trim", lambda: h.zero(offset, count, trim=True, fua=bool(flags & FUA)))
+        _no_room(h, error, "trim", lambda: h.zero(offset, count, trim=True, fua=flags & FUA))
 
 
 def flush(h: Handle, flags: int) -> None:

@@ -58,6 +58,9 @@ class Kind(IntEnum):
     DURABLE = 6
 
 
+DATA, DURABLE = int(Kind.DATA), int(Kind.DURABLE)
+"""For the writer: at each write a member of an enumeration takes longer to find than the record's bytes take to store."""
+
 KNOWN_KINDS = frozenset(int(kind) for kind in Kind)
 
 CHANGES = (Kind.DATA, Kind.ZERO, Kind.TRIM, Kind.SAME)

@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from cdpserver import messages
+from cdpserver import limits, messages
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
 from cdpserver.journal.instants import Instants
@@ -183,6 +183,7 @@ class SegmentWriter:
         self.count = count
         self.place = -(-os.fstat(self.data_fd).st_size // BLOCK) * BLOCK
         self.window_start = -1
+        self._window_end = 0
         self.window: mmap.mmap | None = None
         self._map_window(count // WINDOW_RECORDS if count < SEGMENT_RECORDS else None)
 
@@ -211,6 +212,7 @@ class SegmentWriter:
             self.window.close()
         self.window = window
         self.window_start = number * WINDOW_RECORDS
+        self._window_end = min(self.window_start + WINDOW_RECORDS, SEGMENT_RECORDS)
 
     def clear_after_tail(self) -> None:
         """Zero what a killed writer left after the last published record of the mapped window."""
@@ -222,6 +224,14 @@ class SegmentWriter:
     def full(self) -> bool:
         """No further record fits."""
         return self.count >= SEGMENT_RECORDS
+
+    def fits(self, length: int) -> bool:
+        """Is there room for a payload of `length`? An empty data file takes any."""
+        return not self.place or self.place + length <= limits.SEGMENT_BYTES
+
+    def takes(self, length: int) -> bool:
+        """Is there room for one more record with that payload, with nothing to be done before?"""
+        return self.count < self._window_end and self.fits(length)
 
     def reserve(self) -> None:
         """Make sure that one more record fits into the mapped window; raises OSError on a full file system."""
@@ -240,13 +250,13 @@ class SegmentWriter:
 
     def append_payload(self, payload: bytes | memoryview) -> int:
         """Append a payload to the data file; returns its place. Raises OSError; nothing is then referred to."""
-        place = self.place
-        if len(payload) % SECTOR == 0 and len(payload) % BLOCK:
+        place, length = self.place, len(payload)
+        if length % BLOCK and length % SECTOR == 0:
             # The end of an unaligned disk. Once the disk has grown, the rest of this block is read too, and what a write
             # that failed left there must not show.
-            payload = bytes(payload) + bytes(-len(payload) % BLOCK)
+            payload = bytes(payload) + bytes(-length % BLOCK)
+            length = len(payload)
         written = os.pwrite(self.data_fd, payload, place)
-        length = len(payload)
         while written < length:
             # A short write: the rest again, so that a full file system shows itself as ENOSPC.
             written += os.pwrite(self.data_fd, memoryview(payload)[written:], place + written)

@@ -20,8 +20,9 @@ from typing import Any
 from cdpserver import durable, limits
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
+from cdpserver.journal.hashing import LARGE, beside
 from cdpserver.journal.log import Journal, interval_path
-from cdpserver.journal.record import NO_DIGEST, Kind, payload_digest
+from cdpserver.journal.record import DATA, DURABLE, NO_DIGEST, Kind, payload_digest
 from cdpserver.journal.resync import Reads, Resync
 from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter, log_path
 from cdpserver.limits import BLOCK, SECTOR
@@ -171,8 +172,7 @@ class JournalWriter:
 
         Raises NoSpaceError (nothing written, the writer goes on) or BrokenError (poisoned).
         """
-        length = len(payload)
-        resync = self._resync  # *synced*, said by another thread, ends it at any moment
+        length, resync = len(payload), self._resync  # *synced*, said by another thread, ends it at any moment
         if self.slow_s:
             time.sleep(self.slow_s)
         if (offset | length) % BLOCK and not self._ends_disk(offset, length):
@@ -180,7 +180,7 @@ class JournalWriter:
         elif resync is not None and resync.wants(offset, length):
             self._write_resync(resync, payload, offset)
         else:
-            digest = payload_digest(payload)
+            digest = payload_digest(payload) if length < LARGE else None
             with self._lock:
                 self._put_data(payload, offset, digest)
 
@@ -216,14 +216,20 @@ class JournalWriter:
             whole[offset - first : offset - first + len(payload)] = payload
             self._put_data(memoryview(whole), first, payload_digest(whole))
 
-    def _put_data(self, payload: memoryview, offset: int, digest: bytes) -> None:
-        self._reserve(len(payload))
+    def _put_data(self, payload: memoryview, offset: int, digest: bytes | None) -> None:
+        length = len(payload)
+        if self._broken or self._ends_interval or not self._segment.takes(length):
+            self._reserve(length)
+        append = self._segment.append_payload
         try:
-            place = self._segment.append_payload(payload)
+            if digest is None:
+                place, digest = beside(payload, append)
+            else:
+                place = append(payload)
         except OSError as error:
             raise self._failed(error) from error
-        self._publish(Kind.DATA, len(payload) // SECTOR, offset, place, digest)
-        self.payload_bytes += len(payload)
+        self._publish(DATA, length // SECTOR, offset, place, digest)
+        self.payload_bytes += length
 
     def _reserve(self, length: int, *, fresh: bool = False) -> None:
         """Room for one more record and its payload, `fresh` as the first of its segment. Under `_lock`."""
@@ -233,11 +239,7 @@ class JournalWriter:
         try:
             if self._ends_interval:
                 self._roll(new_interval=True)
-            elif (
-                segment.full
-                or (fresh and segment.count)
-                or (segment.place and segment.place + length > limits.SEGMENT_BYTES)
-            ):
+            elif segment.full or (fresh and segment.count) or not segment.fits(length):
                 self._roll(new_interval=segment.header.segment >= limits.INTERVAL_SEGMENTS)
             else:
                 segment.reserve()
@@ -252,7 +254,7 @@ class JournalWriter:
         # Readers look for a following segment only where its state tells them to.
         self._retire(old)
 
-    def _publish(self, kind: Kind, sectors: int, offset: int, place: int, digest: bytes) -> None:
+    def _publish(self, kind: int, sectors: int, offset: int, place: int, digest: bytes) -> None:
         now = self._clock_ns()
         if now < self.last_time_ns:
             now = self.last_time_ns
@@ -260,7 +262,7 @@ class JournalWriter:
         self._segment.put(kind, sectors, seq, now, offset, place, digest)
         self.last_seq = seq
         self.last_time_ns = now
-        if kind != Kind.DURABLE:
+        if kind != DURABLE:
             if self.change_seq <= self.durable_seq:
                 self._oldest_ns = now
             self.change_seq = seq

@@ -99,21 +99,22 @@ class Connection:
         if hears and not self.replaced and (writing or self.wrote):
             self._disk.refused()
 
-    def write(self, payload: memoryview, offset: int, *, fua: bool = False) -> None:
+    def write(self, payload: memoryview, offset: int, *, fua: int = 0) -> None:
         """On return the write survives a kill of any process; with `fua` a power loss."""
-        if not payload:
+        length = len(payload)
+        if not length:
             return
         try:
             with self.lock:
                 disk = self._disk
-                if disk.gone or disk.full or self.replaced or offset + len(payload) > disk.size:
-                    self._check(offset, len(payload), writing=True)
+                if disk.gone or disk.full or self.replaced or offset + length > disk.size:
+                    self._check(offset, length, writing=True)
                 if not self.wrote:
                     self._first_write()
                 counts = self.counts
                 number = counts.writes
                 counts.writes = number + 1
-                counts.data_bytes += len(payload)
+                counts.data_bytes += length
                 started = 0 if number & NOT_TIMED else perf_counter_ns()
                 journal = disk.journal
                 if journal is not None:
@@ -129,7 +130,7 @@ class Connection:
             self._refused(error, writing=True)
             raise
 
-    def zero(self, offset: int, length: int, *, trim: bool = False, fua: bool = False) -> None:
+    def zero(self, offset: int, length: int, *, trim: bool = False, fua: int = 0) -> None:
         """Make a range read as zeros: one record, whatever its length. `fua` as for `write`."""
         if length == 0:
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpserver.clock import boot_id
+from cdpserver.errors import RefusedError
 from cdpserver.index.store import CLOSED_NAME, find_index, open_index, release
 from cdpserver.journal.log import interval_path
 from cdpserver.state import StateDir
@@ -55,7 +56,15 @@ class Ours:
             yield name
         finally:
             until(lambda: self.client.disk(name)["clients"] == 0, "end of the clients")
+            until(lambda: self._removed(name), "end of who reads the disk")
+
+    def _removed(self, name: str) -> bool:
+        """Remove the disk, unless a base point that fell due is still being made of it."""
+        try:
             self.client.remove_disk(name)
+        except RefusedError:
+            return False
+        return True
 
     def uri(self, name: str) -> str:
         """Where the disk is written."""
