@@ -1,15 +1,19 @@
 """Chains of base points: trees, merges by stock tools, what stands in their way, and their death at every step."""
 
+import itertools
 import os
 import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cdpserver import durable, leases, nodes, qemu
 from cdpserver.catalog import Catalog, Row
@@ -366,27 +370,104 @@ def test_a_fork_is_not_published_on_what_goes(forest: Forest) -> None:
 # --- room
 
 
-def slots(*free: bool, id: str = "t1") -> list[Slot]:
-    return [Slot(id, number, is_free) for number, is_free in enumerate(free)]
+def slots(*free: bool, id: str = "t1", from_ns: int = 0) -> list[Slot]:
+    return [Slot(id, number, is_free, from_ns + number) for number, is_free in enumerate(free)]
+
+
+def at(*times: int, held: tuple[int, ...] = ()) -> list[Slot]:
+    """A chain with base points at these times, of which the newest is not free."""
+    return [
+        Slot("t1", number, number not in (len(times) - 1, *held), time) for number, time in enumerate(times)
+    ]
 
 
 @pytest.mark.parametrize(
     ("chain", "too_many", "expected"),
     [
-        (slots(True, True, False), 1, Pull("t1", 1, None, 1)),
-        (slots(True, True, False), 5, Pull("t1", 2, None, 2)),
+        (slots(True, True, False), 1, Pull("t1", 2, 0, 1)),
+        (slots(True, True, False), 5, Pull("t1", 2, 0, 1)),
+        (slots(True, False, False), 5, Pull("t1", 1, None, 1)),
         (slots(False, True, True, False), 1, Pull("t1", 2, 0, 1)),
         (slots(False, True, True, False), 2, Pull("t1", 3, 0, 2)),
-        (slots(True, False, True, True, False), 2, Pull("t1", 1, None, 1)),
+        (slots(True, False, True, True, False), 2, Pull("t1", 4, 1, 2)),
         (slots(False, False), 1, None),
         ([], 1, None),
-        ([*slots(False, True, False), *slots(True, False, id="t2")], 3, Pull("t1", 2, 0, 1)),
-        ([*slots(False, False), *slots(True, False, id="t2")], 3, Pull("t2", 1, None, 1)),
+        ([*slots(False, True, False), *slots(True, False, id="t2", from_ns=3)], 3, Pull("t1", 2, 0, 1)),
+        ([*slots(False, False), *slots(True, False, id="t2", from_ns=2)], 3, Pull("t2", 1, None, 1)),
+        ([*slots(True, True), *slots(False, id="t2", from_ns=2)], 3, Pull("t1", 1, None, 1)),
+        # The smallest span; the earliest of several; two halves before a piece of something longer.
+        (at(0, 10, 20, 25, 30, 40), 1, Pull("t1", 4, 2, 1)),
+        (at(0, 10, 20, 30, 40), 1, Pull("t1", 2, 0, 1)),
+        (at(0, 10, 20, 23, 24, 34), 1, Pull("t1", 4, 2, 1)),
+        (at(0, 40, 80, 81, 82), 1, Pull("t1", 4, 2, 1)),
+        (at(0, 20, 40, 60, 70, 80, 81), 1, Pull("t1", 5, 3, 1)),
+        (at(0, 10, 20, 25, 30, 40, held=(3,)), 1, Pull("t1", 3, 1, 1)),
+        # Many are to go: several at once, as long as that leaves no hole.
+        (at(*range(0, 120, 10)), 8, Pull("t1", 5, 0, 4)),
     ],
 )
 def test_what_makes_room(chain: list[Slot], too_many: int, expected: Pull | None) -> None:
-    """The earliest that are free and in a row, no more than are too many."""
+    """What leaves the chain most even, no more than are too many."""
     assert room.make_room(chain, too_many) == expected
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 100)), max_size=20),
+    st.integers(0, 20),
+    st.integers(1, 20),
+)
+def test_what_makes_room_is_free(steps: list[tuple[bool, int]], fork: int, too_many: int) -> None:
+    """Only what is free goes, of one timeline with what follows it there, no more than asked; where something may go, it does."""
+    time, chain = 0, []
+    for number, (free, later) in enumerate(steps):
+        time += later
+        chain.append(Slot("t2" if number >= fork else "t1", number, free, time))
+    followed = [slot.free and after.timeline == slot.timeline for slot, after in itertools.pairwise(chain)]
+    pull = room.make_room(chain, too_many)
+    if pull is None:
+        assert not any(followed)
+        return
+    assert 1 <= pull.count <= too_many
+    gone = chain[pull.number - pull.count : pull.number]
+    assert all(followed[slot.number] for slot in gone)
+    assert {slot.timeline for slot in gone} == {chain[pull.number].timeline} == {pull.timeline}
+    before = chain[gone[0].number - 1] if gone[0].number else None
+    assert pull.base == (before.number if before and before.timeline == pull.timeline else None)
+    if before is None:
+        assert not any(followed[gone[-1].number + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "more", "copies"),
+    [(4, 60, 2.1, 40), (6, 100, 1.5, 20), (8, 100, 1.35, 7), (16, 500, 1.15, 8), (32, 1000, 1.1, 7)],
+)
+def test_old_history_goes_with_a_short_chain(limit: int, keep: int, more: float, copies: float) -> None:
+    """History that is to be kept longer than `limit` base points follow each other: what is older can be dropped all the same.
+
+    `more`: how much is kept at most, of what is to be; `copies`: how often what was written is written again by merges.
+    """
+    chain: list[Slot] = []
+    written = 0
+    rounds = 5 * keep
+    for now in range(1, rounds + 1):
+        while len(chain) >= limit:
+            pull = room.make_room(chain, len(chain) + 1 - limit)
+            assert pull is not None and pull.count == 1
+            numbers = [slot.number for slot in chain]
+            end = numbers.index(pull.number)
+            written += chain[end].time_ns - (chain[end - 2].time_ns if end > 1 else 0)
+            del chain[end - 1]
+        chain.append(Slot("t1", now, True, now))
+        # As retention does: history stands on the newest that is old enough, and what is older goes.
+        stands = max((slot.time_ns for slot in chain if slot.time_ns < now - keep), default=0)
+        newest = chain[-1].number
+        chain = [
+            replace(slot, free=slot.number != newest and slot.time_ns != stands)
+            for slot in chain
+            if slot.time_ns >= stands
+        ]
+        assert now - stands <= more * keep, now
+    assert written <= copies * rounds
 
 
 def test_the_chain_of_a_fork_goes_on_in_its_parent(forest: Forest) -> None:

@@ -267,7 +267,7 @@ def test_chains_stay_below_their_limit(server: Server) -> None:
     server.request("PATCH", "/v1/policies/short", {"bp_every": "10s"})
     until(lambda: 4 in history.left(), "the clock's base point")
     server.request("PATCH", "/v1/policies/short", {"bp_every": "1h"})
-    assert history.left() == [1, 2, 3, 4]
+    assert history.left() in ([0, 1, 3, 4], [0, 2, 3, 4])  # by their times
     history.held[4], history.paths[4] = bytes(history.content), chain.with_name("bp-4.qcow2")
     history.check()
 
