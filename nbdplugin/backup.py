@@ -18,6 +18,7 @@ from cdpserver.repository.layer import Layer
 from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
 from nbdplugin import thread_state
+from nbdplugin.negotiation import Negotiations
 
 API_VERSION = 2
 
@@ -29,6 +30,7 @@ AHEAD = 8
 
 _parameters: dict[str, str] = {}
 _repository: Repository | None = None
+_negotiations = Negotiations()
 
 
 @dataclass
@@ -42,10 +44,15 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`repo=LOCATION`, `key_file=FILE` for an encrypted one."""
-    if key not in ("repo", "key_file"):
-        raise RuntimeError(f"unknown parameter {key}; there are repo=PATH and key_file=FILE")
-    _parameters[key] = value
+    """`repo=LOCATION`, `key_file=FILE` for an encrypted one; `negotiation=SECONDS`: who has chosen no export by then is gone."""
+    if key == "negotiation":
+        _negotiations.limit_s = float(value)
+    elif key in ("repo", "key_file"):
+        _parameters[key] = value
+    else:
+        raise RuntimeError(
+            f"unknown parameter {key}; there are repo=PATH, key_file=FILE and negotiation=SECONDS"
+        )
 
 
 def config_complete() -> None:
@@ -66,6 +73,12 @@ def after_fork() -> None:
     key = _parameters.get("key_file")
     secret = Path(key).read_bytes() if key is not None else None
     _repository = Repository(open_place(_parameters["repo"]), secret=secret)
+    _negotiations.begin(lambda count: nbdkit.debug(f"{count} connections chose no export in time"))
+
+
+def preconnect(readonly: bool) -> None:
+    """A client has come, and is not greeted yet."""
+    _negotiations.began()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -83,8 +96,11 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 def open(readonly: bool) -> Export:
     """The disk of the export name that the client asked for."""
-    assert _repository is not None
-    name = nbdkit.export_name()
+    with _negotiations.choosing():
+        return _chosen(nbdkit.export_name())
+
+
+def _chosen(name: str) -> Export:
     try:
         where, delta, other = name.partition("@delta:")
         backup_id, _, disk_name = where.partition("/")
@@ -108,6 +124,7 @@ def _content(backup_id: str, disk_name: str) -> Content:
 
 def close(h: Export) -> None:
     """Gives memory back."""
+    _negotiations.left()
     try:
         h.content.close()
     finally:

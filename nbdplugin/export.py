@@ -36,7 +36,7 @@ from cdpserver.view.view import View
 from cdpserver.view.volume import Part, VolumeView
 from nbdplugin import serving, thread_state
 from nbdplugin.admission import Admission, Clients
-from nbdplugin.negotiation import NEGOTIATION_S, Negotiations
+from nbdplugin.negotiation import Negotiations
 
 API_VERSION = 2
 
@@ -56,8 +56,7 @@ _came = threading.Event()
 _state: StateDir | None = None
 _catalog: Catalog | None = None
 _admission: Admission | None = None
-_negotiation_s = NEGOTIATION_S
-_negotiations: Negotiations | None = None
+_negotiations = Negotiations()
 _log: events.EventLog | None = None
 _maps: OrderedDict[tuple[str, int, str], Sequence[Part]] = OrderedDict()
 
@@ -81,7 +80,7 @@ def config(key: str, value: str) -> None:
     With `patience=SECONDS` it ends if no client has come by then; with `tls=1` nobody is let in over TCP without TLS; with
     `clients=N` no more than so many of each disk at once; with `negotiation=SECONDS` who has chosen no export by then is gone.
     """
-    global _state_dir, _alone, _patience_s, _tls, _clients, _verify, _negotiation_s
+    global _state_dir, _alone, _patience_s, _tls, _clients, _verify
     if key == "state_dir":
         _state_dir = value
     elif key == "alone":
@@ -95,7 +94,7 @@ def config(key: str, value: str) -> None:
     elif key == "clients":
         _clients = Clients(int(value))
     elif key == "negotiation":
-        _negotiation_s = float(value)
+        _negotiations.limit_s = float(value)
     else:
         raise RuntimeError(
             f"unknown parameter {key}={value}; there are state_dir=DIR, alone=1, verify=reads, patience=SECONDS, tls=1, "
@@ -126,25 +125,23 @@ def after_fork() -> None:
 
 
 def _start() -> None:
-    global _state, _catalog, _admission, _log, _negotiations
+    global _state, _catalog, _admission, _log
     _state = StateDir.open(Path(_state_dir))
     _catalog = Catalog.open(_state, writable=False)
     _admission = Admission(_state, _catalog, tls=_tls)
     _log = events.EventLog(_state.events)
-    _negotiations = Negotiations(_say_late, limit_s=_negotiation_s)
-    _negotiations.begin()
+    _negotiations.begin(_say_late)
     if _patience_s:
         threading.Thread(target=_lose_patience, daemon=True).start()
 
 
 def _say_late(count: int) -> None:
     assert _log is not None
-    _log.emit("export.negotiation-ended", level="warning", connections=count, after_s=_negotiation_s)
+    _log.emit("export.negotiation-ended", level="warning", connections=count, after_s=_negotiations.limit_s)
 
 
 def preconnect(readonly: bool) -> None:
     """A client has come, and is not greeted yet."""
-    assert _negotiations is not None
     _negotiations.began()
 
 
@@ -224,7 +221,6 @@ def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
 
 def open(readonly: bool) -> Export:
     """The instant of the export name that the client asked for."""
-    assert _negotiations is not None
     with _negotiations.choosing():
         return _chosen()
 
@@ -259,6 +255,7 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def close(h: Export) -> None:
     """Gives files, environments and leases back."""
+    _negotiations.left()
     try:
         h.view.close()
         if h.lease is not None:

@@ -26,6 +26,7 @@ from cdpserver.repository.places import open_place
 from cdpserver.repository.pushed import Disk, Intent, Pushed
 from cdpserver.repository.repository import Repository
 from nbdplugin import thread_state
+from nbdplugin.negotiation import Negotiations
 from nbdplugin.parent import outlive_parent
 
 API_VERSION = 2
@@ -39,6 +40,7 @@ PREFERRED = 64 << 10
 _control = -1
 _held = contextlib.ExitStack()
 _pushed: Pushed | None = None
+_negotiations = Negotiations()
 
 
 @dataclass
@@ -50,11 +52,14 @@ class Export:
 
 
 def config(key: str, value: str) -> None:
-    """`control=FD`: the number of a socket that is open here."""
+    """`control=FD`: the number of a socket that is open here; `negotiation=SECONDS`: who has chosen no export by then is gone."""
     global _control
-    if key != "control":
-        raise RuntimeError(f"unknown parameter {key}; there is control=FD")
-    _control = int(value)
+    if key == "negotiation":
+        _negotiations.limit_s = float(value)
+    elif key == "control":
+        _control = int(value)
+    else:
+        raise RuntimeError(f"unknown parameter {key}; there are control=FD and negotiation=SECONDS")
 
 
 def config_complete() -> None:
@@ -82,7 +87,13 @@ def after_fork() -> None:
         control.sendall(messages.pack(messages.error_fields(error)))
         raise
     control.sendall(messages.pack({"ok": True}))
+    _negotiations.begin(lambda count: nbdkit.debug(f"{count} connections chose no export in time"))
     threading.Thread(target=_answer, args=(control,), name="control", daemon=True).start()
+
+
+def preconnect(readonly: bool) -> None:
+    """A client has come, and is not greeted yet."""
+    _negotiations.began()
 
 
 def _begin(asked: dict[str, Any]) -> None:
@@ -131,6 +142,11 @@ def _do(asked: dict[str, Any]) -> dict[str, Any]:
 
 def open(readonly: bool) -> Export:
     """The disk of the export name that the client asked for."""
+    with _negotiations.choosing():
+        return _chosen()
+
+
+def _chosen() -> Export:
     assert _pushed is not None
     try:
         export = Export(_pushed.connect(nbdkit.export_name()))
@@ -143,6 +159,7 @@ def open(readonly: bool) -> Export:
 
 def close(h: Export) -> None:
     """Before the commit that is the end of the backup."""
+    _negotiations.left()
     assert _pushed is not None
     _pushed.lost(h.disk)
     thread_state.let_go(h.thread_state)

@@ -4,9 +4,10 @@ nbdkit tells its plugin neither a connection's socket nor of a negotiation that 
 thread before it greets the client, and `open` in the same thread when the client has chosen an export. What the thread of a
 connection that is late waits for is in /proc, and so its socket is known: shut down, it reads as ended by the client.
 
-    preconnect -> began      open -> choosing      a thread that is gone: forgotten at the next look
+    preconnect -> began      open -> choosing      close -> left      a thread that is gone: forgotten at the next look
 
-Needs `-t 1`: then all of a connection runs in one thread. A session is never touched, however long it is silent.
+A client that only asks about an export (NBD_OPT_INFO) has it opened and closed again, and negotiates on: that is why `close`
+counts. Needs `-t 1`: then all of a connection runs in one thread. A session is never touched, however long it is silent.
 """
 
 import contextlib
@@ -29,18 +30,19 @@ _TASKS = "/proc/self/task"
 
 
 class Negotiations:
-    """Which threads negotiate, and since when. `say` is told how many connections were ended, if any."""
+    """Which threads negotiate, and since when. `limit_s`: how long they may."""
 
-    def __init__(self, say: Callable[[int], None], *, limit_s: float = NEGOTIATION_S) -> None:
-        self._say = say
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float = NEGOTIATION_S) -> None:
+        self.limit_s = limit_s
         self._changed = threading.Condition()
         self._since: dict[int, tuple[float, bytes]] = {}
         """By thread: since when, and when the thread itself began, as the kernel counts; ids are given again."""
+        self._chosen: dict[int, tuple[float, bytes]] = {}
+        """The same of those whose client has an export open."""
 
-    def begin(self) -> None:
-        """Look after them from now on; call it in the process that serves."""
-        threading.Thread(target=self._look, daemon=True, name="negotiations").start()
+    def begin(self, say: Callable[[int], None]) -> None:
+        """Look after them from now on; call it in the process that serves. `say` is told how many were ended, if any."""
+        threading.Thread(target=self._look, args=(say,), daemon=True, name="negotiations").start()
 
     def began(self) -> None:
         """The thread that calls has a new client."""
@@ -63,15 +65,26 @@ class Negotiations:
                     self._since[thread] = held
                     self._changed.notify()
             raise
+        if held is not None:
+            with self._changed:
+                self._chosen[thread] = held
 
-    def _look(self) -> None:
+    def left(self) -> None:
+        """The export of the client of the thread that calls is closed: either he only asked about it, or he is gone."""
+        with self._changed:
+            held = self._chosen.pop(threading.get_native_id(), None)
+            if held is not None:
+                self._since[threading.get_native_id()] = held
+                self._changed.notify()
+
+    def _look(self, say: Callable[[int], None]) -> None:
         while True:
             with self._changed:
                 while not self._since:
                     self._changed.wait()
-            time.sleep(min(LOOK_S, self._limit_s))
+            time.sleep(min(LOOK_S, self.limit_s))
             if ended := self.end_late(time.monotonic()):
-                self._say(ended)
+                say(ended)
 
     def end_late(self, now_s: float) -> int:
         """End the connections that have negotiated for too long, at a time of the monotonic clock; how many."""
@@ -80,7 +93,7 @@ class Negotiations:
             for thread, (since_s, begun) in list(self._since.items()):
                 if _begun(thread) != begun:
                     del self._since[thread]
-                elif now_s >= since_s + self._limit_s:
+                elif now_s >= since_s + self.limit_s:
                     done += _shut(_waits_for(thread))
         return done
 

@@ -33,7 +33,7 @@ from cdpserver.target.registry import Registry
 from nbdplugin import serving, thread_state
 from nbdplugin.admission import Admission, Clients
 from nbdplugin.forward import DIRECT, Forward
-from nbdplugin.negotiation import NEGOTIATION_S, Negotiations
+from nbdplugin.negotiation import Negotiations
 
 API_VERSION = 2
 
@@ -52,8 +52,7 @@ _tls = False
 _clients = Clients(NBD_CLIENTS)
 _registry: Registry | None = None
 _admission: Admission | None = None
-_negotiation_s = NEGOTIATION_S
-_negotiations: Negotiations | None = None
+_negotiations = Negotiations()
 
 
 def registry() -> Registry:
@@ -73,7 +72,7 @@ def config(key: str, value: str) -> None:
     this process is; `tls=1`: over TCP nobody is let in without; `clients=N`: so many of each disk at once; `negotiation=SECONDS`:
     who has chosen no export by then is gone.
     """
-    global _state_dir, _durable_lag_ns, _worker, _workers, _tls, _clients, _negotiation_s
+    global _state_dir, _durable_lag_ns, _worker, _workers, _tls, _clients
     if key == "state_dir":
         _state_dir = value
     elif key == "durable_lag_ns":
@@ -87,7 +86,7 @@ def config(key: str, value: str) -> None:
     elif key == "clients":
         _clients = Clients(int(value))
     elif key == "negotiation":
-        _negotiation_s = float(value)
+        _negotiations.limit_s = float(value)
     else:
         raise RuntimeError(
             f"unknown parameter {key}; state_dir=DIR, durable_lag_ns=N, worker=K, workers=N, tls=1, clients=N, "
@@ -114,24 +113,22 @@ def after_fork() -> None:
 
 
 def _start() -> None:
-    global _registry, _admission, _negotiations
+    global _registry, _admission
     state = StateDir.open(Path(_state_dir))
     _registry = Registry(state, durable_lag_ns=_durable_lag_ns, worker=_worker, workers=_workers)
     _admission = Admission(state, _registry.catalog, tls=_tls)
     _registry.start()
-    _negotiations = Negotiations(_say_late, limit_s=_negotiation_s)
-    _negotiations.begin()
+    _negotiations.begin(_say_late)
 
 
 def _say_late(count: int) -> None:
     registry().log.emit(
-        "target.negotiation-ended", level="warning", connections=count, after_s=_negotiation_s
+        "target.negotiation-ended", level="warning", connections=count, after_s=_negotiations.limit_s
     )
 
 
 def preconnect(readonly: bool) -> None:
     """A client has come, and is not greeted yet."""
-    assert _negotiations is not None
     _negotiations.began()
 
 
@@ -169,7 +166,6 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def open(readonly: bool) -> Handle:
     """The disk of the export name that the client asked for."""
-    assert _negotiations is not None
     with _negotiations.choosing():
         return _chosen()
 
@@ -213,7 +209,8 @@ def _connect(export: DiskExport | MirrorExport, *, direct: bool) -> Handle:
 
 
 def close(h: Handle) -> None:
-    """The client is gone."""
+    """The client is gone, or only asked."""
+    _negotiations.left()
     try:
         h.close()
     finally:

@@ -100,7 +100,7 @@ class Children:
         self._orphans = orphans
         self._kept = False
         self.targets = [
-            Child(f"{TARGET}-{number}", _target(state, config, number), listeners.of_worker(number))
+            Child(f"{TARGET}-{number}", target_command(state, config, number), listeners.of_worker(number))
             for number in range(config.workers)
         ]
         self.export = Child(EXPORT, export_command(state, config), listeners.of_export())
@@ -200,7 +200,7 @@ class Children:
         return status
 
 
-def _target(state: StateDir, config: Config, number: int) -> list[str]:
+def target_command(state: StateDir, config: Config, number: int) -> list[str]:
     return _nbdkit(
         TARGET,
         state,

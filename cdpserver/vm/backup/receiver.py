@@ -160,22 +160,28 @@ async def kill(process: trio.Process) -> None:
 
 
 async def _start(nbd: Path, control: socket.socket, log: BinaryIO) -> trio.Process:
-    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     try:
         return await trio.lowlevel.open_process(
-            [*_command(nbd), f"control={control.fileno()}"],
+            [*command(nbd), f"control={control.fileno()}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log.fileno(),
             pass_fds=[control.fileno()],
-            env={**os.environ, "PATH": path},
+            env=environment(),
             start_new_session=True,  # it is not to hear the terminal's Ctrl-C before we have ended
         )
     except OSError as error:
         raise BrokenError(f"nbdkit cannot be started: {error}", hint="apt-get install nbdkit") from None
 
 
-def _command(nbd: Path) -> list[str]:
+def environment() -> dict[str, str]:
+    """nbdkit finds its Python by PATH."""
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return {**os.environ, "PATH": path}
+
+
+def command(nbd: Path) -> list[str]:
+    """How the process is started that listens at `nbd`; it takes `control=FD` as well."""
     found = importlib.util.find_spec("nbdplugin")
     assert found is not None and found.submodule_search_locations
     plugin = Path(found.submodule_search_locations[0]) / "intake.py"
