@@ -27,8 +27,11 @@ STATUS_BYTES = 1 << 30
 """Zeros checked by block status at a time, so that a zeroed terabyte is not read."""
 
 
-def compare(uri: str, delta: Delta, progress: Progress = nobody) -> None:
-    """CorruptError unless the image served at `uri` holds what the newer instant of `delta` holds where they differ."""
+def compare(uri: str, delta: Delta, progress: Progress = nobody, *, apart: bool = False) -> None:
+    """CorruptError unless the image served at `uri` holds what the newer instant of `delta` holds where they differ.
+
+    With `apart` each of its ranges has been compared before the next is asked for.
+    """
     image = nbd.NBD()
     try:
         image.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
@@ -38,6 +41,8 @@ def compare(uri: str, delta: Delta, progress: Progress = nobody) -> None:
         reads = _Reads(image, delta)
         for start, end in delta.ranges:
             _compare_range(image, reads, start, end)
+            if apart:
+                reads.finish()
             progress(end / delta.size)
         reads.finish()
         image.shutdown()

@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,10 @@ from recovery.output import answer, answer_json, say, show_time
 if TYPE_CHECKING:
     from cdpserver.check import Damage, Depth, Progress, Report
     from cdpserver.check.anchor import Anchor
+    from cdpserver.check.depth import Part
+
+KEEP_S = 2.0
+"""How much of a check in parts is done again when it was killed."""
 
 FILES_NAMED = 20
 """Files of one damaged place that are named; nobody reads more, and the JSON says when there were others."""
@@ -140,11 +144,11 @@ def _depth(options: Namespace, note: Path, deadline: float | None) -> "Depth":
         return Sample(percent=options.sample, seed=seed)
     if options.resume:
         try:
-            return Part.from_json(durable.read_json(note), ends)
+            return replace(Part.from_json(durable.read_json(note), ends), keep=_keeper(note))
         except FileNotFoundError:
             say("no check of it is under way: this one begins anew")
     if options.resume or options.within is not None:
-        return Part(content=options.full, ends=ends)
+        return Part(content=options.full, ends=ends, keep=_keeper(note))
     return Everything(content=options.full)
 
 
@@ -167,8 +171,25 @@ def _keep(note: Path, depth: "Depth", report: "Report") -> None:
     if report.complete:
         note.unlink(missing_ok=True)
         return
+    _write_note(note, depth)
+
+
+def _write_note(note: Path, part: "Part") -> None:
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    durable.write_json(note, depth.as_json())
+    durable.write_json(note, part.as_json())
+
+
+def _keeper(note: Path) -> "Callable[[Part], None]":
+    """Writes now and then how far a check is, so that one that is killed can be gone on with."""
+    kept_s = time.monotonic()
+
+    def keep(part: "Part") -> None:
+        nonlocal kept_s
+        if time.monotonic() - kept_s >= KEEP_S:
+            _write_note(note, part)
+            kept_s = time.monotonic()
+
+    return keep
 
 
 # --- the answer

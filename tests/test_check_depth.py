@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,24 @@ import pytest
 from cdpserver import sums
 from cdpserver.catalog import Catalog
 from cdpserver.catalog.rows import FORMAT, TABLES
-from cdpserver.check import Report, check_timeline
-from cdpserver.check.depth import BASE, END, PAYLOAD, Depth, Part, Quick, Sample
+from cdpserver.check import Report, basepoints, check_timeline
+from cdpserver.check.depth import (
+    BASE,
+    BASE_POINT,
+    CONTENT,
+    END,
+    INDEX,
+    MERGED_INDEXES,
+    PAYLOAD,
+    Depth,
+    Part,
+    Quick,
+    Sample,
+)
 from cdpserver.errors import CorruptError
 from recovery import check as command
 from recovery import cli
-from tests.test_check import BLOCK, BOOT, SEQS, SIZE, Disk, disk, flip, template
+from tests.test_check import BLOCK, BOOT, SEQS, SIZE, Disk, disk, flip, make_base_point, template
 
 __all__ = ["disk", "template"]  # fixtures
 
@@ -88,6 +103,41 @@ def test_a_damaged_note_of_a_part_is_refused(value: dict[str, object]) -> None:
         Part.from_json(value, lambda: False)
 
 
+def test_the_time_is_over_while_indexes_are_checked(disk: Disk) -> None:
+    seen: list[str] = []
+    part = Part(ends=lambda: "index" in seen)
+    report = check_timeline(
+        disk.state.path, "t1", boot_id=BOOT, depth=part, progress=lambda stage, *_: seen.append(stage)
+    )
+    assert not report.complete and part.at == (INDEX, 1, 0, 0) and seen.count("index") == 1
+
+
+@pytest.mark.real
+def test_base_points_are_verified_block_by_block_and_compared_piece_by_piece(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "BLOCK", 1 << 16)
+    monkeypatch.setattr(basepoints, "PIECE", SIZE // 4)
+    path = make_base_point(disk, 0, "base.raw", fill=9)  # which differs in its third quarter
+    sums.write(path)
+    mtime = path.stat().st_mtime_ns
+    flip(path, path.stat().st_size - 1)
+    os.utime(path, ns=(mtime, mtime))
+    blocks = -(-path.stat().st_size // sums.BLOCK)
+    part, ended = Part(at=(INDEX, MERGED_INDEXES, 0, 0), content=True), []
+    for _ in range(blocks + 5):
+        looks = iter([False])
+        part = Part.from_json(part.as_json(), lambda looks=looks: next(looks, True))  # type: ignore[misc]
+        report = look(disk, part)
+        ended.append(part.at)
+    assert ended[: blocks + 4] == [
+        *((BASE_POINT, 0, block, 0) for block in range(blocks + 1)),
+        *((CONTENT, 0, piece, 0) for piece in (1, 2, 3)),
+    ]
+    assert report.complete and part.damaged == {(BASE_POINT, 0, blocks, 0), (CONTENT, 0, 3, 0)}
+    assert said(report) == said(disk.check(full=True)) and len(said(report)) == 2
+
+
 # --- sums
 
 
@@ -148,6 +198,50 @@ def test_check_in_parts_keeps_where_it_was(
     found = json.loads(out)
     assert code == 4 and found["complete"] is True and found["damage"][0]["from_seq"] == SEQS["a"]
     assert list((tmp_path / "home").rglob("*.json")) == []
+
+
+KILLED = """
+import os, signal, sys
+from cdpserver.check.depth import Part
+from recovery import check, cli
+
+last, check.KEEP_S, check.boot_id, takes = tuple(map(int, sys.argv.pop().split())), 0.0, lambda: "boot-one-0", Part.takes
+
+def takes_and_dies(part, place):
+    took = takes(part, place)
+    if place == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return took
+
+Part.takes = takes_and_dies
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "at"), [("1 1 1 4", [PAYLOAD, 1, 1, 3]), (f"2 {MERGED_INDEXES} 0 0", [INDEX, 2, 0, 0])]
+)
+def test_a_check_in_parts_that_is_killed_goes_on_where_it_was(
+    named: Disk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    last: str,
+    at: list[int],
+) -> None:
+    """The unit that it was killed in is done again, and what was damaged before it is not forgotten."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    flip(named.data(1), WROTE_A)
+    words = ("check", "d", "--state-dir", str(named.state.path), "--within", "1h")
+    ended = subprocess.run([sys.executable, "-c", KILLED, *words, last], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (note,) = (tmp_path / "home").rglob("*.json")
+    kept = json.loads(note.read_bytes())
+    assert kept["at"] == at and kept["again"] == [[PAYLOAD, 1, 1, 3]]
+    code, out = cdp(monkeypatch, capsys, *words, "--resume", "--json")
+    found = json.loads(out)
+    assert code == 4 and found["complete"] and [row["from_seq"] for row in found["damage"]] == [SEQS["a"]]
+    assert not note.exists()
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from cdpserver.check.basepoints import (
     check_base,
     check_base_content,
     check_base_point,
+    check_base_point_content,
     compare_base_point,
 )
 from cdpserver.check.damage import Damage, Effects, Finding
-from cdpserver.check.depth import BASE_POINT, CONTENT, INDEX, MERGED_INDEXES, Depth, Everything, Part
+from cdpserver.check.depth import BASE_POINT, INDEX, MERGED_INDEXES, Depth, Everything, Part
 from cdpserver.check.isolated import MERGED, check_indexes
 from cdpserver.check.links import Head, broken_links, check_links
 from cdpserver.check.segments import SegmentCheck, Totals, size_bytes
@@ -225,9 +226,12 @@ def _the_rest(
             check.sizes.get(number),
             deep=depth.takes(place),
         )
-        for finding in _still(directory, found_wrong):
+        wrong = _still(directory, found_wrong)
+        if wrong:
             depth.found(place)
-            yield finding
+        else:
+            wrong = list(check_base_point_content(directory, number, known, depth))
+        yield from wrong
         if number not in known and not check.unsure:
             path = directory / f"bp-{number}.qcow2"
             what = f"there is a base point {number}, but no record of its cut"
@@ -240,13 +244,13 @@ def _indexes(
     directory: Path, check: SegmentCheck, boot_id: str, progress: Progress, depth: Depth
 ) -> Iterator[Finding]:
     """The intervals' indexes, and then the merged ones."""
-    wanted = [number for number in intervals(directory) if depth.takes((INDEX, number, 0, 0))]
-    merged = depth.takes((INDEX, MERGED_INDEXES, 0, 0))
-    numbers = [*wanted, *([MERGED] if merged else [])]
-    for done, found in enumerate(check_indexes(directory, numbers, check.unsure, boot_id), start=1):
-        progress("index", done, len(numbers))
+    numbers = [*intervals(directory), MERGED]
+    places = {number: place for place, number in enumerate(numbers, start=1)}
+    wanted = (number for number in numbers if depth.takes((INDEX, number or MERGED_INDEXES, 0, 0)))
+    for number, found in check_indexes(directory, wanted, check.unsure, boot_id):
+        progress("index", places[number], len(numbers))
         if found:
-            depth.found((INDEX, numbers[done - 1] or MERGED_INDEXES, 0, 0))
+            depth.found((INDEX, number or MERGED_INDEXES, 0, 0))
         yield from found
 
 
@@ -291,10 +295,5 @@ def _cuts(directory: Path, check: SegmentCheck, history: History | None) -> Cuts
 def _contents(history: History, known: Cuts, progress: Progress, depth: Depth) -> Iterator[Finding]:
     files = [number for number in published(history.directory) if number in known]
     for done, number in enumerate(files, start=1):
-        place = (CONTENT, number, 0, 0)
-        if not depth.takes(place):
-            continue
-        for finding in _still(history.directory, partial(compare_base_point, history, number, known[number])):
-            depth.found(place)
-            yield finding
+        yield from compare_base_point(history, number, known[number], depth)
         progress("content of base points", done, len(files))

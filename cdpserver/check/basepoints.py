@@ -8,14 +8,18 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cdpserver import qemu, readback, sums, timeline
+from cdpserver.chain.lock import stays
 from cdpserver.check.damage import Finding
-from cdpserver.check.depth import BASE, Depth
+from cdpserver.check.depth import BASE, BASE_POINT, CONTENT, PIECE, Depth
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.journal.firstcopy import base_lost
+from cdpserver.limits import MAX_DISK_SIZE
 from cdpserver.nodes import NUMBERED, base_point_path, published, read_header, without_note
 from cdpserver.repository.registered import content_of
 from cdpserver.timeline import BackupBase, EmptyBase, ImageBase, PointBase, Timeline
@@ -106,13 +110,7 @@ def check_base_point(
     """
     directory = state_dir / "timelines" / timeline_.id
     path = base_point_path(directory, number)
-    # What stands on it is no better.
-    named = tuple(f"bp:{later}" for later in published(directory) if later >= number)
-    seq, time_ns = cuts.get(number, (0, 0))
-
-    def finding(what: str) -> Finding:
-        return Finding(what, path, seq, time_ns, seq, time_ns, named=named, hint=AGAIN)
-
+    finding = partial(_of_base_point, directory, number, cuts)
     try:
         backing, size = read_header(path)
     except CorruptError as error:
@@ -145,9 +143,29 @@ def check_base_point(
     except CorruptError as error:
         yield finding(f"qemu-img does not find base point {number} whole: {error.message}")
         return
-    blocks = list(sums.wrong(path, takes=lambda _: True))
-    if blocks:
-        yield finding(f"{len(blocks)} MiB of the file of base point {number} are not what was written")
+
+
+def check_base_point_content(directory: Path, number: int, cuts: CUTS, depth: Depth) -> Iterator[Finding]:
+    """Is the file of a published base point as it was when its sums were written, also while nobody merges?"""
+    path = base_point_path(directory, number)
+    with contextlib.suppress(FileNotFoundError):  # merged away meanwhile
+        wrong = set(sums.wrong(path, takes=lambda block: depth.takes((BASE_POINT, number, block + 1, 0))))
+        if not wrong:
+            return
+        with stays(directory):
+            blocks = list(sums.wrong(path, takes=wrong.__contains__))
+        for block in blocks:
+            depth.found((BASE_POINT, number, block + 1, 0))
+        if blocks:
+            what = f"{len(blocks)} MiB of the file of base point {number} are not what was written"
+            yield _of_base_point(directory, number, cuts, what)
+
+
+def _of_base_point(directory: Path, number: int, cuts: CUTS, what: str) -> Finding:
+    """What stands on it is no better."""
+    named = tuple(f"bp:{later}" for later in published(directory) if later >= number)
+    cut = cuts.get(number, (0, 0))
+    return Finding(what, base_point_path(directory, number), *cut, *cut, named=named, hint=AGAIN)
 
 
 def _is_backing(state_dir: Path, timeline_: Timeline, number: int, backing: str) -> bool:
@@ -181,32 +199,71 @@ def _stands_on_itself(path: Path) -> bool:
     return False
 
 
-class _Whole(Delta):
-    """All of a view, as a delta from nothing: what a comparison of whole disks goes through."""
+class _Pieces(Delta):
+    """Pieces of a view, as a delta from nothing. They are asked for one by one."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, pieces: Iterable[int]) -> None:
         self.new = view
-        self.ranges = [(0, view.size)]
         self.size = view.size
+        self.ranges = _ranges(pieces, view.size)  # type: ignore[assignment]
 
 
-def compare_base_point(history: History, number: int, cut: tuple[int, int]) -> Iterator[Finding]:
-    """Read a base point with all that it stands on, and compare it with the journal's view of the same instant."""
+def _ranges(pieces: Iterable[int], size: int) -> Iterator[tuple[int, int]]:
+    for piece in pieces:
+        yield piece * PIECE, min((piece + 1) * PIECE, size)
+
+
+def compare_base_point(
+    history: History, number: int, cut: tuple[int, int], depth: Depth
+) -> Iterator[Finding]:
+    """Read a base point with all that it stands on, and compare it with the journal's view of the same instant.
+
+    Up to the first piece that differs. What is wrong is still so while nobody merges.
+    """
+    asked: list[int] = []
+
+    def wanted() -> Iterator[int]:
+        for piece in range(-(-_size(history, number) // PIECE)):
+            if depth.takes((CONTENT, number, piece + 1, 0)):
+                asked.append(piece)
+                yield piece
+
+    pieces = wanted()
+    for first in pieces:  # once; and again, where a merge replaced the file under it
+        if not _compare(history, number, cut, chain([first], pieces)):
+            return
+        with stays(history.directory):
+            found = _compare(history, number, cut, asked[-1:])
+        if found:
+            depth.found((CONTENT, number, asked[-1] + 1, 0))
+            yield from found
+            return
+
+
+def _size(history: History, number: int) -> int:
+    """Bytes of the disk in a base point."""
+    with contextlib.suppress(CorruptError, FileNotFoundError):
+        return min(read_header(base_point_path(history.directory, number))[1], MAX_DISK_SIZE)
+    return history.timeline.size
+
+
+def _compare(history: History, number: int, cut: tuple[int, int], pieces: Iterable[int]) -> list[Finding]:
     path = base_point_path(history.directory, number)
     if _stands_on_itself(path):
-        return  # QEMU would open it for ever; said already
+        return []  # QEMU would open it for ever; said already
     view = None
     try:
         view = View(history, cut[0])
         # A socket's path is short, and this one must not meet that of another check.
         with tempfile.TemporaryDirectory(prefix="cdp-") as room, qemu.serve(path, Path(room) / "nbd") as uri:
-            readback.compare(uri, _Whole(view))
+            readback.compare(uri, _Pieces(view, pieces), apart=True)
     except RefusedError:
-        return  # its note is lost, and with it the name of its instant: said already
+        return []  # its note is lost, and with it the name of its instant: said already
     except (CorruptError, BrokenError) as error:
         # Not to be read at all: something below it is damaged.
         what = error.message.replace("the new base point", f"base point {number}")
-        yield Finding(what, path, *cut, *cut, named=(f"bp:{number}",), hint=AGAIN)
+        return [Finding(what, path, *cut, *cut, named=(f"bp:{number}",), hint=AGAIN)]
     finally:
         if view is not None:
             view.close()
+    return []

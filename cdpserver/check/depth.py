@@ -3,9 +3,10 @@
 A unit of work has a place, and places are in order, so that one of them says how far a check has come:
 
     (BASE, block, 0, 0)   (PAYLOAD, interval, segment, record)   (INDEX, interval, 0, 0)
-    (BASE_POINT, number, 0, 0)   (CONTENT, number, 0, 0)
+    (BASE_POINT, number, block, 0)   (CONTENT, number, piece, 0)
 
-Blocks are those of `sums.py`, counted from 1.
+Blocks are those of `sums.py`, pieces those of PIECE bytes of the disk, both counted from 1. Block 0 of a base point is what QEMU
+says of its tables.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,9 @@ BASE, PAYLOAD, INDEX, BASE_POINT, CONTENT = range(5)
 
 NOWHERE: Place = (0, 0, 0, 0)
 END: Place = (5, 0, 0, 0)
+PIECE = 64 << 20
+"""Bytes of the disk that a base point's content is compared in."""
+
 MERGED_INDEXES = 1 << 62
 """In the place of an interval: the merged indexes, after all others."""
 
@@ -39,7 +43,7 @@ class Depth(Protocol):
         """Are base points compared with the journal?"""
 
     def takes(self, place: Place) -> bool:
-        """Is this unit verified? Asked once for each, in order."""
+        """Is this unit verified? Asked once for each, in order, when the one before it is done."""
 
     def found(self, place: Place) -> None:
         """This unit is damaged."""
@@ -94,7 +98,7 @@ class Sample(Everything):
 class Part:
     """What comes after a place, until `ends` says so, and once more what was found damaged before that place.
 
-    `at` is then where to go on.
+    `at` is then where to go on. `keep` is called before each unit that is new, when all before it is in `as_json`.
     """
 
     at: Place = NOWHERE
@@ -103,6 +107,7 @@ class Part:
     ends: Callable[[], bool] = lambda: False
     ended: bool = False
     damaged: set[Place] = field(default_factory=set)
+    keep: Callable[["Part"], None] = lambda _: None
 
     @property
     def name(self) -> str:
@@ -112,11 +117,12 @@ class Part:
     def takes(self, place: Place) -> bool:
         """Is it still to be done, and is there time? What was damaged is looked at whether there is or not."""
         if place <= self.at:
-            return place in self.again
+            return place in self.again or (place[0] >= BASE_POINT and (*place[:2], 0, 0) in self.again)
         if not self.ended and self.ends():
             self.ended = True
         if self.ended:
             return False
+        self.keep(self)
         self.at = place
         return True
 
@@ -126,7 +132,7 @@ class Part:
             self.damaged.add(place)
 
     def as_json(self) -> dict[str, Any]:
-        """Where to go on, for a file."""
+        """Where to go on, for a file. What was damaged before has been looked at again by the time that `keep` is called."""
         return {
             "at": list(self.at),
             "again": [list(place) for place in sorted(self.damaged)],

@@ -1,7 +1,7 @@
 """Runs the check of indexes in a process of its own: LMDB may crash on damaged pages rather than fail.
 
-A process goes through the intervals in turn, and the merged indexes. Where a signal ends it, that interval's index is the
-finding, and another one goes on after it.
+A process is given the intervals in turn, and the merged indexes, each when the one before is done. Where a signal ends it, that
+interval's index is the finding, and another one goes on after it.
 """
 
 import os
@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from cdpserver.check.damage import Finding
@@ -27,49 +27,61 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def check_indexes(
-    directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
-) -> Iterator[list[Finding]]:
-    """The findings of each interval in turn; MERGED stands for the merged indexes. Runs a process; it ends with the iterator.
+    directory: Path, numbers: Iterable[int], unsure: Collection[int], boot_id: str
+) -> Iterator[tuple[int, list[Finding]]]:
+    """Each interval with its findings, in turn; MERGED stands for the merged indexes. Runs a process; it ends with the iterator.
 
-    Of the intervals `unsure` not every record is known, so only what the others say is held against their index.
-    BrokenError if the process cannot be run; what it raised is raised here.
+    A number is asked for when all before it are done. Of the intervals `unsure` not every record is known, so only what the
+    others say is held against their index. BrokenError if the process cannot be run; what it raised is raised here.
     """
-    left = list(numbers)
-    while left:
-        worker = _start(directory, left, unsure, boot_id)
-        assert worker.stdout is not None
-        try:
-            while left:
-                found = pickle.load(worker.stdout)
-                if isinstance(found, Exception):
-                    raise found
-                yield found
-                left.pop(0)
-        except (EOFError, pickle.UnpicklingError):
-            status = worker.wait()
+    worker = None
+    try:
+        for number in numbers:
+            if worker is None:
+                worker = _start(directory, boot_id)
+            found = _ask(worker, f"{number}?" if number in unsure else str(number))
+            if found is not None:
+                yield number, found
+                continue
+            status, worker = _end(worker), None
             if status >= 0:
                 raise BrokenError(
                     f"the process that checks indexes ended with status {status}", hint="try again"
-                ) from None
-            yield [_crashed(directory, left.pop(0), boot_id, signal.Signals(-status).name)]
-        finally:
+                )
+            yield number, [_crashed(directory, number, boot_id, signal.Signals(-status).name)]
+    finally:
+        if worker is not None:
             worker.kill()
-            worker.communicate()
+            _end(worker)
 
 
-def _start(
-    directory: Path, numbers: Sequence[int], unsure: Collection[int], boot_id: str
-) -> "subprocess.Popen[bytes]":
-    arguments = [
-        str(directory),
-        boot_id,
-        *(f"{number}?" if number in unsure else str(number) for number in numbers),
-    ]
+def _ask(worker: "subprocess.Popen[bytes]", number: str) -> list[Finding] | None:
+    """What a process says of an interval; None if it has ended."""
+    assert worker.stdin is not None and worker.stdout is not None
+    try:
+        worker.stdin.write(f"{number}\n".encode())
+        worker.stdin.flush()
+        found: list[Finding] | Exception = pickle.load(worker.stdout)
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+        return None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _end(worker: "subprocess.Popen[bytes]") -> int:
+    """The status of a process that ends, or has."""
+    status = worker.wait()
+    worker.communicate()
+    return status
+
+
+def _start(directory: Path, boot_id: str) -> "subprocess.Popen[bytes]":
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "cdpserver.check.isolated", *arguments],
+        [sys.executable, "-m", "cdpserver.check.isolated", str(directory), boot_id],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C at a terminal is for us, who then end it
@@ -88,9 +100,9 @@ def _crashed(directory: Path, interval: int, boot_id: str, name: str) -> Finding
 
 
 def main() -> None:
-    """`python -m cdpserver.check.isolated DIRECTORY BOOT_ID NUMBER[?]...`: the findings on stdout, pickled."""
+    """`python -m cdpserver.check.isolated DIRECTORY BOOT_ID`: lines NUMBER or NUMBER? on stdin, findings on stdout, pickled."""
     directory, boot_id = Path(sys.argv[1]), sys.argv[2]
-    for number in sys.argv[3:]:
+    for number in map(str.strip, iter(sys.stdin.readline, "")):
         found: list[Finding] | Exception
         interval = int(number.rstrip("?"))
         try:

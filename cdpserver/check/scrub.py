@@ -41,9 +41,6 @@ FILE = "scrub.json"
 CHUNK = 1024
 """Records verified between two looks at the clock."""
 
-INDEXES = 16
-"""Intervals whose indexes one process looks at; it takes a third of a second to begin."""
-
 MAX_DAMAGE = 100
 """Damaged places that are kept for who asks; the check lists the others."""
 
@@ -210,20 +207,12 @@ class Walk:
         self._budget.spend(read)
 
     def _indexes(self) -> None:
-        numbers = [*Journal(self._directory).intervals, MERGED_INDEXES]
-        for at in range(0, len(numbers), INDEXES):
-            some = [
-                number for number in numbers[at : at + INDEXES] if self._part.takes((INDEX, number, 0, 0))
-            ]
-            if not some:
-                continue
-            wanted = [MERGED if number == MERGED_INDEXES else number for number in some]
-            for number, found in zip(
-                some, check_indexes(self._directory, wanted, (), boot_id()), strict=True
-            ):
-                if found:
-                    self._part.found((INDEX, number, 0, 0))
-                self._budget.spend(self._index_bytes(number))
+        numbers = [*Journal(self._directory).intervals, MERGED]
+        wanted = (number for number in numbers if self._part.takes((INDEX, number or MERGED_INDEXES, 0, 0)))
+        for number, found in check_indexes(self._directory, wanted, (), boot_id()):
+            if found:
+                self._part.found((INDEX, number or MERGED_INDEXES, 0, 0))
+            self._budget.spend(self._index_bytes(number))
 
     def _index_bytes(self, interval: int) -> int:
         path = interval_path(self._directory, interval) / CLOSED_NAME
