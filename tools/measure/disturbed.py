@@ -24,7 +24,7 @@ RATE = 1000
 EXPORTS = 10
 EXPORT_RATE = 100
 POLICY = {"bp_every": "10s", "keep_rp": "10s", "keep_bp": "1h"}
-"""As short as a policy may be: from the tenth second on a pass drops intervals and merges base points."""
+"""Of the disturbed guest, as short as may be: from the tenth second on a pass drops intervals and merges base points."""
 
 
 def steadiness(context: Context) -> list[Measure]:
@@ -43,6 +43,8 @@ def steadiness(context: Context) -> list[Measure]:
             for key, measure in measures.items():
                 measure.add(subject, getattr(found, key))
             context.say(f"steady {number + 1}/{context.rounds} {subject}: p99.9 {found.p999 / 1000:.1f} ms")
+    if not done["cuts"] or not done["passes"]:
+        raise FailedError("nothing was cut, or no pass was made, while it was measured")
     measures["p999"].notes["meanwhile, in all rounds"] = done
     return list(measures.values())
 
@@ -50,7 +52,8 @@ def steadiness(context: Context) -> list[Measure]:
 def _run(context: Context, *, busy: bool, done: dict[str, float]) -> Steadiness:
     ours, size, seconds = context.ours, context.sizes.steady_disk, context.sizes.steady_seconds
     with ours.disk(size) as name, contextlib.ExitStack() as stack:
-        ours.client.set_policy(name, POLICY)
+        if busy:
+            ours.client.set_policy(name, POLICY)
         _history(context, name)
         guest = Guest(ours.uri(name), size=size, rate=RATE, seconds=seconds)
         stack.callback(guest.kill)

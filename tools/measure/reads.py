@@ -4,7 +4,7 @@ from recovery.opened import alone
 from tools.kit.processes import FailedError, run
 from tools.measure import fio
 from tools.measure.context import Context
-from tools.measure.result import Measure
+from tools.measure.result import Goal, Measure
 from tools.measure.servers import qemu_nbd
 
 OURS, VERIFIED, QCOW2 = "cdpserver point", "cdpserver point, verified", "qemu-nbd QCOW2"
@@ -14,8 +14,11 @@ DEPTHS = (16, 1)
 def random_4k(context: Context) -> list[Measure]:
     """The disk is written whole in random order, so that neighbours of the point lie far apart in the journal."""
     size, directory, ours = context.sizes.read_disk, context.directory, context.ours
+    goal = (Goal(OURS, QCOW2, 1.0, "1.0x qemu-nbd"),)
     measures = {
-        depth: Measure(f"read-4k-{depth}", f"4 KiB random read of a point, depth {depth}", "IOPS", "higher")
+        depth: Measure(
+            f"read-4k-{depth}", f"4 KiB random read of a point, depth {depth}", "IOPS", "higher", goal
+        )
         for depth in DEPTHS
     }
     image = directory / "same.qcow2"
