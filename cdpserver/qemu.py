@@ -16,7 +16,6 @@ QEMU 7.2, 4,000 scattered 4 KiB writes (15.6 MiB) to a 2 GiB disk over NBD, best
 512 MiB in one piece: 0.31-0.40 s and 512.5 MiB with each. 128k needs half the table cache of 64k and a sixteenth of that of 4k.
 """
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -26,7 +25,6 @@ import re
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, messages
+from cdpserver import durable
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError
 from cdpserver.limits import SECTOR
 from cdpserver.priority import behind_writes
-from cdpserver.progress import Progress, nobody, to_stdout
+from cdpserver.progress import Progress, nobody
 
 OPTIONS = "extended_l2=on,cluster_size=128k"
 
@@ -386,19 +384,3 @@ def _answers(path: Path) -> bool:
     # The file is there a moment before somebody listens.
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
-
-
-def main() -> int:
-    """`python -m cdpserver.qemu`: import a base image in a process of its own; an error goes to stdout as JSON."""
-    parser = argparse.ArgumentParser(description="import an image as a sparse raw file")
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--format", required=True)
-    parser.add_argument("--target", type=Path, required=True)
-    options = parser.parse_args()
-    return messages.tell(
-        lambda: import_base(options.source, options.target, format=options.format, progress=to_stdout())
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

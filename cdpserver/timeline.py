@@ -51,12 +51,23 @@ class PointBase:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image on primary storage, from which a disk was made once."""
+
+    path: str
+    digest: str
+    """BLAKE3 of the file, hexadecimal; empty where nobody read it."""
+
+
+@dataclass(frozen=True, slots=True)
 class BackupBase:
     """A disk that stands on `disk` of a backup, in a repository that the state directory knows by its id."""
 
     repository: str
     backup: str
     disk: str
+    image: ImageFile | None = None
+    """What the disk that was backed up was made from, if that is known."""
 
 
 Base: TypeAlias = EmptyBase | ImageBase | PointBase | BackupBase
@@ -130,8 +141,9 @@ def _base_to_json(base: Base) -> dict[str, Any]:
             return {"kind": "image", "file": file}
         case PointBase(timeline, seq, time_ns):
             return {"kind": "point", "timeline": timeline, "seq": seq, "time_ns": time_ns}
-        case BackupBase(repository, backup, disk):
-            return {"kind": "backup", "repository": repository, "backup": backup, "disk": disk}
+        case BackupBase(repository, backup, disk, image):
+            known = {} if image is None else {"image": {"path": image.path, "digest": image.digest}}
+            return {"kind": "backup", "repository": repository, "backup": backup, "disk": disk} | known
 
 
 def _base_from_json(value: Any, path: Path) -> Base:
@@ -152,13 +164,21 @@ def _base_from_json(value: Any, path: Path) -> Base:
                 take_int(value, "time_ns", path),
             )
         case "backup":
-            take_keys(value, {"kind", "repository", "backup", "disk"}, path)
+            take_keys(value, {"kind", "repository", "backup", "disk"} | ({"image"} & value.keys()), path)
             return BackupBase(
                 take_str(value, "repository", path),
                 take_str(value, "backup", path),
                 take_str(value, "disk", path),
+                _image_from_json(value["image"], path) if "image" in value else None,
             )
     raise corrupt_json(path, "the kind of 'base' is not known")
+
+
+def _image_from_json(value: Any, path: Path) -> ImageFile:
+    if not isinstance(value, dict):
+        raise corrupt_json(path, "'image' is not an object")
+    take_keys(value, {"path", "digest"}, path)
+    return ImageFile(take_str(value, "path", path), take_str(value, "digest", path))
 
 
 def _check(timeline: Timeline) -> None:
@@ -178,7 +198,7 @@ def _check(timeline: Timeline) -> None:
                 raise UsageError(
                     "the point to fork from cannot exist", hint="name a point of another timeline"
                 )
-        case BackupBase(repository, backup, disk):
+        case BackupBase(repository, backup, disk, _):
             check_disk_name(disk)
             if not _REPOSITORY.fullmatch(repository) or not BACKUP_ID.fullmatch(backup):
                 raise UsageError("the backup to stand on cannot exist", hint="cdp backup list shows them")

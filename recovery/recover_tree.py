@@ -76,7 +76,7 @@ def add_recover(commands: Commands) -> None:
         "--base",
         metavar="FILE",
         help="of a chain: an image on primary storage; what it holds of the point is not copied. Default: the image that the disk"
-        " was made from",
+        " was made from, if that is there unchanged",
     )
     start.add_argument(
         "--overwrite",

@@ -14,6 +14,7 @@ from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.source import PointSource, UnknownChangeError
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
+from cdpserver.timeline import ImageFile
 from tests.core import Line, World
 from tests.model import BLOCK
 
@@ -93,6 +94,7 @@ class Made:
     name = timeline = "made"
     seq = time_ns = 1
     grade = ""
+    image: ImageFile | None = None
 
     def __init__(self, size: int) -> None:
         self.size = size

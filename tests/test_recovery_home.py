@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cdpserver import names
+from cdpserver import images, names
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
 from cdpserver.config import Config
@@ -353,25 +353,35 @@ def test_overwrite_of_a_protected_vm_changes_its_record_when_it_is_home_and_undo
     shared.delete(f"/v1/vms/{vm}")
 
 
+def cdp(server: Server, *words: str | Path) -> str:
+    command = [BIN / "cdp", "--state-dir", server.state_dir, *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def repo(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty repository, which commands find by themselves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(short_path / "xdg"))
+    monkeypatch.setenv("CDP_REPO", str(short_path / "repo"))
+    subprocess.run([BIN / "cdp", "repo", "init", short_path / "repo", "--chunk-size", "64K"], check=True)
+    return short_path / "repo"
+
+
+@pytest.mark.parametrize("mode", ["mirror", "stream"])
 def test_a_vm_is_replaced_from_its_backup(
-    shared: Server, home: Path, short_path: Path, vm: str, monkeypatch: pytest.MonkeyPatch
+    shared: Server, home: Path, short_path: Path, vm: str, repo: Path, mode: str
 ) -> None:
     """Its record names the new QEMU when it is home; its disk's history goes on, and after the commit the backup is let go."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(short_path / "xdg"))
     content = protect(shared, vm=vm)
-    repo = short_path / "repo"
-    cdp = ["--state-dir", str(shared.state_dir)]
-    for command in (
-        ["repo", "init", str(repo), "--chunk-size", "64K"],
-        ["repo", "add", str(repo)],
-        ["backup", "run", f"{vm}/vda@good", "--repo", str(repo)],
-    ):
-        subprocess.run([BIN / "cdp", *cdp, *command], check=True, capture_output=True)
+    cdp(shared, "repo", "add", repo)
+    cdp(shared, "backup", "run", f"{vm}/vda@good")
     attached = shared.post("/v1/backups:attach", backup="backup:latest", repository=str(repo))
     before = shared.get(f"/v1/disks/{vm}/vda")["id"]
-    body = {"overwrite": True, "protect": True}
+    body = {"overwrite": True, "protect": True, "mode": mode}
     begun = begin(shared, home, short_path / "vm.qmp", attached["point"], **body)
-    with Vm(short_path, [begun["uri"]]) as running:
+    with Vm(short_path, [begun["disks"][0]["blockdev"]]) as running:
         assert read(running.uri(), SIZE) == content
         write(running.uri(), pattern(11), 3 * MIB)
         content[3 * MIB : 3 * MIB + 4096] = pattern(11)
@@ -570,6 +580,55 @@ def test_a_chain_holds_what_differs_from_the_base_image(
         assert wait(shared, begun["id"], "aborted")["phase"] == "undone"
         assert read(running.uri(), SIZE) == raw
     assert at_home(target) == raw
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_backup_comes_home_onto_the_base_image_where_its_disk_was_never(
+    shared: Server, home: Path, short_path: Path, vm: str, repo: Path, named: bool
+) -> None:
+    """The backup says which image that was; one that changed since is not taken, unless it is named."""
+    base = short_path / "template.raw"
+    content = bytearray(pattern(7, SIZE))
+    base.write_bytes(content)
+    uri = shared.post("/v1/disks", name="vda", vm=vm, size=SIZE, base=str(base))["uri"]
+    content[5 * MIB : 6 * MIB] = b"\x77" * MIB
+    with connected(uri) as client:
+        client.pwrite(b"\x77" * MIB, 5 * MIB)
+        shared.synced(f"{vm}/vda", write_blocking=True)
+        shared.post(f"/v1/disks/{vm}/vda:mark", name="good")
+    made = json.loads(cdp(shared, "backup", "run", f"{vm}/vda@good", "--json"))
+    assert made["disks"][0]["image"] == {"path": str(base), "digest": images.digest_of(base)}
+    shared.delete(f"/v1/disks/{vm}/vda")
+
+    def start(*words: str | Path) -> dict[str, Any]:
+        where = ("--to", home, "--qmp", short_path / "vm.qmp", "--mode", "stream", "--as", "chain")
+        begun = cdp(
+            shared, "recover", "start", f"backup:{made['id']}", *where, "--no-protect", *words, "--json"
+        )
+        return dict(json.loads(begun))
+
+    image: Path = base
+    if named:
+        image = short_path / "cache.raw"
+        image.write_bytes(base.read_bytes())
+        with open(base, "r+b") as file:
+            file.write(b"a later release")
+        refused = start()
+        assert refused["disks"][0]["base"] == ""
+        assert any(base.name in event["reason"] for event in shared.events("recovery.base-not-used"))
+        shared.post(f"/v1/recoveries/{refused['id']}:abort")
+    begun = start(*(("--base", image) if named else ()))
+    target = begun["disks"][0]["target"]
+    assert begun["disks"][0]["base"] == str(image)
+    with Vm(short_path, [begun["disks"][0]["blockdev"]]) as running:
+        write(running.uri(), b"\x78" * 4096)
+        content[:4096] = b"\x78" * 4096
+        wait(shared, begun["id"], "done")
+        assert read(running.uri(), SIZE) == content
+    chain = qemu_img("info", "-U", "--backing-chain", "--output=json", target)
+    files = [os.path.realpath(one["filename"]) for one in chain]
+    assert files == [target, str(home / "vda.point.qcow2"), str(image)]
+    assert chain[1]["actual-size"] < 4 * MIB, "it holds what differs from the image"
 
 
 def test_an_aborted_chain_leaves_the_vm_on_the_point(

@@ -40,6 +40,7 @@ STAGES = (
         "cdpserver.events",
         "cdpserver.timeline",
         "cdpserver.qemu",
+        "cdpserver.images",
     ),
     (
         "cdpserver.journal",

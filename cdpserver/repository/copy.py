@@ -29,6 +29,7 @@ class CopiedSource:
         self.time_ns = disk.time_ns
         self.size = disk.size
         self.grade = disk.grade
+        self.image = disk.image
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Chunks that are not zeros."""

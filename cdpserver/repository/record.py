@@ -7,6 +7,7 @@ import msgpack
 
 from cdpserver.errors import CorruptError
 from cdpserver.repository.format import ID_SIZE
+from cdpserver.timeline import ImageFile
 
 FULL, INCREMENTAL = "full", "incremental"
 
@@ -24,6 +25,8 @@ class BackedUpDisk:
     pages: tuple[bytes, ...]
     chunks: int
     """Chunks that are not zeros."""
+    image: ImageFile | None = None
+    """What the disk was made from, if that is known: it may be on other machines too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,16 @@ def _disk(value: dict[str, Any]) -> BackedUpDisk:
         raise ValueError("a list of pages that is none")
     ids = tuple(pages[at : at + ID_SIZE] for at in range(0, len(pages), ID_SIZE))
     known = {key: value[key] for key in BackedUpDisk.__slots__ if key in value}
-    disk = BackedUpDisk(**{**known, "pages": ids})
+    image = value.get("image")
+    disk = BackedUpDisk(
+        **{
+            **known,
+            "pages": ids,
+            "image": None if image is None else ImageFile(image["path"], image["digest"]),
+        }
+    )
     if not isinstance(disk.size, int) or disk.size < 0:
         raise ValueError("a disk without a size")
+    if image is not None and not (isinstance(image["path"], str) and isinstance(image["digest"], str)):
+        raise ValueError("an image without a path")
     return disk

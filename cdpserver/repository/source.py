@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cdpserver import images
 from cdpserver.errors import CdpError
 from cdpserver.files.watched import is_unbroken
 from cdpserver.held import HeldPoint
@@ -13,6 +14,7 @@ from cdpserver.points import Timeline as Points
 from cdpserver.repository.record import BackedUpDisk
 from cdpserver.state import StateDir
 from cdpserver.stretches import grade_at, stretches
+from cdpserver.timeline import ImageFile
 from cdpserver.view.delta import changed
 from cdpserver.view.view import View
 
@@ -30,6 +32,7 @@ class Source(Protocol):
     time_ns: int
     size: int
     grade: str
+    image: ImageFile | None
 
     def used(self) -> Iterator[tuple[int, int]]:
         """Ranges that may hold data; all others are zeros."""
@@ -52,6 +55,7 @@ class PointSource:
         self.seq = view.seq
         self.time_ns = time_ns
         self.size = view.size
+        self.image = images.made_from(StateDir(view.history.state_dir), view.history.timeline)
         found = grade_at(stretches(Points(view.history), now_ns=time_ns), time_ns)
         self.grade = found.label if found is not None else ""
 

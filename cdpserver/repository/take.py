@@ -239,6 +239,7 @@ def _store(
         grade=source.grade,
         pages=pages,
         chunks=made.used,
+        image=source.image,
     )
 
 

@@ -182,7 +182,7 @@ class Attached:
         time_ns = min(max(disk.time_ns for disk in backup.disks), core.clock.now_ns())
         for name, disk in disks.items():
             if core.catalog.get(name) is None:
-                base = BackupBase(one.id, id_, disk.name)
+                base = BackupBase(one.id, id_, disk.name, disk.image)
                 # What was unordered then is so now.
                 mode = "image" if disk.grade == "unordered" else "point"
                 await self._disks.stand_on_backup(name, disk.size, base, Begun(time_ns, mode))

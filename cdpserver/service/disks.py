@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from cdpserver import durable, groups, locks, names, timeline
+from cdpserver import durable, groups, images, locks, names, timeline
 from cdpserver.catalog import Entry
 from cdpserver.chain.lock import stays
 from cdpserver.errors import CdpError, RefusedError, UsageError
@@ -25,7 +25,7 @@ from cdpserver.journal.log import Journal
 from cdpserver.journal.record import Kind
 from cdpserver.journal.segment import SegmentReader
 from cdpserver.retention import policies
-from cdpserver.service import facts, images
+from cdpserver.service import facts
 from cdpserver.service.browsing import Browsing
 from cdpserver.service.core import Core
 from cdpserver.service.links import link_socket
@@ -92,11 +92,11 @@ class Disks:
         core.log.emit("image.import-begins", source=source.path, format=image.format)
         arguments = ["--source", source.path, "--format", image.format, "--target", str(raw)]
         try:
-            await core.job("import", "cdpserver.qemu", *arguments)
+            made = await core.job("import", "cdpserver.images", *arguments)
         except BaseException:  # cancelled, mostly: its process had no time to tidy up
             images.drop_unfinished(raw)
             raise
-        base = await core.thread(images.record, core.state, raw, source)
+        base = await core.thread(images.record, core.state, raw, source, str(made["digest"]))
         core.log.emit("image.imported", source=source.path, file=base.file)
         return base
 

@@ -10,11 +10,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from cdpserver import durable, names, qemu, timeline
-from cdpserver.errors import RefusedError, UsageError
-from cdpserver.service import images
+from cdpserver import durable, images, names, qemu, timeline
+from cdpserver.errors import CdpError, RefusedError, UsageError
+from cdpserver.service.chosen import Chosen
 from cdpserver.service.core import Core
-from cdpserver.timeline import ImageBase
+from cdpserver.timeline import ImageFile
 from cdpserver.vm.recovery.move import RECONNECT_S, nbd_server
 from cdpserver.vm.recovery.record import Format, RecoveredDisk, Recovery
 
@@ -93,19 +93,36 @@ def _check_device(path: Path, size: int, *, overwrite: bool, force: bool) -> Non
         raise RefusedError(f"what is on {path} would be lost", hint="if that is meant: --force")
 
 
-def choose_base(core: Core, disk: str, base: str | None, size: int) -> str:
+def choose_base(core: Core, chosen: Chosen, base: str | None) -> str:
     """The base image of a chain: the one that is named, else the one that the disk was made from, if that is still there.
 
     UsageError, NotFoundError, RefusedError for a named one that nothing can stand on.
     """
     if base is not None:
-        return _check_base(core, images.check_path(base), size)
-    entry = core.catalog.get(disk)
-    if entry is None:  # what was backed up may be here no more
+        return _check_base(core, images.check_path(base), chosen.size)
+    for id in filter(None, (chosen.entry.id, _backed_up(core, chosen))):
+        image = images.made_from(core.state, timeline.load(core.state.timeline(id)))
+        if image is not None:
+            return _usable(core, chosen, image)
+    return ""
+
+
+def _backed_up(core: Core, chosen: Chosen) -> str:
+    """The id of the disk that was backed up, if it is here: not every backup says what its disks were made from."""
+    entry = core.catalog.get(chosen.of) if chosen.of else None
+    return entry.id if entry is not None else ""
+
+
+def _usable(core: Core, chosen: Chosen, image: ImageFile) -> str:
+    """The image's path if it is still that image and something can stand on it; else nothing, and why not is said."""
+    try:
+        images.check_same(core.state, image)
+        path = _check_base(core, images.check_path(image.path), chosen.size)
+    except CdpError as error:
+        said = {"disk": chosen.name, "image": image.path, "reason": error.message}
+        core.log.emit("recovery.base-not-used", level="warning", **said)
         return ""
-    found = timeline.load(core.state.timeline(entry.id)).base
-    source = images.source_of(core.state, found) if isinstance(found, ImageBase) else None
-    return source if source is not None and Path(source).is_file() else ""
+    return path
 
 
 def _check_base(core: Core, path: Path, size: int) -> str:

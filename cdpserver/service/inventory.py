@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cdpserver import basepoint, durable, sealed
+from cdpserver import basepoint, durable, images, sealed
 from cdpserver.chain import room
 from cdpserver.errors import CdpError, CorruptError
 from cdpserver.events import EventLog, previous_file
 from cdpserver.nodes import MANUAL
-from cdpserver.service import images
 from cdpserver.state import StateDir
 from cdpserver.timeline import FILE, LOCKS
 

@@ -171,7 +171,7 @@ def _disk(core: Core, chosen: Chosen, name: str, asked: Request) -> RecoveredDis
         warning=chosen.warning,
         of=chosen.of,
         chain=chain,
-        base=homes.choose_base(core, chosen.name, asked.base, chosen.size) if chain else "",
+        base=homes.choose_base(core, chosen, asked.base) if chain else "",
         replaces=homes.check(target, size=chosen.size, overwrite=asked.overwrite, force=asked.force),
     )
 

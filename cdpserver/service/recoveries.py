@@ -271,6 +271,7 @@ class Recoveries:
             "uri": uri,
             "target": disk.target,
             "format": disk.format,
+            "base": disk.base,
             "at": "home" if one.mode == "stream" and disk.made else disk.at,
             "warning": disk.warning,
             "blockdev": self._words(one, number, disk),

@@ -21,6 +21,7 @@ from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.take import back_up
+from cdpserver.timeline import ImageFile
 from tools.kit.mount import as_loop, mounted
 from tools.kit.processes import run, why_no_mount
 from tools.measure.context import MIB, Context
@@ -42,6 +43,7 @@ class ImageSource:
         self.size = image.stat().st_size
         self.seq = self.time_ns = time.time_ns()
         self.grade = ""
+        self.image: ImageFile | None = None
 
     def used(self) -> Iterator[tuple[int, int]]:
         """What the host's file system has."""

@@ -106,6 +106,7 @@ class Recovery(Answer):
     events: list[dict[str, Any]] = Field(description="The newest, oldest of them first.")
     disks: list[dict[str, Any]] = Field(
         description="`blockdev` of each: the words of QEMU's command line for it; a device has drive=recovered0, and so on."
+        " `base`: the image that a chain stands on."
     )
 
 

@@ -1,23 +1,33 @@
 """Base images: imported once to a sparse raw file that every disk made from the same, unchanged file shares.
 
-    bases/b1.raw   the image, read-only     bases/b1.json   which file it was: path, size, mtime, inode
+    bases/b1.raw   the image, read-only     bases/b1.json   which file it was: path, size, mtime, inode, digest
+
+`python -m cdpserver.images` imports one in a process of its own.
 
 Invariants: an image without its JSON, or that no timeline stands on, is nobody's and goes (`drop_unused`).
 """
 
+import argparse
 import os
 import re
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from cdpserver import durable, qemu, timeline
+from blake3 import blake3
+
+from cdpserver import durable, messages, qemu, timeline
 from cdpserver.durable import take_int, take_keys, take_str
 from cdpserver.errors import CdpError, CorruptError, RefusedError, UsageError
 from cdpserver.names import format_size, show
+from cdpserver.progress import to_stdout
 from cdpserver.state import StateDir
-from cdpserver.timeline import ImageBase
+from cdpserver.timeline import BackupBase, ImageBase, ImageFile, PointBase, Timeline
 
 _ID = re.compile(r"b([1-9][0-9]{0,8})\.(?:raw|json)")
+
+_PIECE = 1 << 20
+"""Bytes of a file that are read at once for its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,8 @@ class Source:
     size: int
     mtime_ns: int
     inode: int
+    digest: str = field(default="", compare=False)
+    """As ImageFile's."""
 
     @classmethod
     def of(cls, path: Path) -> "Source":
@@ -63,32 +75,63 @@ def is_noted(raw: Path) -> bool:
     return _read(raw.with_suffix(".json")) is not None
 
 
-def source_of(state: StateDir, base: ImageBase) -> str | None:
-    """The path of the file that an image was imported from, if that is known."""
-    found = _read((state.path / base.file).with_suffix(".json"))
-    return None if found is None else found.path
+def made_from(state: StateDir, line: Timeline) -> ImageFile | None:
+    """The image file that a disk, or what it is a fork of, was made from, if that is known."""
+    base = line.base
+    while isinstance(base, PointBase):
+        base = timeline.load(state.timeline(base.timeline)).base
+    if isinstance(base, BackupBase):
+        return base.image
+    found = _read((state.path / base.file).with_suffix(".json")) if isinstance(base, ImageBase) else None
+    return None if found is None else ImageFile(found.path, found.digest)
+
+
+def check_same(state: StateDir, image: ImageFile) -> None:
+    """Is that file still there? RefusedError, UsageError. It is read, unless it was imported here and did not change since."""
+    now = Source.of(Path(image.path))
+    imported = [found for path in state.bases.glob("b*.json") if (found := _read(path)) == now]
+    if any(one is not None and image.digest in ("", one.digest) for one in imported):
+        return
+    if not Path(now.path).is_file() or digest_of(Path(now.path)) != image.digest:
+        raise RefusedError(
+            f"{image.path} is another file than the disk was made from",
+            hint="to take it all the same: --base",
+        )
+
+
+def digest_of(path: Path) -> str:
+    """BLAKE3 of a file's bytes, hexadecimal. UsageError for what cannot be read."""
+    digest, buffer = blake3(), bytearray(_PIECE)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while length := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:length])
+    except OSError as error:
+        raise UsageError(f"cannot read image {path}: {error.strerror}", hint="name an image file") from None
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Source | None:
     try:
         value = durable.read_json(path)
-        take_keys(value, {"path", "size", "mtime_ns", "inode"}, path)
+        take_keys(value, {"path", "size", "mtime_ns", "inode"} | ({"digest"} & value.keys()), path)
         return Source(
             take_str(value, "path", path),
             take_int(value, "size", path),
             take_int(value, "mtime_ns", path, least=-(1 << 63)),
             take_int(value, "inode", path),
+            take_str(value, "digest", path) if "digest" in value else "",
         )
     except (CorruptError, FileNotFoundError):
         return None  # the image is imported once more
 
 
-def record(state: StateDir, raw: Path, source: Source) -> ImageBase:
+def record(state: StateDir, raw: Path, source: Source, digest: str) -> ImageBase:
     """The image `raw` was imported from `source`; on return later disks find it. RefusedError if the file changed meanwhile."""
     if Source.of(Path(source.path)) != source:
         raw.unlink()
         raise RefusedError(f"{source.path} changed while it was imported", hint="stop what writes to it")
-    durable.write_json(raw.with_suffix(".json"), asdict(source))
+    durable.write_json(raw.with_suffix(".json"), asdict(replace(source, digest=digest)))
     return ImageBase(f"bases/{raw.name}")
 
 
@@ -130,3 +173,23 @@ def drop_unused(state: StateDir) -> list[str]:
             durable.remove_tree(path)
             dropped.append(path.name)
     return dropped
+
+
+def main() -> int:
+    """Import an image; the digest of its file, or an error, goes to stdout as JSON."""
+    parser = argparse.ArgumentParser(description="import an image as a sparse raw file")
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--format", required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    options = parser.parse_args()
+
+    def work() -> dict[str, str]:
+        digest = digest_of(options.source)
+        qemu.import_base(options.source, options.target, format=options.format, progress=to_stdout())
+        return {"digest": digest}
+
+    return messages.tell(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
