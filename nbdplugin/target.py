@@ -18,13 +18,14 @@ from cdpserver import events, sealed
 from cdpserver.errors import (
     BrokenError,
     CdpError,
+    CorruptError,
     ForbiddenError,
     NoSpaceError,
     NotFoundError,
     RemovedError,
     UsageError,
 )
-from cdpserver.limits import COMMIT_LAG_NS, NBD_CLIENTS
+from cdpserver.limits import COMMIT_LAG_NS, NBD_CLIENTS, SECTOR
 from cdpserver.names import DiskExport, MirrorExport, format_export, parse_export
 from cdpserver.state import StateDir
 from cdpserver.target.connection import Connection
@@ -151,6 +152,7 @@ EVENTS: dict[type[CdpError], str] = {
     ForbiddenError: "target.forbidden",
     NoSpaceError: "target.no-space",
     BrokenError: "target.broken",
+    CorruptError: "target.damaged",
     UsageError: "target.bad-request",
 }
 
@@ -224,9 +226,10 @@ def get_size(h: Handle) -> int:
 
 
 def block_size(h: Handle) -> tuple[int, int, int]:
-    """4096 where the size allows it, else 512; any alignment is handled all the same."""
-    minimum = 4096 if h.size % 4096 == 0 else 512
-    return minimum, 65536, MAX_REQUEST
+    """A sector, though any alignment is handled. With more than that QEMU would read what surrounds a guest's small write and
+    write whole blocks; here that is read too, and verified (`JournalWriter.write`).
+    """
+    return SECTOR, 65536, MAX_REQUEST
 
 
 def can_write(h: Handle) -> bool:

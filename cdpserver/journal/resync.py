@@ -14,8 +14,8 @@ from cdpserver.limits import BLOCK
 class Reads(Protocol):
     """How the writer sees content: what `view.live` gives it, without the journal knowing about views."""
 
-    def latest(self, offset: int, length: int) -> bytes:
-        """What the disk holds now."""
+    def verified(self, offset: int, length: int) -> bytes:
+        """What the disk holds now. CorruptError where that is not what was written."""
 
     def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
         """Compare a payload with the content at seq `ref`.

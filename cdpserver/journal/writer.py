@@ -20,6 +20,7 @@ from typing import Any
 from cdpserver import durable, limits
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
+from cdpserver.journal.around import whole_blocks
 from cdpserver.journal.hashing import LARGE, beside
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DATA, DURABLE, NO_DIGEST, Kind, payload_digest
@@ -207,13 +208,10 @@ class JournalWriter:
         return offset % BLOCK == 0 and offset + length == self.size
 
     def _write_around(self, payload: memoryview, offset: int) -> None:
-        # Reading and writing under the one lock: a neighbour's write to the same block can't fall between.
         assert self.reads is not None
-        first = offset // BLOCK * BLOCK
-        end = min(-(-(offset + len(payload)) // BLOCK) * BLOCK, self.size)
+        # Reading and writing under the one lock: a neighbour's write to the same block can't fall between.
         with self._lock:
-            whole = bytearray(self.reads.latest(first, end - first))
-            whole[offset - first : offset - first + len(payload)] = payload
+            first, whole = whole_blocks(self.reads, payload, offset, self.size)
             self._put_data(memoryview(whole), first, payload_digest(whole))
 
     def _put_data(self, payload: memoryview, offset: int, digest: bytes | None) -> None:

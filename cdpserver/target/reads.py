@@ -16,7 +16,7 @@ from cdpserver.limits import BLOCK
 from cdpserver.nodes import ROTTED
 from cdpserver.view.history import History
 from cdpserver.view.live import LiveView
-from cdpserver.view.verified import Verifier
+from cdpserver.view.verified import Anew, Verifier, Verifies
 from cdpserver.view.view import View
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -45,12 +45,18 @@ class LiveReads:
         self._view = LiveView(history)
         self._lock = threading.Lock()
         self._verifier: Verifier | None = None
+        self._rotted = False
+        """Was anything found that is not what was written?"""
 
     @_told
-    def latest(self, offset: int, length: int) -> bytes:
-        """What the disk holds now."""
-        with self._lock:
-            return self._view.read(offset, length)
+    def verified(self, offset: int, length: int) -> bytes:
+        """What the disk holds now, for a write that keeps part of it. CorruptError where that is not what was written."""
+        with self._lock, self._verifying(Anew()):
+            try:
+                return self._view.read(offset, length)
+            except CorruptError:
+                self._rotted = True
+                raise
 
     @_told
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -71,7 +77,7 @@ class LiveReads:
         Runs [start, end) of the payload (4 KiB aligned but for the disk's end) with the seq that a *same* record should
         name, or -1 where the content differs from both. Once something is known to have rotted, what cannot be verified differs.
         """
-        with self._lock, self._verifying():
+        with self._lock, self._verifying(self._while_rotted()):
             self._view.refresh()
             runs: list[tuple[int, int, int]] = []
             try:
@@ -87,14 +93,17 @@ class LiveReads:
                     runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])
             return runs
 
-    @contextlib.contextmanager
-    def _verifying(self) -> Iterator[None]:
-        """While a base point waits for what rotted: a payload that is whole but for one block holds the others in a digest of no
-        use, so that none of it is named again.
+    def _while_rotted(self) -> Verifier | None:
+        """While a base point waits for what rotted, or once a write met it: a payload that is whole but for one block holds the
+        others in a digest of no use, so that none of it is named again.
         """
-        rotted = (self.directory / ROTTED).exists()
+        rotted = self._rotted or (self.directory / ROTTED).exists()
         self._verifier = (self._verifier or Verifier()) if rotted else None
-        self._view.files.verifier = self._verifier
+        return self._verifier
+
+    @contextlib.contextmanager
+    def _verifying(self, verifier: Verifies | None) -> Iterator[None]:
+        self._view.files.verifier = verifier
         try:
             yield
         finally:

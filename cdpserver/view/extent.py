@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 from cdpserver.errors import CorruptError
 from cdpserver.limits import BLOCK
-from cdpserver.view.verified import Verifier
+from cdpserver.view.verified import Verifier, Verifies
 
 Extent: TypeAlias = tuple[int, int, str | None, int]
 
@@ -47,7 +47,7 @@ class Files:
 
     def __init__(self, *, verify: bool = False) -> None:
         """With `verify` what is read of them is verified."""
-        self.verifier = Verifier() if verify else None
+        self.verifier: Verifies | None = Verifier() if verify else None
         self._fds: OrderedDict[str, int] = OrderedDict()
         self._kept: dict[str, int] = {}
         self.readers: dict[str, Reader] = {}
