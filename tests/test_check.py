@@ -495,7 +495,7 @@ def test_a_damaged_index(
 
 @pytest.mark.parametrize(
     ("how", "what"),
-    [("garbage", "cannot be opened: "), ("cut", "is damaged: reading it ends a process with SIGBUS")],
+    [("garbage", "cannot be opened: "), ("cut", "cannot be opened: ")],
 )
 def test_an_index_file_that_lmdb_cannot_read(disk: Disk, how: str, what: str) -> None:
     path = interval_path(disk.directory, 1) / "index.mdb"
@@ -503,7 +503,7 @@ def test_an_index_file_that_lmdb_cannot_read(disk: Disk, how: str, what: str) ->
     if how == "garbage":
         path.write_bytes(random.Random(1).randbytes(path.stat().st_size))
     else:
-        # LMDB reads it through a mapping: what is missing there ends a process with SIGBUS.
+        # LMDB reads it through a mapping: what is missing there would end a process with SIGBUS.
         os.truncate(path, 2 * PAGE)
     report = disk.check()
     assert [damage.finding.path.parent.name for damage in report.damage] == ["000001"]

@@ -20,6 +20,7 @@ STAGES = (
         "cdpserver.limits",
         "cdpserver.names",
         "cdpserver.durable",
+        "cdpserver.mapped",
         "cdpserver.messages",
         "cdpserver.priority",
         "cdpserver.progress",

@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 import msgpack
 
-from cdpserver import durable
+from cdpserver import durable, mapped
 from cdpserver.catalog.content import Content, Entry, entry_value, read_entry
 from cdpserver.catalog.rows import (
     FORMAT,
@@ -48,14 +48,6 @@ COUNTERS = b"counters"
 NEXT_ID = b"next_id"
 DIGEST = b"digest"
 
-_DAMAGE = (
-    lmdb.InvalidError,
-    lmdb.CorruptedError,
-    lmdb.VersionMismatchError,
-    lmdb.PageNotFoundError,
-    lmdb.NotFoundError,
-)
-
 
 def damaged(path: Path, why: str) -> CorruptError:
     """The error for a catalog that `recover` must rebuild."""
@@ -69,7 +61,7 @@ def _lmdb_errors(path: Path) -> Iterator[None]:
         yield
     except lmdb.MapFullError:
         raise NoSpaceError("the catalog is full", hint="remove disks that are no longer needed") from None
-    except _DAMAGE as error:
+    except mapped.DAMAGE as error:
         raise damaged(path, str(error)) from error
     except lmdb.Error as error:
         if os.strerror(errno.ENOSPC) in str(error):
@@ -95,16 +87,21 @@ def build(path: Path, content: Content) -> None:
                     db = env.open_db(table.encode(), txn)
                     for row in content.rows[table].values():
                         txn.put(row.id.encode(), check_row(row), db=db)
+            mapped.keep_length(env, building / DATA)
     durable.publish(building, path)
 
 
 def add_row_tables(path: Path) -> None:
     """Give an environment of an older format the tables that it lacks; durable on return, and no harm if done."""
     with _lmdb_errors(path):
+        _check_head(path / DATA)
         env = lmdb.open(str(path), map_size=CATALOG_MAP_BYTES, max_dbs=CATALOG_TABLES, create=False)
-        with contextlib.closing(env), env.begin(write=True) as txn:
-            for table in TABLES:
-                env.open_db(table.encode(), txn)
+        with contextlib.closing(env):
+            mapped.check_length(env, path / DATA)
+            with env.begin(write=True) as txn:
+                for table in TABLES:
+                    env.open_db(table.encode(), txn)
+            mapped.keep_length(env, path / DATA)
 
 
 class Store:
@@ -119,7 +116,7 @@ class Store:
         self.path = path
         self._decoded: tuple[int, dict[str, Entry]] | None = None
         with _lmdb_errors(path):
-            _check_length(path / DATA)
+            _check_head(path / DATA)
             self._env = lmdb.open(
                 str(path),
                 map_size=CATALOG_MAP_BYTES,
@@ -131,7 +128,7 @@ class Store:
                 lock=lock,
             )
             try:
-                _check_pages(self._env, path / DATA)
+                mapped.check_length(self._env, path / DATA)
                 self._disks = self._env.open_db(DISKS, create=False)
                 self._counters = self._env.open_db(COUNTERS, create=False)
                 self._rows = {
@@ -172,8 +169,10 @@ class Store:
     @contextlib.contextmanager
     def changing(self) -> Iterator[lmdb.Transaction]:
         """A write transaction that commits at the end of the block, or never was if that raises."""
-        with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
-            yield txn
+        with _lmdb_errors(self.path):
+            with self._env.begin(write=True) as txn:
+                yield txn
+            mapped.keep_length(self._env, self.path / DATA)
 
     def content_in(self, txn: lmdb.Transaction) -> Content:
         """Everything as `txn` sees it. It is decoded: ask for less where less will do."""
@@ -255,13 +254,7 @@ class Store:
             raise damaged(self.path, f"disk {show(key.decode(errors='replace'))}: {error}") from None
 
 
-def _check_length(data: Path) -> None:
+def _check_head(data: Path) -> None:
     # LMDB takes an empty file for a new environment and would make it one.
     if not data.is_file() or data.stat().st_size < 2 * os.sysconf("SC_PAGESIZE"):
         raise damaged(data, "it is missing or cut short")
-
-
-def _check_pages(env: lmdb.Environment, data: Path) -> None:
-    # A page beyond the end of the file would be read as SIGBUS.
-    if (env.info()["last_pgno"] + 1) * env.stat()["psize"] > data.stat().st_size:
-        raise damaged(data, "it is cut short")

@@ -128,7 +128,7 @@ def add_run(index: IndexFile, run: Run) -> None:
     # The first two bytes of a unit are always zero: a key is the other six and the seq.
     raw = keys.view(np.uint8).reshape(-1, 16)[:, 2:].tobytes() if len(units) else b""
     raw_values = values.astype("<u8").tobytes()
-    with index.env.begin(write=True) as txn:
+    with index.changing() as txn:
         if len(units):
             items = [
                 (raw[at * 14 : at * 14 + 14], raw_values[at * 8 : at * 8 + 8]) for at in range(len(units))
@@ -211,7 +211,7 @@ def close_index(directory: Path, index: IndexFile) -> None:
     target = IndexFile(temporary, writable=True)
     try:
         for name in ("pieces", "points", "control", "meta"):
-            with index.env.begin() as source, target.env.begin(write=True) as txn:
+            with index.env.begin() as source, target.changing() as txn:
                 rows = source.cursor(db=getattr(index, name))
                 txn.cursor(db=getattr(target, name)).putmulti(iter(rows), append=True)
         target.env.sync(True)

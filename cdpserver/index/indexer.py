@@ -18,7 +18,7 @@ from pathlib import Path
 
 import lmdb
 
-from cdpserver import events
+from cdpserver import events, mapped
 from cdpserver.clock import boot_id
 from cdpserver.errors import CdpError, CorruptError, RefusedError
 from cdpserver.index.build import catch_up, close_index
@@ -91,6 +91,9 @@ class TimelineIndexer:
         self.damage = ""
         self.unproven = ""
         """Why the hash chain does not go on."""
+
+        self.remade = ""
+        """Why the open index was made anew from the records."""
 
         self.closed = False
         """Has it closed an interval, whose index may be merged with others?"""
@@ -199,7 +202,13 @@ class TimelineIndexer:
     def _environment(self, interval: int) -> IndexFile:
         if self._open is None:
             path = interval_path(self.timeline, interval) / open_name(self._boot)
-            self._open = IndexFile(path, writable=True)
+            try:
+                self._open = IndexFile(path, writable=True)
+            except mapped.DAMAGE as error:
+                self.remade = str(error)
+                for left in (path, Path(f"{path}-lock")):
+                    left.unlink(missing_ok=True)
+                self._open = IndexFile(path, writable=True)
             self._open.env.reader_check()
         return self._open
 
@@ -311,6 +320,9 @@ def _step(name: str, indexer: TimelineIndexer, now: float, log: events.EventLog)
     try:
         indexer.step(now)
         indexer.damage = ""
+        if indexer.remade:
+            log.emit("indexer.made-anew", level="warning", timeline=name, reason=indexer.remade)
+            indexer.remade = ""
         if indexer.unproven not in ("", unproven):
             log.emit("chain.damaged", level="error", timeline=name, reason=indexer.unproven)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ index is synced and renamed into place.
 LMDB lets a process open an environment once: `open_index` shares them.
 """
 
+import contextlib
 import os
 import struct
 import threading
@@ -19,6 +20,7 @@ from typing import Any, Self
 import lmdb
 import msgpack
 
+from cdpserver import mapped
 from cdpserver.index.pieces import LEVEL_BITS
 from cdpserver.journal import control
 from cdpserver.limits import INDEX_MAP_BYTES, INDEX_READERS
@@ -85,7 +87,8 @@ class IndexFile:
     def __init__(self, path: Path, *, writable: bool, lock: bool = True) -> None:
         """Without `lock` no reader is noted beside the file: only for one that nobody writes any more.
 
-        Where nothing may be written there is no lock. lmdb.Error for an open interval's index that others may be writing.
+        Where nothing may be written there is no lock. lmdb.Error for an open interval's index that others may be writing, and for
+        one that is damaged as far as can be seen at once.
         """
         self.path = path
         lock = lock and (writable or may_lock(path))
@@ -102,13 +105,25 @@ class IndexFile:
             mode=0o600,
             max_spare_txns=8,
         )
-        # A writer killed right after making the file left it without its databases.
-        self.pieces = self.env.open_db(b"pieces", create=writable)
-        self.points = self.env.open_db(b"points", create=writable)
-        self.control = self.env.open_db(b"control", create=writable)
-        self.meta = self.env.open_db(b"meta", create=writable)
-        self.inode = path.stat().st_ino
+        try:
+            mapped.check_length(self.env, path)
+            # A writer killed right after making the file left it without its databases.
+            self.pieces = self.env.open_db(b"pieces", create=writable)
+            self.points = self.env.open_db(b"points", create=writable)
+            self.control = self.env.open_db(b"control", create=writable)
+            self.meta = self.env.open_db(b"meta", create=writable)
+            self.inode = path.stat().st_ino
+        except BaseException:
+            self.env.close()
+            raise
         self.users = 0
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[lmdb.Transaction]:
+        """A write transaction that commits at the end of the block."""
+        with self.env.begin(write=True) as txn:
+            yield txn
+        mapped.keep_length(self.env, self.path)
 
     def snapshot(self) -> "Snapshot":
         """A consistent view of the index as it is now. Close it soon: it keeps LMDB from reusing pages."""

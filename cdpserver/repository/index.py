@@ -6,14 +6,16 @@ Threads: as LMDB; a write transaction begins and ends in one call. A process may
 opened once, and is shared.
 """
 
+import contextlib
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 import lmdb
 
+from cdpserver import mapped
 from cdpserver.repository.format import Entry, Kind
 
 MAP_BYTES = 64 << 30
@@ -59,6 +61,12 @@ class Index:
         self._briefs = self._env.open_db(b"briefs")
         """Backup -> what `Brief.pack` made of it; of an encrypted repository too."""
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[lmdb.Transaction]:
+        with self._env.begin(write=True) as txn:
+            yield txn
+        mapped.keep_length(self._env, Path(self._path))
+
     def packs(self) -> set[str]:
         """The packs that it knows."""
         with self._env.begin(db=self._packs) as txn:
@@ -66,7 +74,7 @@ class Index:
 
     def add(self, pack: str, entries: Iterable[Entry]) -> None:
         """All chunks of a pack."""
-        with self._env.begin(write=True) as txn:
+        with self._changing() as txn:
             value = txn.get(pack.encode(), db=self._packs)
             if value is None:
                 cursor = txn.cursor(db=self._names)
@@ -81,7 +89,7 @@ class Index:
 
     def forget(self, packs: set[str]) -> None:
         """Packs that are gone, with their chunks."""
-        with self._env.begin(write=True) as txn:
+        with self._changing() as txn:
             numbers = set()
             for pack in packs:
                 value = txn.pop(pack.encode(), db=self._packs)
@@ -116,7 +124,7 @@ class Index:
 
     def note_retained(self, name: str, until_ns: int) -> None:
         """The place keeps an object from being deleted until then."""
-        with self._env.begin(write=True) as txn:
+        with self._changing() as txn:
             txn.put(name.encode(), TIME.pack(until_ns), db=self._retained)
 
     def retained_until_ns(self, name: str) -> int:
@@ -168,6 +176,7 @@ def _opened(path: Path) -> lmdb.Environment:
         str(path), subdir=False, map_size=MAP_BYTES, max_dbs=5, sync=False, mode=0o600, max_readers=512
     )
     try:
+        mapped.check_length(env, path)
         env.open_db(b"chunks", dupsort=True, dupfixed=True)
     except BaseException:
         env.close()

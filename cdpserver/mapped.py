@@ -1,0 +1,38 @@
+"""LMDB files are as long as they say: a page that is mapped beyond the end of its file ends the process that reads it (SIGBUS).
+
+LMDB reads its two meta pages when it opens a file, and believes what they say of the last page. So a file that was cut short is
+refused before any other page is looked at. `check_length` after opening, `keep_length` after every change: LMDB does not write
+pages that a transaction took and gave back, so the last ones that it counts may be missing though nothing is.
+Between a change and `keep_length` a sound file may look short: to readers it is one that is not whole yet.
+"""
+
+import os
+from pathlib import Path
+
+import lmdb
+
+DAMAGE = (
+    lmdb.InvalidError,
+    lmdb.CorruptedError,
+    lmdb.VersionMismatchError,
+    lmdb.PageNotFoundError,
+    lmdb.NotFoundError,
+)
+"""What LMDB says of a file that is damaged, rather than of what it cannot do now."""
+
+
+def check_length(env: lmdb.Environment, path: Path) -> None:
+    """lmdb.InvalidError if the file of an environment, just opened, is cut short."""
+    held, needed = path.stat().st_size, _needed(env)
+    if held < needed:
+        raise lmdb.InvalidError(f"{path}: it is cut short to {held} bytes of {needed}")
+
+
+def keep_length(env: lmdb.Environment, path: Path) -> None:
+    """Let the file be as long as it says after a change, also where its last pages were never written. OSError."""
+    if path.stat().st_size < _needed(env):
+        os.truncate(path, _needed(env))
+
+
+def _needed(env: lmdb.Environment) -> int:
+    return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
