@@ -60,11 +60,12 @@ def scratch() -> Iterator[Path]:
 
 def forget_indexes(under: Path = Path("/")) -> None:
     """Close the index environments that this process keeps open; nobody may be reading."""
-    for path, file in list(store._open.items()):
-        if path.is_relative_to(under):
-            assert file.users == 0, f"{path} is still in use"
-            file.env.close()
-            del store._open[path]
+    with store._open_lock:
+        for path, file in list(store._open.items()):
+            if path.is_relative_to(under):
+                assert file.users == 0, f"{path} is still in use"
+                file.env.close()
+                del store._open[path]
 
 
 # --- the indexer's process

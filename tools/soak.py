@@ -163,7 +163,8 @@ class Soak:
                 )
 
     def _sample(self) -> None:
-        trend.sample(self._series, self._now_s(), self._besieged.processes(), self._besieged.used())
+        besieged = self._besieged
+        trend.sample(self._series, self._now_s(), besieged.processes(), besieged.state_dir, besieged.used())
 
     def _conclude(self) -> None:
         """Everything that is there is compared and checked, and what was taken is judged."""
@@ -186,7 +187,12 @@ class Soak:
         for writer in self._writers:
             summary.cut_off += writer.cut_off
             summary.longest_write_s = max(summary.longest_write_s, writer.longest_s)
-        bounds = {"memory": trend.MEMORY, "files": trend.FILES, "bytes": trend.ROOM}
+        bounds = {
+            "memory": trend.MEMORY,
+            "files": trend.FILES,
+            "deleted": trend.DELETED,
+            "bytes": trend.ROOM,
+        }
         for name in sorted(self._series.values):
             summary.highest[name] = self._series.highest(name)
             if name.partition(" ")[0] in (*LONG_LIVED, "store"):
@@ -234,7 +240,7 @@ def show(summary: Summary, console: Console) -> None:
     console.print(f"longest write: {summary.longest_write_s:.1f} s; cut off: {dict(summary.cut_off)}")
     console.print(f"refused: {dict(summary.refused)}; unanswered: {dict(summary.unanswered)}")
     for name, (early, late) in summary.ends.items():
-        scale, unit = (1, "") if name.endswith("files") else (MIB, " MiB")
+        scale, unit = (1, "") if name.endswith(("files", "deleted")) else (MIB, " MiB")
         console.print(
             f"{name}: {early / scale:,.0f}, at the end {late / scale:,.0f}, "
             f"at most {summary.highest[name] / scale:,.0f}{unit}"

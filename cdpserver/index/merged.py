@@ -222,6 +222,11 @@ class Merged:
         firsts = np.frombuffer(self._map, np.uint64, self.pages * PAGE_WORDS)[::PAGE_WORDS]
         return found == expected and bool((fences == firsts).all())
 
+    def is_gone(self) -> bool:
+        """Is another file there by now, or none?"""
+        found = identity(self.path)
+        return found is None or found[0] != self.inode
+
     def close(self) -> None:
         """Unmap."""
         self._words.release()

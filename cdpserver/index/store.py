@@ -4,13 +4,15 @@ Invariants: the seq indexed so far is stored in the transaction of its entries, 
 entries of an interval are never changed or removed, so a newer snapshot answers older questions alike.
 Durability: none while the interval is open (it is rebuilt after a boot, hence the boot id in its name); a closed interval's
 index is synced and renamed into place.
-LMDB lets a process open an environment once: `open_index` shares them.
+LMDB lets a process open an environment once: `open_index` shares them. One that nobody uses is kept for a while, and then closed
+by a thread that runs as long as there are some: what was dropped gives its room back, and a process at rest holds none.
 """
 
 import contextlib
 import os
 import struct
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +35,10 @@ NAMED = (b"mark/", b"cut/")
 """How the keys begin under which control records are also filed; no seq is as great as these are as numbers."""
 
 OPEN_ENVIRONMENTS = 512
-"""Index environments kept open per process; each costs two or three file descriptors and address space."""
+"""Index environments kept open per process, beyond those in use; each costs two or three file descriptors and address space."""
+
+LINGER_S = 10.0
+"""How long one stays open that nobody uses: a client with several connections, or a look at many disks, finds it open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ class IndexFile:
             self.env.close()
             raise
         self.users = 0
+        self.unused_since_s = 0.0
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[lmdb.Transaction]:
@@ -241,6 +247,8 @@ class Snapshot:
 
 _open: "OrderedDict[Path, IndexFile]" = OrderedDict()
 _open_lock = threading.Lock()
+_closes = False
+"""Is there a thread that closes what nobody uses?"""
 
 
 def find_index(interval: Path, boot_id: str) -> Path | None:
@@ -253,7 +261,7 @@ def find_index(interval: Path, boot_id: str) -> Path | None:
 
 
 def open_index(path: Path) -> IndexFile | None:
-    """The environment at `path` for reading, shared within the process; None when it is gone or not whole yet.
+    """The environment at `path` for reading, shared within the process; None when it is gone, or not whole yet.
 
     Give it back with `release`. An environment whose file was replaced since is not given out again.
     """
@@ -268,6 +276,9 @@ def open_index(path: Path) -> IndexFile | None:
                 found = None
             if found is None:
                 found = IndexFile(path, writable=False)
+                if found.inode != inode:  # replaced while it was opened: nobody knows which of the two it is
+                    found.env.close()
+                    return None
         except (FileNotFoundError, lmdb.Error):
             return None
         _open[path] = found
@@ -282,18 +293,50 @@ def open_index(path: Path) -> IndexFile | None:
         return found
 
 
-def let_go_of_gone() -> None:
-    """Close what nobody uses and is there no more, so that the file system has its room back."""
-    with _open_lock:
-        for path, held in list(_open.items()):
-            if held.users == 0 and not (path.exists() and path.stat().st_ino == held.inode):
-                held.env.close()
-                del _open[path]
-
-
 def release(file: IndexFile) -> None:
     """A user of `open_index` is done with it."""
+    global _closes
     with _open_lock:
         file.users -= 1
-        if file.users == 0 and _open.get(file.path) is not file:
+        if file.users:
+            return
+        if _open.get(file.path) is not file:
             file.env.close()
+            return
+        file.unused_since_s = time.monotonic()
+        if not _closes:
+            try:
+                threading.Thread(target=_keep_closing, daemon=True, name="indexes").start()
+                _closes = True
+            except RuntimeError:  # no thread is to be had
+                file.env.close()
+                del _open[file.path]
+
+
+def _keep_closing() -> None:
+    """Until there is nothing left that nobody uses."""
+    while close_unused(time.monotonic()):
+        time.sleep(LINGER_S / 2)
+
+
+def _forked() -> None:
+    """In a child, which has none of its parent's threads."""
+    global _closes
+    _closes = False
+    _open_lock.release()
+
+
+os.register_at_fork(before=_open_lock.acquire, after_in_parent=_open_lock.release, after_in_child=_forked)
+
+
+def close_unused(now_s: float) -> bool:
+    """Close what nobody has used for a while, at a time of the monotonic clock. Is there more that nobody uses?"""
+    global _closes
+    with _open_lock:
+        unused = [file for file in _open.values() if file.users == 0]
+        late = [file for file in unused if now_s >= file.unused_since_s + LINGER_S]
+        for file in late:
+            file.env.close()
+            del _open[file.path]
+        _closes = len(unused) > len(late)
+        return _closes

@@ -13,6 +13,7 @@ connection ended: what refused a write did so on the way, and the next may have 
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 from cdpserver.journal import control
 from cdpserver.journal.control import State
@@ -83,7 +84,7 @@ def put_gap(
         state = writer.state
         if state.gap_open or (state.synced and state.session != session):
             return None
-        broke = find_break(journal, state)
+        broke = journal.settled(partial(find_break, journal, state))
         if broke is None:
             return None
         from_ns, until_ns = broke.broke_ns, broke.began_ns

@@ -1,20 +1,22 @@
 """Reading a timeline's journal: which segments there are, where a seq or a time is, runs of records.
 
-A reader never writes and needs no lock: segments only grow until they are sealed, and the tail word says how far.
+A reader never writes and needs no lock: segments only grow until they are sealed, and the tail word says how far. Intervals may
+be dropped or thinned between a listing and the opening of a file: who looks at others than the newest one does so in `settled`.
 Cost: finding a seq or a time bisects header pages, so it does not depend on how long the journal is.
 """
 
 import contextlib
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cdpserver.errors import CorruptError
+from cdpserver.errors import CorruptError, RefusedError
 from cdpserver.journal import control
 from cdpserver.journal.instants import Instants
 from cdpserver.journal.record import DTYPE, Kind
@@ -25,6 +27,11 @@ FIRST_INTERVAL = 1
 
 CACHED_READERS = 64
 """Segments that a journal reader keeps open for later: bounds file descriptors."""
+
+LOOKS = 100
+"""How often history is looked at anew, each time since some of it went meanwhile: more than a pass takes away during a look."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +88,13 @@ class Journal:
         self.refresh()
 
     def refresh(self) -> None:
-        """Notice intervals and segments made or replaced since the last look. Costs one directory listing, or two."""
+        """Notice intervals and segments made, replaced or dropped since the last look. Costs one directory listing, or two."""
         last = self._intervals[-1] if self._intervals else 0
         before, self._inodes = self._inodes, inodes(self.timeline)
-        replaced = {n for n, inode in self._inodes.items() if before.get(n, inode) != inode}
+        gone = {n for n, inode in before.items() if self._inodes.get(n) != inode}
         # What was the newest interval then may have grown before the next one began.
-        self._segments = {n: held for n, held in self._segments.items() if n < last and n not in replaced}
-        for place in [place for place in self._readers if place[0] in replaced]:
+        self._segments = {n: held for n, held in self._segments.items() if n < last and n not in gone}
+        for place in [place for place in self._readers if place[0] in gone]:
             del self._readers[place]
         self._intervals = sorted(self._inodes)
         while self._intervals:
@@ -96,6 +103,34 @@ class Journal:
             if self._segments[newest]:
                 break
             self._intervals.pop()  # just made: its first segment is still to come
+
+    @property
+    def listed(self) -> Mapping[int, int]:
+        """The intervals as they were listed last, each with the inode of its directory."""
+        return self._inodes
+
+    def has_lost(self, listed: Mapping[int, int]) -> bool:
+        """Looks anew: was any of what was listed dropped or thinned since?"""
+        self.refresh()
+        return any(self._inodes.get(number) != inode for number, inode in listed.items())
+
+    def settled(self, look: Callable[[], Found]) -> Found:
+        """What `look` finds in this journal, beside whoever drops and thins.
+
+        What goes between a listing and the opening of a file is history no more: all is looked at anew then. What is missing
+        though nothing went is raised as it is. RefusedError where history goes faster than it can be looked at.
+        """
+        for _ in range(LOOKS):
+            listed = self._inodes
+            try:
+                return look()
+            except (FileNotFoundError, CorruptError):
+                if not self.has_lost(listed):
+                    raise
+        raise RefusedError(
+            f"history of timeline {self.timeline.name} is being dropped faster than it can be read",
+            hint="try again when that is over: cdp job list",
+        )
 
     @property
     def intervals(self) -> list[int]:
@@ -140,11 +175,18 @@ class Journal:
 
     def first_reader(self, interval: int) -> SegmentReader:
         """The first segment of an interval. CorruptError if there is none: it is gone, or was never written."""
+        return self.reader(interval, self._some(interval)[0])
+
+    def last_reader(self, interval: int) -> SegmentReader:
+        """The last segment of an interval; CorruptError as above."""
+        return self.reader(interval, self._some(interval)[-1])
+
+    def _some(self, interval: int) -> list[int]:
         held = self.segments(interval)
         if not held:
             path = interval_path(self.timeline, interval)
             raise CorruptError(f"{path} holds no segment", hint="cdp check DISK says what that touches")
-        return self.reader(interval, held[0])
+        return held
 
     def newest(self) -> tuple[int, SegmentReader]:
         """Interval and reader of the newest segment. Costs a look at a mapped word while the writer has not rolled on."""
@@ -269,8 +311,7 @@ class Journal:
         following = position.interval + 1
         if position.interval == self._intervals[-1] or following in self._intervals:
             return False
-        last = self.reader(position.interval, self.segments(position.interval)[-1])
-        return position.seq >= last.last_seq
+        return position.seq >= self.last_reader(position.interval).last_seq
 
     def at_time(self, time_ns: int) -> Position | None:
         """The newest record at or before a time; None before the first one."""
@@ -291,7 +332,7 @@ class Journal:
         if older:
             return interval, older[-1]
         index = bisect_left(self._intervals, interval) - 1
-        return (self._intervals[index], self.segments(self._intervals[index])[-1]) if index >= 0 else None
+        return (self._intervals[index], self._some(self._intervals[index])[-1]) if index >= 0 else None
 
     def runs(self, after: int, upto: int, *, limit: int | None = None) -> Iterator[Run]:
         """Records with `after` < seq <= `upto`, by segment, oldest first; at most `limit` records in all."""
@@ -328,6 +369,10 @@ class Journal:
             return disk_size(self.newest()[1])
         position = self.at_seq(seq)
         return disk_size(self.reader(position.interval, position.segment))
+
+    def keeps_gone(self) -> bool:
+        """Is a segment open here that has lost its name?"""
+        return any(reader.is_gone for reader in self._readers.values())
 
     def close(self) -> None:
         """Close every segment."""

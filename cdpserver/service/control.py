@@ -22,7 +22,7 @@ RETRY_S = 0.02
 CALLS = 16
 """Calls at once: the backlog of the target's control socket."""
 
-REPEATABLE = frozenset({"ping", "status", "look", "holds", "commit", "full", "let_go", "shut", "mirrored"})
+REPEATABLE = frozenset({"ping", "status", "look", "holds", "commit", "full", "shut", "mirrored"})
 """Operations that may be asked again when the target died before it answered."""
 
 EVENTS_HINT = "the events say why: events.jsonl"

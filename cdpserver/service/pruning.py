@@ -9,7 +9,6 @@ from cdpserver import groups, locks
 from cdpserver.catalog.derived import Derived
 from cdpserver.config import Settings
 from cdpserver.errors import CdpError, RefusedError
-from cdpserver.index.store import let_go_of_gone
 from cdpserver.names import format_bytes
 from cdpserver.retention.policy import REFUSE, SHORTEN
 from cdpserver.retention.quota import WARNING_PERCENT, quota_bytes
@@ -19,9 +18,6 @@ from cdpserver.vm import instant
 
 LONGEST = 10
 """Looks after which there is a pass though nothing has changed: history grows old by itself."""
-
-LET_GO_S = 5.0
-"""How long a pass waits for a worker that hangs."""
 
 LEVELS = (95, 90, 80)
 """Percent of a cap at which a warning is said, each once on the way up."""
@@ -67,7 +63,6 @@ class Pruning:
             done: dict[str, Any] = await core.job("prune", "cdpserver.retention.prune", *arguments)
         if not dry_run:
             self._say(done, disk)
-            await self._let_go({gone["disk"] for gone in done["dropped"]})
             await self._refuse()
         return done
 
@@ -120,15 +115,6 @@ class Pruning:
             self._full[disk] = (
                 "" if reached is None else f"{why}, and the policy of {disk} refuses writes then"
             )
-
-    async def _let_go(self, disks: set[str]) -> None:
-        """Whoever has what was dropped open keeps its room: tell the workers. One that does not answer is told the next time."""
-        await self._core.thread(let_go_of_gone)
-        for disk in sorted(disks):
-            entry = self._core.catalog.get(disk)
-            if entry is not None and entry.state == "live":
-                with contextlib.suppress(CdpError), trio.move_on_after(LET_GO_S):
-                    await self._core.targets.call(entry.id, "let_go", id=entry.id)
 
     async def _refuse(self) -> None:
         """Tell the workers; each time, since one that was started anew does not know."""

@@ -335,10 +335,10 @@ class TargetDisk:
                 journal = self.writer("guest")
                 journal.synced(control.synced(journal.state.session, write_blocking=True, direct=True))
 
-    def let_go(self) -> None:
-        """Some of the history was dropped: keep none of it open."""
+    def tidy(self) -> None:
+        """Keep nothing open to read from that nobody reads, or that is gone."""
         if self.reads is not None:
-            self.reads.let_go()
+            self.reads.tidy()
 
     def grow(self, size: int) -> dict[str, Any]:
         """The disk has `size` bytes from here on, durably; clients see them when they connect anew. RefusedError for fewer.

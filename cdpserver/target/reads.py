@@ -1,4 +1,8 @@
-"""How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs."""
+"""How the target reads what it has just written: for clients, for writes around unaligned edges, for resyncs.
+
+Files stay open between requests. `tidy` closes those of a disk at rest, and all as soon as one of them is gone, so that a disk
+at rest costs nothing, and what was dropped, thinned or merged gives its room back.
+"""
 
 import contextlib
 import threading
@@ -11,7 +15,6 @@ import numpy as np
 
 from cdpserver import durable
 from cdpserver.errors import CorruptError, RefusedError
-from cdpserver.index.store import let_go_of_gone
 from cdpserver.limits import BLOCK
 from cdpserver.nodes import ROTTED
 from cdpserver.view.history import History
@@ -19,16 +22,21 @@ from cdpserver.view.live import LiveView
 from cdpserver.view.verified import Anew, Verifier, Verifies
 from cdpserver.view.view import View
 
+PATIENCE_S = 1.0
+"""How long `tidy` waits for a request: one takes milliseconds, and the other disks wait as well."""
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _told(read: Method) -> Method:
-    """What the system says of a read becomes the project's error. It breaks nothing: the next request may succeed."""
+def _request(read: Method) -> Method:
+    """One at a time. What the system says of it becomes the project's error; it breaks nothing: the next one may succeed."""
 
     @wraps(read)
     def call(self: "LiveReads", *args: Any, **named: Any) -> Any:
         try:
-            return read(self, *args, **named)
+            with self._lock:
+                self._used = True
+                return read(self, *args, **named)
         except OSError:
             with durable.unreadable(self.directory):
                 raise
@@ -47,37 +55,39 @@ class LiveReads:
         self._verifier: Verifier | None = None
         self._rotted = False
         """Was anything found that is not what was written?"""
+        self._used = True
+        """Since `tidy` looked last."""
+        self._rests = False
+        """Is nothing open?"""
 
-    @_told
+    @_request
     def verified(self, offset: int, length: int) -> bytes:
         """What the disk holds now, for a write that keeps part of it. CorruptError where that is not what was written."""
-        with self._lock, self._verifying(Anew()):
+        with self._verifying(Anew()):
             try:
                 return self._view.read(offset, length)
             except CorruptError:
                 self._rotted = True
                 raise
 
-    @_told
+    @_request
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer with what the disk holds now."""
-        with self._lock:
-            self._view.read_into(buffer, offset)
+        self._view.read_into(buffer, offset)
 
-    @_told
+    @_request
     def status(self, offset: int, end: int, *, one: bool) -> list[tuple[int, int, bool]]:
         """Block status, as `View.status`."""
-        with self._lock:
-            return self._view.status(offset, end, one=one)
+        return self._view.status(offset, end, one=one)
 
-    @_told
+    @_request
     def changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
         """Compare a payload with the content at `ref` and with that of now.
 
         Runs [start, end) of the payload (4 KiB aligned but for the disk's end) with the seq that a *same* record should
         name, or -1 where the content differs from both. Once something is known to have rotted, what cannot be verified differs.
         """
-        with self._lock, self._verifying(self._while_rotted()):
+        with self._verifying(self._while_rotted()):
             self._view.refresh()
             runs: list[tuple[int, int, int]] = []
             try:
@@ -109,18 +119,35 @@ class LiveReads:
         finally:
             self._view.files.verifier = None
 
-    def let_go(self) -> None:
-        """Close every file, so that what was dropped gives its room back; the next request opens what is there then."""
-        with self._lock:
-            self._view.close()
-            self._history.journal.refresh()
-        let_go_of_gone()
+    def tidy(self) -> None:
+        """Close every file if there was no request since the last call, or if a file has lost its name; the next request opens
+        what is there then. What does not end is not waited for: the next call comes.
+        """
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            return
+        try:
+            used, self._used = self._used, False
+            if used:
+                self._rests = False
+            if not self._rests and (not used or self._keeps_gone()):
+                self._view.close()
+                self._history.let_go()
+                self._rests = True
+        finally:
+            self._lock.release()
+
+    def _keeps_gone(self) -> bool:
+        try:
+            return self._history.keeps_gone() or self._view.keeps_gone()
+        except OSError:
+            return True  # the next request says what is wrong
 
     def close(self) -> None:
         """Give files and leases back."""
         with self._lock:
             self._view.close()
             self._history.close()
+            self._used, self._rests = False, True
 
 
 def _compare(

@@ -32,6 +32,9 @@ from cdpserver.target.placement import worker_of
 STARVED_S = 0.1
 """Between two attempts to take a call while there are no files left for it."""
 
+TIDY_S = 5.0
+"""How often disks that were read are looked at, for what they need not keep open. One at rest costs a comparison or two."""
+
 COMMITTERS = 16
 """Commits under way at once: disks wait for the same device, which makes many durable in one go."""
 
@@ -74,6 +77,7 @@ class Registry:
             except Exception as error:  # noqa: BLE001 - the process's rim: the other disks are served
                 self.log.emit("target.open-failed", level="error", disk=name, reason=repr(error))
         threading.Thread(target=self._commit_loop, name="committer", daemon=True).start()
+        threading.Thread(target=self._tidy_loop, name="tidy", daemon=True).start()
         listener = self._listen()
         threading.Thread(target=self._serve, args=(listener,), name="control", daemon=True).start()
 
@@ -136,6 +140,15 @@ class Registry:
             self.log.emit(
                 "target.commit-failed", level="error", disk=disk.timeline.full_name, reason=str(error)
             )
+
+    def _tidy_loop(self) -> None:
+        pause = threading.Event()
+        while True:
+            pause.wait(TIDY_S)
+            with self._lock:
+                disks = list(self._disks.values())
+            for disk in disks:
+                disk.tidy()
 
     def _pace(self, disk: TargetDisk, lag_ns: int) -> None:
         """Slow writes down a little while the store or the indexer cannot keep up."""
@@ -234,7 +247,6 @@ class Registry:
             "grow": lambda r: self.disk(r["disk"]).grow(r["size"]),
             "commit": lambda r: self.disk(r["disk"]).writer("point").commit(),
             "full": self._set_full,
-            "let_go": self._let_go,
             "shut": self._shut,
             "shut-all": self._shut_all,
         }
@@ -254,13 +266,6 @@ class Registry:
             found = self._disks.get(request["id"])
             if found is not None:
                 found.full = request["why"]
-
-    def _let_go(self, request: dict[str, Any]) -> None:
-        """Keep nothing open of what one disk has lost; one that is not open holds nothing."""
-        with self._lock:
-            found = self._disks.get(request["id"])
-        if found is not None:
-            found.let_go()
 
     def _shut(self, request: dict[str, Any]) -> None:
         """Close one timeline for good (it is being removed)."""

@@ -5,6 +5,7 @@ touched are compared by where their content lies, so an unchanged re-mirror leav
 """
 
 from bisect import bisect_right
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -40,6 +41,10 @@ def union(ranges: Ranges) -> Ranges:
 
 def touched(history: History, after: int, upto: int) -> tuple[Ranges, Ranges]:
     """(ranges of every change, ranges of *same* records) among the records with `after` < seq <= `upto`."""
+    return history.journal.settled(partial(_touched, history, after, upto))
+
+
+def _touched(history: History, after: int, upto: int) -> tuple[Ranges, Ranges]:
     empty = np.empty((0, 2), dtype=np.int64)
     everything, same = [empty], [empty]
     for run in history.journal.runs(after, upto):

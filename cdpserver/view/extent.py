@@ -88,6 +88,10 @@ class Files:
         else:
             self._kept[key] = fd
 
+    def keeps_gone(self) -> bool:
+        """Is one of them in no directory any more?"""
+        return any(os.fstat(fd).st_nlink == 0 for fd in (*self._fds.values(), *self._kept.values()))
+
     def close(self) -> None:
         """Close all."""
         while self._kept:
@@ -111,3 +115,34 @@ def fill(fd: int, part: memoryview, place: int, path: str) -> None:
                 hint="cdp check says what is missing",
             )
         part[done:] = bytes(len(part) - done)
+
+
+def raw_extents(fd: int, path: str, offset: int, end: int, *, least: int, holes: bool) -> list[Extent]:
+    """Where bytes [offset, end) of a disk are in its raw file, which has `least` bytes; beyond its end are zeros.
+
+    With `holes`, its holes come out as zeros.
+    """
+    held = os.fstat(fd).st_size
+    if held < least:
+        # Never zeros where data was.
+        raise CorruptError(f"{path} is cut short to {held} bytes", hint="cdp check says what it touches")
+    stop = min(end, held)
+    extents: list[Extent] = []
+    at = offset
+    while at < stop:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA) if holes else at
+        except OSError:  # ENXIO: no data from here to the end of the file
+            data = stop
+        data = min(data, stop)
+        if data > at:
+            extents.append((at, data, None, 0))
+        if data < stop:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), stop) if holes else stop
+            extents.append((data, hole, path, data))
+            at = hole
+        else:
+            at = stop
+    if at < end:
+        extents.append((at, end, None, 0))
+    return extents

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -41,17 +42,25 @@ class History:
 
     def size_at(self, seq: int) -> int:
         """Bytes of the disk at an instant; 0 is its base. RefusedError for an instant that is not kept."""
-        if seq == 0:
-            return self.timeline.size
+        return self.timeline.size if seq == 0 else self.journal.settled(partial(self._size_at, seq))
+
+    def _size_at(self, seq: int) -> int:
         if self._place(seq) is not None:
             return self.journal.grown_to(seq) or self.timeline.size
-        return read_header(base_point_path(self.directory, self._node(seq).number))[1]
+        try:
+            return read_header(base_point_path(self.directory, self._node(seq).number))[1]
+        except FileNotFoundError:
+            # Merged away since it was listed: another one that holds the instant, or it is not kept any more.
+            return read_header(base_point_path(self.directory, self._node(seq).number))[1]
 
     def standing(self, seq: int) -> tuple[list[int], Node | None]:
         """(intervals that an instant is read from, newest first; the base point that they stand on, if older ones are gone).
 
         RefusedError for an instant that is not kept, CorruptError where something that it needs is missing.
         """
+        return self.journal.settled(partial(self._standing, seq))
+
+    def _standing(self, seq: int) -> tuple[list[int], Node | None]:
         position = self._place(seq)
         if position is None:
             return [], self._node(seq)
@@ -89,6 +98,16 @@ class History:
                 hint=f"cdp point list {self.timeline.full_name}",
             )
         return node
+
+    def let_go(self) -> None:
+        """Close every segment; what is asked for next is opened again."""
+        self.journal.close()
+        if self.parent is not None:
+            self.parent.let_go()
+
+    def keeps_gone(self) -> bool:
+        """Is a segment open here that has lost its name?"""
+        return self.journal.keeps_gone() or (self.parent is not None and self.parent.keeps_gone())
 
     def close(self) -> None:
         """Close the journal and give the lease back."""

@@ -66,6 +66,10 @@ class Layer:
         """Is the interval still the one that was opened, not dropped or thinned since?"""
         return self._inode != 0 and _inode(self.directory) == self._inode
 
+    def keeps_gone(self) -> bool:
+        """Is the index that is open here another one than its name leads to?"""
+        return self._file is not None and _inode(self._file.path) != self._file.inode
+
     def begin(self) -> None:
         """Look at the index as it is now."""
         if self._snapshot is None and self._file is not None:
@@ -143,10 +147,10 @@ class Layer:
             self._file = None
 
 
-def _inode(directory: Path) -> int:
+def _inode(path: Path) -> int:
     """0 if there is none."""
     try:
-        return os.stat(directory).st_ino
+        return os.stat(path).st_ino
     except FileNotFoundError:
         return 0
 

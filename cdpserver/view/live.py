@@ -21,6 +21,8 @@ class LiveView(View):
     def refresh(self) -> None:
         """Take in what was written since the last request."""
         journal = self.history.journal
+        if not self._is_open:
+            journal.refresh()  # what was listed before may be gone, and no file of it is open
         interval, reader = journal.newest()
         last_seq = reader.last_seq
         if not self._is_open:
@@ -37,7 +39,6 @@ class LiveView(View):
             False  # until all of it is taken in: else what fails on the way would be missing for good
         )
         if interval != newest.interval or (tail is not None and len(tail) > self._rebuild_at):
-            self._close_layers()
             self._open_layers()
             tail = self._newest_layer().tail
             self._rebuild_at = max(TAIL_REBUILD, 2 * len(tail) if tail is not None else 0)

@@ -47,6 +47,10 @@ class Span:
             for number in self.intervals
         )
 
+    def keeps_gone(self) -> bool:
+        """The merged index is the view's."""
+        return False
+
     def begin(self) -> None:
         """Nothing to look at anew: it never changes."""
 

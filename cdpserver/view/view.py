@@ -4,27 +4,29 @@
 
 Invariants: a view shows exactly the records up to its seq, indexed or not; beyond its size are zeros.
 Opening costs the same however long the journal is;
-older intervals are opened when a read first falls through to them, many at a time where their indexes are merged.
+older intervals are opened when a read first falls through to them, many at a time where their indexes are merged. What it has
+open stays open until it is closed, and so readable, whoever drops it meanwhile; what it opens is what is there then.
 A *same* piece sends the lookup back to the seq that it names; the writer made sure that this takes one step.
 Threads: none; every connection has a view of its own.
 """
 
-import os
 from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 from cdpserver.errors import CorruptError
 from cdpserver.index.merged import Merged, Source
 from cdpserver.index.merging import load, sources
 from cdpserver.index.pieces import BLOCK_MASK, KIND_BITS, REST_MASK, SEGMENT_BITS
-from cdpserver.journal.log import interval_path
+from cdpserver.journal.log import LOOKS, Found, interval_path
 from cdpserver.journal.record import Kind
 from cdpserver.limits import BLOCK
 from cdpserver.nodes import Node, base_point_path
 from cdpserver.timeline import BackupBase, EmptyBase, ImageBase, PointBase
 from cdpserver.view.backed import backed_up
 from cdpserver.view.chain import Chain
-from cdpserver.view.extent import Extent, Files, coalesce, fill
+from cdpserver.view.extent import Extent, Files, coalesce, fill, raw_extents
 from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Layer, Piece
 from cdpserver.view.span import Span
@@ -35,9 +37,6 @@ STATUS_WINDOW = 4 << 20
 
 STATUS_RUNS = 64
 """Runs after which an answer is long enough: it costs milliseconds, however fragmented the disk is."""
-
-LOOKS = 8
-"""How often an instant is opened anew while a pass takes away what lies beside it."""
 
 STATUS_EXTENTS = 16_384
 """Extents after which it is, however few runs they come to: content that was written in small pieces is one run of data."""
@@ -75,14 +74,21 @@ class View:
         self._status: list[tuple[int, int, bool]] = []
         self._status_seq = -1
         self._is_open = False
-        self._open_layers()
+        self._listed: Mapping[int, int] = {}
+        try:
+            self._open_layers()
+        except BaseException:
+            self._close_layers()  # nobody else could
+            raise
 
     def _open_layers(self) -> None:
         """The newest interval, and every further one that its index does not hold whole."""
-        self._find_layers()
+        self.history.journal.settled(self._find_layers)
         self._is_open = True
 
     def _find_layers(self) -> None:
+        self._close_layers()
+        self._listed = self.history.journal.listed
         if self.seq == 0:
             return
         self._older, self._floor = self.history.standing(self.seq)
@@ -111,7 +117,7 @@ class View:
         indexed = layer.indexed
         layer.end()
         first_seq = journal.first_reader(interval).first_seq
-        upto = min(self.seq, journal.reader(interval, journal.segments(interval)[-1]).last_seq)
+        upto = min(self.seq, journal.last_reader(interval).last_seq)
         if indexed < upto:
             self._fold_tail(layer, max(indexed, first_seq - 1), upto)
         return indexed >= first_seq
@@ -133,7 +139,6 @@ class View:
     def refresh(self) -> None:
         """A view of a fixed seq never changes. What failed to open is opened anew, all of it: a part would read otherwise."""
         if not self._is_open:
-            self._close_layers()
             self._open_layers()
 
     # -- resolving -------------------------------------------------------------------------------------------
@@ -200,29 +205,45 @@ class View:
         try:
             return self._resolve(offset, end, holes=holes)
         except (CorruptError, FileNotFoundError) as error:
-            if not self._lost_ground(stale=isinstance(error, FileNotFoundError)):
-                raise
-            return self._resolve(offset, end, holes=holes)
+            return self._again(error, partial(self._resolve, offset, end, holes=holes))
 
-    def _lost_ground(self, *, stale: bool = False) -> bool:
-        """Was history that this view reads from dropped meanwhile? Then it stands on a base point from now on.
+    def _again(self, error: Exception, read: Callable[[], Found]) -> Found:
+        """What `read` finds after it failed so, from what is there now; as often as history goes meanwhile."""
+        for _ in range(LOOKS):
+            if not self._lost_ground():
+                break
+            try:
+                return read()
+            except (CorruptError, FileNotFoundError) as again:
+                error = again
+        raise error
 
-        Or thinned: then it reads the same from other segments. `stale`: something that was looked up a moment ago is gone.
+    def _lost_ground(self) -> bool:
+        """Was history dropped since this view was opened? Then it stands on a base point from now on.
+
+        Or thinned: then it reads the same from other segments.
         """
-        self.history.journal.refresh()
-        used = {*(number for layer in self._layers for number in layer.intervals), *self._older}
-        others = [*self._refs.values()] + ([self._base_view] if self._base_view is not None else [])
         # Of all, not just of the first one.
         lost = [
-            not used <= set(self.history.journal.intervals)
-            or not all(layer.stands for layer in self._layers)
-            or stale,
-            *(view._lost_ground() for view in others),
+            self.history.journal.has_lost(self._listed) or not all(layer.stands for layer in self._layers),
+            *(view._lost_ground() for view in self._others()),
         ]
         if lost[0]:
-            self._close_layers()
             self._open_layers()
         return any(lost)
+
+    def _others(self) -> list["View"]:
+        """The views that this one reads through."""
+        return [*self._refs.values()] + ([self._base_view] if self._base_view is not None else [])
+
+    def keeps_gone(self) -> bool:
+        """Is a file open here that has lost its name? The file system has its room back when it is closed."""
+        return (
+            self.files.keeps_gone()
+            or any(layer.keeps_gone() for layer in self._layers)
+            or any(merged.is_gone() for merged in self._merged)
+            or any(view.keeps_gone() for view in self._others())
+        )
 
     def _resolve(self, offset: int, end: int, *, holes: bool) -> list[Extent]:
         extents: list[Extent] = []
@@ -250,26 +271,15 @@ class View:
         if found is None:
             if len(self._refs) >= KEPT_REFS:
                 self._refs.pop(next(iter(self._refs)))._close_layers()
-            found = self._refs[seq] = self._opened(seq)
+            found = self._refs[seq] = View(self.history, seq, self.files)
         return found
-
-    def _opened(self, seq: int) -> "View":
-        """Another instant of the history. Intervals that it has listed may be dropped by now."""
-        for _ in range(LOOKS):
-            try:
-                return View(self.history, seq, self.files)
-            except FileNotFoundError:
-                self.history.journal.refresh()
-        return View(self.history, seq, self.files)
 
     def refs(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """For blocks [first, end): runs with the seq that a *same* record should name for what is there now."""
         try:
             pieces = self.pieces(first, end)
         except (CorruptError, FileNotFoundError) as error:
-            if not self._lost_ground(stale=isinstance(error, FileNotFoundError)):
-                raise
-            pieces = self.pieces(first, end)
+            pieces = self._again(error, partial(self.pieces, first, end))
         runs: list[tuple[int, int, int]] = []
         for layer, (start, stop, _, value) in pieces:
             is_same = layer is not None and value >> KIND_BITS == Kind.SAME
@@ -289,7 +299,7 @@ class View:
                 assert self.history.parent is not None
                 parent = self.history.parent
                 parent.journal.refresh()  # it was listed when the fork was opened; some of it may be dropped
-                if parent.journal.at_seq(base.seq).seq != base.seq:
+                if parent.journal.settled(partial(parent.journal.at_seq, base.seq)).seq != base.seq:
                     raise CorruptError(
                         f"{parent.timeline.full_name} has lost seq {base.seq}, which {self.history.timeline.full_name} stands on",
                         hint="cdp check says what it touches",
@@ -324,31 +334,7 @@ class View:
         return extents
 
     def _raw(self, path: str, offset: int, end: int, *, least: int, holes: bool) -> list[Extent]:
-        fd = self.files.fd(path)
-        held = os.fstat(fd).st_size
-        if held < least:
-            # Never zeros where data was.
-            raise CorruptError(f"{path} is cut short to {held} bytes", hint="cdp check says what it touches")
-        stop = min(end, held)
-        extents: list[Extent] = []
-        at = offset
-        while at < stop:
-            try:
-                data = os.lseek(fd, at, os.SEEK_DATA) if holes else at
-            except OSError:  # ENXIO: no data from here to the end of the file
-                data = stop
-            data = min(data, stop)
-            if data > at:
-                extents.append((at, data, None, 0))
-            if data < stop:
-                hole = min(os.lseek(fd, data, os.SEEK_HOLE), stop) if holes else stop
-                extents.append((data, hole, path, data))
-                at = hole
-            else:
-                at = stop
-        if at < end:
-            extents.append((at, end, None, 0))
-        return extents
+        return raw_extents(self.files.fd(path), path, offset, end, least=least, holes=holes)
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -357,10 +343,8 @@ class View:
         target = memoryview(buffer)
         try:
             self._fill(target, offset)
-        except CorruptError:
-            if not self._lost_ground():
-                raise
-            self._fill(target, offset)
+        except CorruptError as error:
+            self._again(error, partial(self._fill, target, offset))
 
     def _fill(self, target: memoryview, offset: int) -> None:
         readers = self.files.readers

@@ -25,6 +25,9 @@ SECOND_NS = 1_000_000_000
 RECENT_NS = 20 * SECOND_NS
 """Every instant of this last while can be opened, whatever retention does; the policy keeps three times as much."""
 
+DROPPED = "not kept any more"
+"""In what is said of an instant that was there a moment ago."""
+
 
 class Looks:
     """One reader. What is wrong is kept in `failures`, each with what was looked at."""
@@ -73,6 +76,9 @@ class Looks:
         except (NotFoundError, RefusedError) as error:
             self.refused[said(error)] += 1
         except (CdpError, nbd.Error) as error:
+            if DROPPED in str(error):  # between the list and the look
+                self.refused[said(error)] += 1
+                return
             self.unanswered[said(error)] += 1
             if not may_fail:
                 self.failures.append(f"{way.__name__} of {disk}: {error}")
@@ -125,7 +131,11 @@ class Looks:
     def _point(self, disk: str, point: str, what: str) -> None:
         place = self._client.place(point)
         if place["time_ns"] >= self._began_ns:
-            self._compare(disk, str(place["uri"]), self._held(disk, int(place["time_ns"])), what)
+            try:
+                self._compare(disk, str(place["uri"]), self._held(disk, int(place["time_ns"])), what)
+            except nbd.Error:
+                self._client.place(point)  # it says so if it was dropped before it could be opened
+                raise
 
     def _current(self, disk: str) -> None:
         """The disk itself; writes arrive while it is read, so that each piece is compared for itself."""

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from tools.measure.processes import memory as memory_of
@@ -27,6 +28,13 @@ class Bound:
 
 MEMORY = Bound(1.25, 16 * MIB)
 FILES = Bound(1.1, 16)
+"""A client costs some files while it is there (docs/reliability.md: Open files), and there are a few at any time, so quarters
+differ by what those have open; what is left of clients that are gone adds up."""
+
+DELETED = Bound(0, 16)
+"""Of files of the store that are open without a name, however many there were: only what was dropped a moment ago, or since a
+client that is still there began to read it."""
+
 ROOM = Bound(1.25, 64 * MIB)
 
 
@@ -55,12 +63,27 @@ class Series:
         return f"{name} grew from {early:,.0f} to {late:,.0f}, past {limit:,.0f}" if late > limit else ""
 
 
-def sample(series: Series, at_s: float, processes: Mapping[str, list[int]], used: int) -> None:
+def sample(series: Series, at_s: float, processes: Mapping[str, list[int]], store: Path, used: int) -> None:
     """One look at everything. A process that ends meanwhile is left out."""
     series.add("store bytes", at_s, used)
     for kind, pids in processes.items():
         with contextlib.suppress(OSError, StopIteration):
             memory = sum(map(memory_of, pids))
-            files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+            files = [path for pid in pids for path in open_files(pid)]
             series.add(f"{kind} memory", at_s, memory)
-            series.add(f"{kind} files", at_s, files)
+            series.add(f"{kind} files", at_s, len(files))
+            series.add(f"{kind} deleted", at_s, len(deleted(files, store)))
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, by the names that the kernel has for it."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
+def deleted(files: list[str], store: Path) -> list[str]:
+    """Those below a directory that have lost their names."""
+    return [path for path in files if path.startswith(f"{store}/") and path.endswith(" (deleted)")]
