@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def _cut(history: History, number: int) -> Cut:
         history.journal.refresh()
     if not history.journal.empty:
         history.journal.newest()
-        found = find_cut(history.journal, number)
+        found = history.journal.settled(partial(find_cut, history.journal, number))
         if found is not None:
             return found
     raise NotFoundError(f"{name} has no base point {number}", hint=f"cdp bp list {name}")
@@ -186,7 +187,7 @@ def describe(history: History, node: Node | Cut) -> dict[str, Any]:
 
 def note(history: History, cut: Cut) -> Node:
     """What is noted of a cut: everything that the journal says of it."""
-    state = history.journal.state_at(cut.seq)
+    state = history.journal.settled(partial(history.journal.state_at, cut.seq))
     return Node(
         cut.number,
         cut.seq,
@@ -201,14 +202,22 @@ def note(history: History, cut: Cut) -> Node:
 
 def all_cuts(history: History) -> list[Cut]:
     history.journal.refresh()
-    if history.journal.empty:
+    return history.journal.settled(partial(_all_cuts, history.journal))
+
+
+def _all_cuts(journal: Journal) -> list[Cut]:
+    if journal.empty:
         return []
-    history.journal.newest()
-    return cuts(history.journal)
+    journal.newest()
+    return cuts(journal)
 
 
 def changed_since_cut(history: History) -> bool:
     """Has anything been written since the newest cut, or since the history began?"""
+    return history.journal.settled(partial(_changed_since_cut, history))
+
+
+def _changed_since_cut(history: History) -> bool:
     held = all_cuts(history)
     after = held[-1].seq if held else 0
     if history.journal.empty:

@@ -47,7 +47,7 @@ def _cuts_at(journal: Journal, interval: int) -> int:
 
 def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
     """The cut that ended an interval; None if the writer closed it for its size."""
-    reader = journal.reader(interval, journal.segments(interval)[-1])
+    reader = journal.last_reader(interval)
     for number in range(reader.count - 1, -1, -1):
         record = reader.records(number, number + 1)[0]
         if record["kind"] == Kind.CONTROL:

@@ -6,8 +6,9 @@ that second; what is not indexed yet is counted from the header log.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 from cdpserver.cuts import find_cut
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
@@ -21,43 +22,20 @@ from cdpserver.journal.observed import Observed
 from cdpserver.journal.record import Kind
 from cdpserver.names import Ago, At, BasePoint, Latest, Mark, Seq, When, format_time, format_when
 from cdpserver.nodes import Node, nodes
+from cdpserver.point import KINDS, Point, recovery_point, slot_seconds
 from cdpserver.view.history import History
 
-KINDS = ("rp", "bp", "bookmark")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A place in a journal that has a name or a second of its own."""
+def _settled(look: Method) -> Method:
+    """A look at history that may be dropped or thinned meanwhile."""
 
-    kind: str
-    time_ns: int
-    seq: int
-    records: int
-    bytes: int
-    grade: Grade
-    name: str | None
-    session: int
-    evidence: int
-    observed: Observed
-    locked: bool = False
+    @wraps(look)
+    def call(self: "Timeline", *args: Any, **named: Any) -> Any:
+        return self.journal.settled(partial(look, self, *args, **named))
 
-    def as_dict(self) -> dict[str, Any]:
-        """The point as the CLI and the API show it."""
-        return {
-            "kind": self.kind,
-            "time": format_time(self.time_ns),
-            "time_ns": self.time_ns,
-            "seq": self.seq,
-            "records": self.records,
-            "bytes": self.bytes,
-            "grade": self.grade.label,
-            "evidence": control.show_evidence(
-                self.session, self.evidence, self.observed, frozen=self.grade == Grade.APP
-            ),
-            "name": self.name,
-            "locked": self.locked,
-        }
+    return cast(Method, call)
 
 
 def _place(node: Node) -> Position:
@@ -67,17 +45,6 @@ def _place(node: Node) -> Position:
 def _instant(near: Position, instant: Instant) -> Position:
     """An instant of the thinned interval that `near` is in."""
     return Position(near.interval, near.segment, instant.seq, instant.time_ns)
-
-
-def _slot_s(every_ns: int) -> int:
-    """Whole seconds that share a recovery point: the index has one row a second."""
-    return max(1, -(-every_ns // SECOND_NS))
-
-
-def _point(row: PointRow, observed: Observed) -> Point:
-    grade, size, evidence = Grade(row.grade), row.payload_bytes, row.evidence
-    at_ns, seq = row.last_time_ns, row.last_seq
-    return Point("rp", at_ns, seq, row.records, size, grade, None, row.session, evidence, observed)
 
 
 def _at(seen: list[tuple[int, Observed]], seq: int) -> Observed:
@@ -132,6 +99,7 @@ class Timeline:
                 controls.append(message)
         return rows, controls
 
+    @_settled
     def controls(self, interval: int) -> list[tuple[int, int, dict[str, Any]]]:
         """(seq, time, message) of every control record of an interval, ascending."""
         return self._interval(interval, 0, 0)[1]
@@ -139,7 +107,7 @@ class Timeline:
     def _tail(
         self, interval: int, done: int, state: State
     ) -> Iterator[tuple[PointRow | None, tuple[int, int, dict[str, Any]] | None]]:
-        last = self._last_seq(interval)
+        last = self.journal.last_reader(interval).last_seq
         for run in self.journal.runs(done, last):
             if run.interval != interval:
                 continue
@@ -153,14 +121,12 @@ class Timeline:
                     state = control.fold(state, message, seq=seq, time_ns=time_ns)
                     yield None, (seq, time_ns, message)
 
-    def _last_seq(self, interval: int) -> int:
-        return self.journal.reader(interval, self.journal.segments(interval)[-1]).last_seq
-
     def _first_time(self, interval: int) -> int:
         return self.journal.first_reader(interval).header.first_time_ns
 
     # -- listing ---------------------------------------------------------------------------------------------
 
+    @_settled
     def points(
         self,
         *,
@@ -180,7 +146,7 @@ class Timeline:
             return []
         self.journal.newest()
         until = now_ns if until_ns is None else until_ns
-        slot_s = _slot_s(every_ns)
+        slot_s = slot_seconds(every_ns)
         first, last = since_ns // SECOND_NS // slot_s, until // SECOND_NS // slot_s
         span = (first * slot_s, min(last + 1, now_ns // SECOND_NS // slot_s) * slot_s)
         rows: dict[int, PointRow] = {}
@@ -204,7 +170,7 @@ class Timeline:
             held_rows = [row for row in rows.values() if since_ns <= row.last_time_ns <= until]
             if missed:
                 held_rows = [row for row in held_rows if not control.is_inside(missed, row.last_time_ns)]
-            points = named + [_point(row, _at(seen, row.last_seq)) for row in held_rows]
+            points = named + [recovery_point(row, _at(seen, row.last_seq)) for row in held_rows]
             wanted = [p for p in points if kind is None or p.kind == kind]
             held = [p for p in base_points if p.seq >= first_seq] if kind in (None, "bp") else []
             enough = started < span[0] or (limit is not None and len(wanted) + len(held) >= limit)
@@ -249,12 +215,13 @@ class Timeline:
             for n in nodes(self.history.directory)
         ]
 
+    @_settled
     def count(self, *, now_ns: int, every_ns: int = SECOND_NS) -> int:
         """Recovery points held, as `points` lists them."""
         if self.journal.empty:
             return 0
         self.journal.newest()
-        total, before, slot_s = 0, -1, _slot_s(every_ns)
+        total, before, slot_s = 0, -1, slot_seconds(every_ns)
         for interval in self.journal.intervals:
             held, first, last = self._count(interval, now_ns // SECOND_NS // slot_s, slot_s)
             if held:
@@ -265,7 +232,7 @@ class Timeline:
     def _count(self, interval: int, end_slot: int, slot_s: int) -> tuple[int, int, int]:
         """(slots, the first, the last) of one interval; a whole closed one costs no look at its rows."""
         for snapshot in self._snapshots(interval):
-            whole = snapshot is not None and snapshot.indexed >= self._last_seq(interval)
+            whole = snapshot is not None and snapshot.indexed >= self.journal.last_reader(interval).last_seq
             if whole and interval != self.journal.intervals[-1]:
                 assert snapshot is not None
                 return snapshot.point_count() if slot_s == 1 else snapshot.slot_count(slot_s, end_slot)
@@ -275,6 +242,7 @@ class Timeline:
 
     # -- WHEN ------------------------------------------------------------------------------------------------
 
+    @_settled
     def bookmark(self, name: str) -> Position | None:
         """Where a bookmark is; newest interval first."""
         for interval in reversed(self.journal.intervals):
@@ -297,6 +265,7 @@ class Timeline:
                 return placed
         return None
 
+    @_settled
     def resolve(self, when: When, *, now_ns: int) -> Position:
         """The place that WHEN names. UsageError or RefusedError with the nearest points on both sides."""
         name = self.history.timeline.full_name
@@ -413,6 +382,7 @@ class Timeline:
             return Position(run.interval, run.reader.segment, int(record["seq"]), int(record["time"]))
         return None
 
+    @_settled
     def grade_at(self, position: Position) -> Grade:
         """What its content is worth. In a gap it is unordered: what came in late is of an instant before, and not whole."""
         state = self.journal.state_at(position.seq)

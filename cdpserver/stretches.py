@@ -7,6 +7,7 @@ stretches:  [unordered)[crash       )   gap   [unordered)[crash)        [crash .
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -33,6 +34,10 @@ class Stretch:
 
 def stretches(timeline: Timeline, *, now_ns: int) -> list[Stretch]:
     """The stretches of a timeline up to now, in order; they do not overlap."""
+    return timeline.journal.settled(partial(_stretches, timeline, now_ns))
+
+
+def _stretches(timeline: Timeline, now_ns: int) -> list[Stretch]:
     journal = timeline.journal
     if journal.empty:
         return []
@@ -79,7 +84,7 @@ def _of_interval(
     elif following == interval + 1:
         end_ns = journal.first_reader(following).header.first_time_ns
     else:
-        last = journal.reader(interval, journal.segments(interval)[-1])
+        last = journal.last_reader(interval)
         end_ns = journal.at_seq(last.last_seq).time_ns + 1
     state = first.header.carry
     graded: list[Stretch] = []
@@ -123,6 +128,10 @@ def _without(stretch: Stretch, start_ns: int, end_ns: int) -> Iterator[Stretch]:
 
 def leads_to_gap(points: Timeline, position: Position) -> bool:
     """Is this the disk's last content before a gap, at a boot or one that a controller knows of?"""
+    return points.journal.settled(partial(_leads_to_gap, points, position))
+
+
+def _leads_to_gap(points: Timeline, position: Position) -> bool:
     near = {position.interval, position.interval + 1}.intersection(points.journal.intervals)
     starts = [
         message["from_time_ns"] if message["type"] == "missed" else said_ns

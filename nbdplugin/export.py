@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbdkit
 
-from cdpserver import events, sealed
+from cdpserver import durable, events, sealed
 from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
@@ -183,6 +183,9 @@ def _open(text: str) -> Export:
             pair = delta_views(_state.path, history, export.number)
             try:
                 delta = Delta(pair.new, pair.old)
+            except BaseException:
+                pair.new.close()
+                raise
             finally:
                 pair.old.close()  # what changed is known: only the newer instant is read
             return Export(delta, pair.histories, text, absolute=True, lock=threading.Lock())
@@ -234,7 +237,7 @@ def _chosen() -> Export:
         disk = parse_export(_admission.admit(asked)).name
         with _clients.entering(disk):
             export = _open(text)
-    except CdpError as error:
+    except (CdpError, OSError) as error:
         _fail(error, "open", export=text[:200])
         raise
     _came.set()  # who only failed to open a point has not come
@@ -245,12 +248,15 @@ def _chosen() -> Export:
     return export
 
 
-def _fail(error: CdpError, where: str, **fields: object) -> None:
-    nbdkit.set_error(error.errno)
-    assert _log is not None and _admission is not None
-    if not _admission.is_news(error, time.monotonic()):
-        return
-    _log.emit(f"export.{error.kind}", level="warning", where=where, reason=str(error), **fields)
+def _fail(error: CdpError | OSError, where: str, **fields: object) -> None:
+    assert _state is not None and _log is not None and _admission is not None
+    try:
+        with durable.unreadable(_state.timelines):
+            raise error
+    except CdpError as said:
+        nbdkit.set_error(said.errno)
+        if _admission.is_news(said, time.monotonic()):
+            _log.emit(f"export.{said.kind}", level="warning", where=where, reason=str(said), **fields)
 
 
 def close(h: Export) -> None:
@@ -302,7 +308,7 @@ def pread(h: Export, buf: bytearray, offset: int, flags: int) -> None:
     try:
         with h.lock:
             h.view.read_into(buf, offset)
-    except CdpError as error:
+    except (CdpError, OSError) as error:
         _fail(error, "read", export=h.name)
         raise
 
@@ -317,7 +323,7 @@ def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tup
                     (s, e - s, DELTA_TYPES[t]) for s, e, t in h.view.status(offset, offset + count, one=one)
                 ]
             runs = h.view.status(offset, offset + count, one=one)
-    except CdpError as error:
+    except (CdpError, OSError) as error:
         _fail(error, "extents", export=h.name)
         raise
     return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]

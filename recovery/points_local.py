@@ -74,7 +74,7 @@ def show(options: Namespace, error: UnreachableError) -> dict[str, Any]:
         place = points.resolve(when, now_ns=now_ns)
         listed = points.points(now_ns=now_ns, since_ns=place.time_ns, until_ns=place.time_ns)
         named = [point for point in listed if point.seq == place.seq and point.name is not None]
-        grade = max([points.journal.state_at(place.seq).grade, *(point.grade for point in named)])
+        grade = max([points.grade_at(place), *(point.grade for point in named)])
     return {
         "name": disk,
         "point": f"{disk}@seq:{place.seq}",

@@ -28,6 +28,7 @@ from tests.core import scratch
 from tests.test_prune import Kept
 from tests.test_service import ApiError, Server, connected, read, until
 from tests.test_thin import Busy
+from tools.soaking.trend import deleted, open_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64 * 4096
@@ -346,7 +347,7 @@ def test_what_is_asked_for_while_history_is_dropped_is_there_or_refused(host: Ho
     good: list[tuple[str, str, int]] = []
     refused: list[ApiError | nbd.Error] = []
     with Server(host.state.path, "--config", str(config)) as server, contextlib.ExitStack() as clients:
-        go, dropped = threading.Event(), list[str]()
+        go, dropped, listed, states = threading.Event(), list[str](), list[int](), set[str]()
 
         def ask(seq: int, kind: str) -> None:
             point = f"{name}@seq:{seq}"
@@ -366,8 +367,16 @@ def test_what_is_asked_for_while_history_is_dropped_is_there_or_refused(host: Ho
         def prune() -> None:
             dropped.extend(gone["what"] for gone in server.post("/v1/prune"))
 
+        def list_on() -> None:
+            """Whatever goes meanwhile, there is an answer."""
+            go.wait()
+            while not listed or threads[-1].is_alive():
+                listed.append(len(server.get(f"/v1/disks/{name}:points")))
+                states.add(server.get(f"/v1/disks/{name}")["state"])
+            states.add("listed to the end")
+
         threads = [threading.Thread(target=ask, args=(seqs[number], kind)) for number, kind in wanted]
-        threads.append(threading.Thread(target=prune))
+        threads += [threading.Thread(target=list_on), threading.Thread(target=prune)]
         for thread in threads:
             thread.start()
         if late:
@@ -378,6 +387,7 @@ def test_what_is_asked_for_while_history_is_dropped_is_there_or_refused(host: Ho
         for thread in threads:
             thread.join()
         assert len(good) + len(refused) == len(wanted) and (not late or dropped)
+        assert all(listed) and "listed to the end" in states and "damaged" not in states
         for error in refused:
             if isinstance(error, ApiError):
                 assert "is not kept any more" in str(error) or "being dropped" in str(error), error
@@ -387,26 +397,27 @@ def test_what_is_asked_for_while_history_is_dropped_is_there_or_refused(host: Ho
                 assert bytes(client.pread(SIZE, 0)) == content[seq], (kind, seq)
 
 
-def files_of(pid: int) -> set[str]:
-    """What a process has open of the history, by path."""
-    found = set()
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(os.readlink(fd))
-    return {path for path in found if "/intervals/" in path and ".data" in path}
-
-
 def test_who_reads_a_disk_keeps_nothing_of_what_was_dropped(host: Host) -> None:
-    """Its room would not come back before the worker ends."""
+    """Its room would not come back: neither a worker that was read nor the export, when its client has gone."""
     kept, name = host.kept, host.kept.entry.name
     kept.line.close(clean=True)
     kept.catalog.close()
     (config := host.state.path.parent / "c.toml").write_text(POLICY)
     with Server(host.state.path, "--config", str(config)) as server:
-        uri, target = server.get(f"/v1/disks/{name}")["uri"], server.pids()["target-0"]
-        content = read(uri, SIZE)
-        before = files_of(target)
-        server.post("/v1/prune")
-        assert [path for path in before if not Path(path).exists()], "what the test is about"
-        assert not [path for path in files_of(target) if path.endswith("(deleted)")]
-        assert read(uri, SIZE) == content
+        pids = server.pids()
+        readers = [pids["target-0"], pids["export"]]
+
+        def gone(pid: int) -> list[str]:
+            return deleted(open_files(pid), host.state.path)
+
+        content = read(server.get(f"/v1/disks/{name}")["uri"], SIZE)
+        with connected(f"nbd+unix:///{name}@latest?socket={host.state.export_socket}") as client:
+            assert bytes(client.pread(SIZE, 0)) == content
+            assert len(server.get(f"/v1/disks/{name}:points")) > 20
+            before = [path for pid in readers for path in open_files(pid) if "/intervals/" in path]
+            server.post("/v1/prune")
+            assert [path for path in before if not Path(path).exists()], "what the test is about"
+            assert gone(pids["export"]) and bytes(client.pread(SIZE, 0)) == content
+        for pid in (server.process.pid, *readers):
+            until(lambda pid=pid: not gone(pid), f"end of dropped files in process {pid}")  # type: ignore[misc]
+        assert read(server.get(f"/v1/disks/{name}")["uri"], SIZE) == content

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import nbd
 import pytest
@@ -64,6 +65,14 @@ class Kept:
             INDEXER.call("drain", self.line.directory, self.world.boot)
             publish(self.line, number)
         self.line.write(0, chance.randbytes(BLOCK))
+
+    def clone(self, path: Path) -> Self:
+        """The same files in another place, for passes and for reading."""
+        path.mkdir()
+        made = object.__new__(type(self))
+        made.world, made.entry = self.world.clone(path), self.entry
+        made.line, made.catalog = made.world.lines[0], Catalog.open(made.world.state, writable=True)
+        return made
 
     def prune(self, config: Config = CONFIG) -> pruning.Pass:
         return pruning.prune(self.world.state, self.catalog, config, now_ns=self.world.now_ns, disk=None)

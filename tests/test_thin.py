@@ -83,14 +83,6 @@ class Busy(Kept):
         INDEXER.call("drain", line.directory, self.world.boot)
         publish(line, number)
 
-    def clone(self, path: Path) -> "Busy":
-        """The same files in another place, for passes and for reading."""
-        path.mkdir()
-        made = object.__new__(Busy)
-        made.world, made.entry = self.world.clone(path), self.entry
-        made.line, made.catalog = made.world.lines[0], Catalog.open(made.world.state, writable=True)
-        return made
-
     def change(self) -> None:
         line, chance = self.line, self.chance
         start = chance.randrange(64)

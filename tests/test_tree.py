@@ -76,6 +76,7 @@ STAGES = (
     (
         "cdpserver.cuts",
         "cdpserver.rpo",
+        "cdpserver.point",
         "cdpserver.points",
         "cdpserver.stretches",
         "cdpserver.check",

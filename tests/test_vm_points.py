@@ -11,7 +11,7 @@ from cdpserver.journal import control
 from cdpserver.journal.control import Grade
 from cdpserver.journal.observed import NOT_WRITTEN
 from cdpserver.names import At
-from cdpserver.points import Point
+from cdpserver.point import Point
 from cdpserver.stretches import Stretch, grade_at, stretch_at, stretches
 from cdpserver.vm.together import Member, common_points
 from tests.core import INDEXER, SECOND_NS, Line, World, scratch

@@ -83,7 +83,10 @@ def _stood_on(state: StateDir, fork: Timeline, id: str) -> set[int]:
     directory = state.timeline(fork.id)
     found = set()
     for number in published(directory):
-        backing, _ = read_header(base_point_path(directory, number))
+        try:
+            backing, _ = read_header(base_point_path(directory, number))
+        except FileNotFoundError:  # merged away meanwhile: what took it over stands on what it stood on
+            return _stood_on(state, fork, id)
         if backing.startswith(f"../{id}/bp-") and backing.endswith(".qcow2"):
             found.add(int(backing.removeprefix(f"../{id}/bp-").removesuffix(".qcow2")))
     return found

@@ -16,7 +16,7 @@ from blake3 import blake3
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
 from cdpserver.files.browser import Browser, File
 from cdpserver.files.watched import Watched, first_touch, is_unbroken
-from cdpserver.points import Point
+from cdpserver.point import Point
 from cdpserver.view.delta import Ranges
 from cdpserver.view.history import History
 

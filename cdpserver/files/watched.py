@@ -5,6 +5,7 @@ Threads: none.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,10 @@ def is_unbroken(history: History, old: int, new: int) -> bool:
 
 def first_touch(history: History, after: int, upto: int, ranges: Ranges) -> int | None:
     """The seq of the first record that changes any of these, among those with `after` < seq <= `upto`."""
+    return history.journal.settled(partial(_first_touch, history, after, upto, ranges))
+
+
+def _first_touch(history: History, after: int, upto: int, ranges: Ranges) -> int | None:
     for run in history.journal.runs(after, upto):
         records = run.records[(run.records["kind"] >= CHANGES[0]) & (run.records["kind"] <= CHANGES[-1])]
         starts = records["offset"].astype(np.int64)

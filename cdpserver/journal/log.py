@@ -372,7 +372,8 @@ class Journal:
 
     def keeps_gone(self) -> bool:
         """Is a segment open here that has lost its name?"""
-        return any(reader.is_gone for reader in self._readers.values())
+        # What takes its place has another number.
+        return not all(os.path.exists(reader.path) for reader in self._readers.values())
 
     def close(self) -> None:
         """Close every segment."""

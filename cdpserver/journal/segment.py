@@ -330,11 +330,6 @@ class SegmentReader:
         return min(self._words[TAIL_WORD], held)
 
     @property
-    def is_gone(self) -> bool:
-        """Has it lost its name?"""
-        return os.fstat(self._log_fd).st_nlink == 0
-
-    @property
     def claimed(self) -> int:
         """Records published, as the tail word says."""
         return self._words[TAIL_WORD]

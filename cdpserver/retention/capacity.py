@@ -109,7 +109,10 @@ def _forecast_value(directory: Path, disk: usage.Usage, policy: Policy) -> dict[
     now_ns = first_ns + disk.held_ns
     journal = Journal(directory)
     try:
-        samples = distinct.sample(journal, start_ns=first_ns, now_ns=now_ns, wanted=forecasts.windows(policy))
+        windows = forecasts.windows(policy)
+        samples = journal.settled(
+            lambda: distinct.sample(journal, start_ns=first_ns, now_ns=now_ns, wanted=windows)
+        )
     except FileNotFoundError:
         raise RefusedError(f"history of {disk.disk} was dropped meanwhile", hint="try again") from None
     finally:

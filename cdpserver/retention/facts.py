@@ -58,7 +58,7 @@ def gather(
     holds: list[Hold] = []
     try:
         if not journal.empty:
-            intervals = tuple(_intervals(journal, off, references=references))
+            intervals = journal.settled(lambda: tuple(_intervals(journal, off, references=references)))
             holds += _compared_with(journal)
     finally:
         journal.close()
@@ -111,7 +111,7 @@ def _intervals(journal: Journal, off: Off, *, references: bool) -> Iterator[Inte
     firsts = [journal.first_reader(number).first_seq for number in numbers]
     for number, following in pairwise([*numbers, 0]):
         first = journal.first_reader(number)
-        last = journal.reader(number, journal.segments(number)[-1])
+        last = journal.last_reader(number)
         path = interval_path(journal.timeline, number)
         with os.scandir(path) as files:
             size = sum(durable.used_bytes(file.path) for file in files)

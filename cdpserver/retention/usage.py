@@ -130,7 +130,7 @@ def spans(journal: Journal) -> Iterator[Span]:
     """The intervals of a journal, oldest first. CorruptError for one that cannot be read."""
     for number in journal.intervals:
         first = journal.first_reader(number)
-        last = journal.reader(number, journal.segments(number)[-1])
+        last = journal.last_reader(number)
         with os.scandir(interval_path(journal.timeline, number)) as files:
             size = sum(durable.used_bytes(file.path) for file in files)
         last_ns = last.time_of(last.count - 1) if last.count else last.header.first_time_ns
@@ -144,7 +144,7 @@ def read_spans(directory: Path) -> tuple[Span, ...]:
         try:
             if not journal.empty:
                 journal.newest()
-            return tuple(spans(journal))
+            return journal.settled(lambda: tuple(spans(journal)))
         finally:
             journal.close()
     except FileNotFoundError as error:

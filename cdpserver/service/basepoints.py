@@ -223,12 +223,15 @@ class BasePoints:
     def _state_of(self, entry: Entry, every_ns: int) -> tuple[int, bool, bool]:
         """(when the next cut is due, has anything changed since the last one, are files missing)."""
         now_ns = self._core.clock.now_ns()
-        with self._core.history(entry) as history:
-            journal = history.journal
-            if journal.empty or basepoint.stands_on_backup(history):
+
+        def look() -> tuple[int, bool, bool]:
+            if history.journal.empty or basepoint.stands_on_backup(history):
                 return now_ns + SECOND_NS, False, False
             cuts = basepoint.all_cuts(history)
-            last_ns = cuts[-1].time_ns if cuts else journal.first().time_ns
+            last_ns = cuts[-1].time_ns if cuts else history.journal.first().time_ns
             due_ns = last_ns + every_ns
             changed = now_ns >= due_ns and basepoint.changed_since_cut(history)
             return due_ns, changed, bool(basepoint.pending(history))
+
+        with self._core.history(entry) as history:
+            return history.journal.settled(look)

@@ -7,6 +7,7 @@ from cdpserver.catalog import Entry
 from cdpserver.errors import NotFoundError, RefusedError, UsageError
 from cdpserver.journal.control import Grade
 from cdpserver.names import At, Latest, When
+from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
 from cdpserver.stretches import leads_to_gap
@@ -83,16 +84,21 @@ def _one_time(core: Core, vm: str, when: When, *, force: bool) -> When:
 
 
 def _choose(core: Core, entry: Entry, when: When, *, force: bool) -> Chosen:
-    with core.points(entry) as points:
-        position = points.resolve(when, now_ns=core.clock.now_ns())
-        size = points.history.size_at(position.seq)
+    now_ns = core.clock.now_ns()
+
+    def look(points: Points) -> Chosen:
+        position = points.resolve(when, now_ns=now_ns)
         unordered = points.grade_at(position) is Grade.UNORDERED
-        base = points.history.timeline.base
         warning = UNORDERED if unordered else BEFORE_GAP if leads_to_gap(points, position) else ""
-    if warning and not force:
+        base = points.history.timeline.base
+        of = base.disk if isinstance(base, BackupBase) else ""
+        size = points.history.size_at(position.seq)
+        return Chosen(entry, position.seq, position.time_ns, size, warning, of)
+
+    found = core.look(entry, look)
+    if found.warning and not force:
         raise RefusedError(
-            f"{entry.name}@seq:{position.seq} is {warning}",
+            f"{entry.name}@seq:{found.seq} is {found.warning}",
             hint=f"cdp point list {entry.name} shows graded points; to recover this one all the same, add --force",
         )
-    of = base.disk if isinstance(base, BackupBase) else ""
-    return Chosen(entry, position.seq, position.time_ns, size, warning, of)
+    return found

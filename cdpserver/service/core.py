@@ -8,6 +8,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple
 
 import trio
@@ -96,11 +97,15 @@ class Core:
         finally:
             history.close()
 
-    @contextlib.contextmanager
-    def points(self, entry: Entry) -> Iterator[Points]:
-        """The points of a disk; holds its lease. For threads."""
+    def look(self, entry: Entry, look: Callable[[Points], Result]) -> Result:
+        """What a look at the points of a disk finds, also if some are dropped meanwhile; holds its lease. For threads."""
         with self.history(entry) as history:
-            yield Points(history)
+            points = Points(history)
+            return history.journal.settled(partial(look, points))
+
+    def has_bookmark(self, entry: Entry, name: str) -> bool:
+        """Has a disk a bookmark of this name? For threads."""
+        return self.look(entry, lambda points: not points.journal.empty and points.bookmark(name) is not None)
 
     def policy(self, entry: Entry) -> Policy:
         """The policy of a disk as it is now. For threads."""
@@ -116,9 +121,13 @@ class Core:
 
     def resolve(self, entry: Entry, when: When) -> tuple[Position, int]:
         """(place of an instant, size of the disk then). For threads."""
-        with self.points(entry) as points:
-            position = points.resolve(when, now_ns=self.clock.now_ns())
+        now_ns = self.clock.now_ns()
+
+        def look(points: Points) -> tuple[Position, int]:
+            position = points.resolve(when, now_ns=now_ns)
             return position, points.history.size_at(position.seq)
+
+        return self.look(entry, look)
 
     async def target_status(self, entry: Entry) -> dict[str, Any]:
         """What the target says of one disk; {} when it has not opened it."""

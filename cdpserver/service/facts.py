@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from cdpserver import durable, timeline
@@ -41,16 +42,23 @@ def describe(
     try:
         history = History(core.state.path, found, core.clock.boot_id)
         try:
-            facts |= open_disks.get(found.full_name) or closed_status(history)
-            facts["size"] = history.size
-            facts["journal_bytes"] = journal_bytes(history.journal)
             every_ns = core.rp_every_ns(entry, policies)
-            facts["points"] = Points(history).count(now_ns=core.clock.now_ns(), every_ns=every_ns)
+            status = open_disks.get(found.full_name)
+            facts |= history.journal.settled(partial(_seen, core, history, status, every_ns))
         finally:
             history.close()
     except (CdpError, OSError) as error:
         return facts | {"state": "damaged", "error": getattr(error, "message", str(error))}
     return facts | {"state": state_of(found, facts)}
+
+
+def _seen(core: Core, history: History, status: dict[str, Any] | None, every_ns: int) -> dict[str, Any]:
+    """What its history says."""
+    return (status or closed_status(history)) | {
+        "size": history.size,
+        "journal_bytes": journal_bytes(history.journal),
+        "points": Points(history).count(now_ns=core.clock.now_ns(), every_ns=every_ns),
+    }
 
 
 def _head(core: Core, entry: Entry, found: Timeline | None) -> dict[str, Any]:

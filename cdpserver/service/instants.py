@@ -8,10 +8,12 @@ from cdpserver import names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, RefusedError, UsageError
 from cdpserver.journal import control
-from cdpserver.journal.control import Grade
+from cdpserver.journal.control import Grade, State
+from cdpserver.journal.log import Position
 from cdpserver.locks import locked_seqs
 from cdpserver.names import At
-from cdpserver.points import KINDS, Point
+from cdpserver.point import KINDS, Point
+from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
 from cdpserver.service.vms import Vms
 from cdpserver.vm.trial import record as trials
@@ -89,22 +91,24 @@ class Instants:
         now_ns = self._core.clock.now_ns()
         end_ns = self._time(entry, until, now_ns) if until is not None else now_ns
         start_ns = max(self._time(entry, since, now_ns) if since is not None else 0, after[0] if after else 0)
-        found: list[Point] = []
-        # A second has one recovery point: a window of as many seconds as points are wanted is never far too large.
-        width_ns = count * SECOND_NS
         every_ns = self._core.rp_every_ns(entry)
-        with self._core.points(entry) as points:
+
+        def look(points: Points) -> list[Point]:
+            found: list[Point] = []
             if points.journal.empty:
-                return []
-            start_ns = max(start_ns, points.journal.first().time_ns)
-            while len(found) < count and start_ns <= end_ns:
-                stop_ns = min(start_ns + width_ns, end_ns)
+                return found
+            # A second has one recovery point: a window of as many seconds as points are wanted is never far too large.
+            at_ns, width_ns = max(start_ns, points.journal.first().time_ns), count * SECOND_NS
+            while len(found) < count and at_ns <= end_ns:
+                stop_ns = min(at_ns + width_ns, end_ns)
                 window = points.points(
-                    now_ns=now_ns, since_ns=start_ns, until_ns=stop_ns, kind=kind, every_ns=every_ns
+                    now_ns=now_ns, since_ns=at_ns, until_ns=stop_ns, kind=kind, every_ns=every_ns
                 )
                 found += [point for point in window if after is None or _key(point) > after[1:]]
-                start_ns, width_ns = stop_ns + 1, 2 * width_ns
-        return self._shown(entry, found[:count], now_ns)
+                at_ns, width_ns = stop_ns + 1, 2 * width_ns
+            return found[:count]
+
+        return self._shown(entry, self._core.look(entry, look), now_ns)
 
     def _shown(self, entry: Entry, found: list[Point], now_ns: int) -> list[dict[str, Any]]:
         locked = locked_seqs(self._core.catalog, entry.id, now_ns=now_ns)
@@ -122,11 +126,13 @@ class Instants:
         since_ns = self._time(entry, since, now_ns) if since is not None else 0
         until_ns = self._time(entry, until, now_ns) if until is not None else None
         every_ns = self._core.rp_every_ns(entry)
-        with self._core.points(entry) as points:
-            found = points.points(
+
+        def look(points: Points) -> list[Point]:
+            return points.points(
                 now_ns=now_ns, since_ns=since_ns, until_ns=until_ns, kind=kind, limit=limit, every_ns=every_ns
             )
-        return self._shown(entry, found, now_ns)
+
+        return self._shown(entry, self._core.look(entry, look), now_ns)
 
     def _time(self, entry: Entry, text: str, now_ns: int) -> int:
         """The time that WHEN means as the end of a range: an instant before the history is a good one."""
@@ -143,7 +149,7 @@ class Instants:
         names.check_bookmark(bookmark)
         entry = self._core.entry(name)
         async with self._marking:
-            if await self._core.thread(self._has_mark, entry, bookmark):
+            if await self._core.thread(self._core.has_bookmark, entry, bookmark):
                 raise RefusedError(
                     f"{name} has a bookmark {bookmark} already", hint="choose another name for this one"
                 )
@@ -152,15 +158,13 @@ class Instants:
         self._core.log.emit("point.marked", disk=name, bookmark=bookmark, seq=seq)
         return await self._core.thread(self._bookmark, entry, bookmark, time_ns)
 
-    def _has_mark(self, entry: Entry, bookmark: str) -> bool:
-        with self._core.points(entry) as points:
-            return not points.journal.empty and points.bookmark(bookmark) is not None
-
     def _bookmark(self, entry: Entry, bookmark: str, time_ns: int) -> dict[str, Any]:
-        with self._core.points(entry) as points:
-            now_ns = max(self._core.clock.now_ns(), time_ns)
-            found = points.points(now_ns=now_ns, since_ns=time_ns, until_ns=time_ns, kind="bookmark")
-        return next(point.as_dict() for point in found if point.name == bookmark)
+        now_ns = max(self._core.clock.now_ns(), time_ns)
+
+        def look(points: Points) -> list[Point]:
+            return points.points(now_ns=now_ns, since_ns=time_ns, until_ns=time_ns, kind="bookmark")
+
+        return next(point.as_dict() for point in self._core.look(entry, look) if point.name == bookmark)
 
     async def uri(self, point: str, *, secret: bool) -> dict[str, Any]:
         """Where `DISK@WHEN`, or a volume of it, is read: an absolute URI; of a VM or group that of each disk.
@@ -191,21 +195,20 @@ class Instants:
 
     def _show(self, entry: Entry, when: names.When) -> dict[str, Any]:
         now_ns = self._core.clock.now_ns()
-        with self._core.points(entry) as points:
+
+        def look(points: Points) -> tuple[Position, State, Grade, list[Point]]:
             place = points.resolve(when, now_ns=now_ns)
             state, held = points.journal.state_at(place.seq), points.grade_at(place)
-            at = place.time_ns
-            named = [
-                point
-                for point in points.points(now_ns=now_ns, since_ns=at, until_ns=at)
-                if point.seq == place.seq and point.name is not None
-            ]
-        grade = max([held, *(point.grade for point in named)])
+            listed = points.points(now_ns=now_ns, since_ns=place.time_ns, until_ns=place.time_ns)
+            named = [point for point in listed if point.seq == place.seq and point.name is not None]
+            return place, state, max([held, *(point.grade for point in named)]), named
+
+        place, state, grade, named = self._core.look(entry, look)
         return {
             "name": entry.name,
             "point": f"{entry.name}@seq:{place.seq}",
-            "time": names.format_time(at),
-            "time_ns": at,
+            "time": names.format_time(place.time_ns),
+            "time_ns": place.time_ns,
             "seq": place.seq,
             "grade": grade.label,
             "evidence": control.shown(state, frozen=grade == Grade.APP),

@@ -96,12 +96,11 @@ class Marks:
 
     def _check_new(self, entries: list[Entry], bookmark: str) -> None:
         for entry in entries:
-            with self._core.points(entry) as points:
-                if not points.journal.empty and points.bookmark(bookmark) is not None:
-                    raise RefusedError(
-                        f"{entry.name} has a bookmark {bookmark} already",
-                        hint="choose another name for this one",
-                    )
+            if self._core.has_bookmark(entry, bookmark):
+                raise RefusedError(
+                    f"{entry.name} has a bookmark {bookmark} already",
+                    hint="choose another name for this one",
+                )
 
     def _grade(self, disk: Placed, taken: _Taken, *, freeze: bool) -> Grade:
         vm = names.split_name(disk.entry.name)[1]

@@ -7,6 +7,7 @@ hangs costs its own figures, not the others.
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -152,21 +153,25 @@ class Overview:
         found = timeline.load(core.state.timeline(entry.id))
         history = History(core.state.path, found, core.clock.boot_id)
         try:
-            status = look.said.get(found.full_name) or facts.closed_status(history)
-            shown = {
-                "size": history.size,
-                "state": facts.state_of(found, status),
-                # What only the target can say is not known while it says nothing.
-                "clients": status.get("clients", 0) if look.asked(entry) else None,
-                "grade": status.get("grade", Grade.UNORDERED.label),
-                "broken": status.get("broken", ""),
-                "counts": status.get("counts"),
-            }
-            if history.journal.empty:
-                return shown | {"lag_ns": look.now_ns - entry.created_ns}
-            return shown | self._journal(entry, history, look, status)
+            return history.journal.settled(partial(self._seen, entry, history, look))
         finally:
             history.close()
+
+    def _seen(self, entry: Entry, history: History, look: _Look) -> dict[str, Any]:
+        found = history.timeline
+        status = look.said.get(found.full_name) or facts.closed_status(history)
+        shown = {
+            "size": history.size,
+            "state": facts.state_of(found, status),
+            # What only the target can say is not known while it says nothing.
+            "clients": status.get("clients", 0) if look.asked(entry) else None,
+            "grade": status.get("grade", Grade.UNORDERED.label),
+            "broken": status.get("broken", ""),
+            "counts": status.get("counts"),
+        }
+        if history.journal.empty:
+            return shown | {"lag_ns": look.now_ns - entry.created_ns}
+        return shown | self._journal(entry, history, look, status)
 
     def _journal(self, entry: Entry, history: History, look: _Look, status: dict[str, Any]) -> dict[str, Any]:
         journal, now_ns = history.journal, look.now_ns

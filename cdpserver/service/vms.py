@@ -7,7 +7,8 @@ from cdpserver import groups, names
 from cdpserver.catalog import Entry
 from cdpserver.errors import CdpError, UsageError
 from cdpserver.names import Ago, At, When
-from cdpserver.points import Point
+from cdpserver.point import Point
+from cdpserver.points import Timeline as Points
 from cdpserver.service.core import Core
 from cdpserver.stretches import stretches
 from cdpserver.vm import instant
@@ -119,12 +120,15 @@ class Vms:
         self, entry: Entry, since_ns: int, until_ns: int, now_ns: int
     ) -> tuple[Member, dict[str, Point]]:
         """What one disk has in the range: recovery points, and bookmarks by name."""
-        with self._core.points(entry) as points:
+
+        def look(points: Points) -> tuple[Member, dict[str, Point]]:
             found = points.points(now_ns=now_ns, since_ns=since_ns, until_ns=until_ns)
             member = Member(
                 entry.name, [p for p in found if p.kind == "rp"], stretches(points, now_ns=now_ns)
             )
             return member, {str(p.name): p for p in found if p.kind == "bookmark"}
+
+        return self._core.look(entry, look)
 
     def _bookmarks(self, name: str, held: list[dict[str, Point]]) -> list[CommonPoint]:
         """Bookmarks that all disks have, of one instant. Those that are of several are no points of the VM."""

@@ -5,6 +5,7 @@ one that lost it and went on; a first copy that began anew has another base.
 """
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from cdpserver.errors import CorruptError
@@ -31,12 +32,16 @@ def holds(directory: Path, said: str) -> bool:
             if not kind and first:
                 return _stands_on(directory, journal, rest)
             seq, time_ns = map(int, said.split(":"))
-            if journal.empty or seq < journal.first().seq:
-                return False
-            found = journal.at_seq(seq)
-            return (found.seq, found.time_ns) == (seq, time_ns)
+            return journal.settled(partial(_has, journal, seq, time_ns))
     except (ValueError, OSError, CorruptError):
         return False
+
+
+def _has(journal: Journal, seq: int, time_ns: int) -> bool:
+    if journal.empty or seq < journal.first().seq:
+        return False
+    found = journal.at_seq(seq)
+    return (found.seq, found.time_ns) == (seq, time_ns)
 
 
 def _stands_on(directory: Path, journal: Journal, rest: str) -> bool:

@@ -7,6 +7,7 @@ one instant: no disk has a record between the newest of the marked ones and it, 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cdpserver import groups, names, timeline
@@ -15,7 +16,8 @@ from cdpserver.errors import CdpError, NotFoundError, RefusedError, RemovedError
 from cdpserver.journal import control
 from cdpserver.journal.control import Grade
 from cdpserver.names import Ago, At, Latest, Mark, When, format_time, format_when
-from cdpserver.points import Point, Timeline
+from cdpserver.point import Point
+from cdpserver.points import Timeline
 from cdpserver.state import StateDir
 from cdpserver.stretches import stretches
 from cdpserver.timeline import PointBase
@@ -180,25 +182,27 @@ class Resolver:
         """What every disk shows then. RefusedError unless all are good."""
         placed = []
         for entry, points in zip(self._entries, self._held, strict=True):
-            position = points.resolve(At(time_ns), now_ns=self._now_ns)
-            state = points.journal.state_at(position.seq)
-            if state.grade == Grade.UNORDERED:
+            found = points.journal.settled(partial(self._placed, entry, points, time_ns))
+            if found.grade == Grade.UNORDERED:
                 raise RefusedError(
                     f"{entry.name} is unordered then: its mirror was not in sync",
                     hint=f"cdp point list {self._name} lists the instants at which all disks are good",
                 )
-            placed.append(
-                Placed(
-                    entry,
-                    position.seq,
-                    position.time_ns,
-                    state.grade,
-                    points.history.size_at(position.seq),
-                    position.interval,
-                    control.shown(state),
-                )
-            )
+            placed.append(found)
         return Instant(self._name, time_ns, tuple(placed))
+
+    def _placed(self, entry: Entry, points: Timeline, time_ns: int) -> Placed:
+        position = points.resolve(At(time_ns), now_ns=self._now_ns)
+        state = points.journal.state_at(position.seq)
+        return Placed(
+            entry,
+            position.seq,
+            position.time_ns,
+            state.grade,
+            points.history.size_at(position.seq),
+            position.interval,
+            control.shown(state),
+        )
 
     def _marked(self, mark: str) -> Instant:
         found = [self._bookmark(points, mark) for points in self._held]

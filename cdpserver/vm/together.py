@@ -10,7 +10,7 @@ from typing import Any
 
 from cdpserver.journal.control import Grade
 from cdpserver.names import format_time
-from cdpserver.points import Point
+from cdpserver.point import Point
 from cdpserver.stretches import Stretch, stretch_at
 
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from cdpserver.errors import UsageError
 from cdpserver.names import full_name
-from cdpserver.points import KINDS
+from cdpserver.point import KINDS
 from cdpserver.service.api import models, paging, together
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.jobs import ACCEPTED, Long, Prefer
