@@ -6,6 +6,7 @@
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from cdpserver import names
 from cdpserver.errors import CdpError, NotFoundError, UsageError
@@ -15,24 +16,54 @@ from recovery.remote import client
 from recovery.repo_tree import REPO_VARIABLE
 from recovery.repositories import known
 
+POINTS = ("point", "other")
+"""What the options are called that take a point."""
+
 
 def attach(options: Namespace) -> None:
-    """`options.point` is the point that the backup is, on return. NotFoundError, and what registering a repository meets."""
-    service, wanted = client(options), str(options.point)
-    named = getattr(options, "repo", None) or os.environ.get(REPO_VARIABLE)
-    if named:
-        path = open_place(named).where
-        register(service, options, path)
-        options.point = service.attach(wanted, path)["point"]
-        return
+    """Of options that are backups the points that these are, on return. NotFoundError, and what registering a repository meets."""
+    for option in POINTS:
+        wanted = str(getattr(options, option, ""))
+        if wanted.startswith(names.BACKUP):
+            setattr(options, option, point_of(client(options), options, wanted))
+
+
+def point_of(service: Client, options: Namespace, wanted: str) -> str:
+    """The point that `backup:ID` is. NotFoundError, and what registering a repository meets."""
+    path = _named(service, options)
     try:
-        options.point = service.attach(wanted, None)["point"]
+        return str(service.attach(wanted, path)["point"])
     except NotFoundError:
-        used = _used_here(names.parse_backup(wanted)[0])
+        used = _used_here(names.parse_backup(wanted)[0]) if path is None else None
         if used is None:
             raise
         register(service, options, used)
-        options.point = service.attach(wanted, used)["point"]
+        return str(service.attach(wanted, used)["point"])
+
+
+def backups_of(service: Client, options: Namespace, name: str, wanted: list[str]) -> list[dict[str, Any]]:
+    """The backups of a disk, VM or group, oldest first, where those that are `wanted` are: `latest`, or the beginnings of ids."""
+    path = _named(service, options)
+    held = service.backups(name, path)
+    if path is not None:
+        return held
+    for text in wanted:
+        if not any(text == "latest" or one["id"].startswith(text) for one in held):
+            used = _used_here(text)
+            if used is not None:
+                register(service, options, used)
+                held = service.backups(name, None)
+    return held
+
+
+def _named(service: Client, options: Namespace) -> str | None:
+    """The repository that --repo or the environment says, which the service knows on return."""
+    named = getattr(options, "repo", None) or os.environ.get(REPO_VARIABLE)
+    if not named:
+        return None
+    path = open_place(named).where
+    register(service, options, path)
+    return path
 
 
 def register(service: Client, options: Namespace, path: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from cdpserver import durable, names
 from cdpserver.errors import BrokenError, CorruptError, NotFoundError, UsageError
 from cdpserver.state import StateDir, default_state_dir
+from recovery.attached import backups_of, point_of
 from recovery.client import Client
 from recovery.output import answer_fields, answer_json, say
 from recovery.remote import client
@@ -100,7 +101,7 @@ def bisect(options: Namespace) -> None:
         log.begin(_points(service, options))
     while not isinstance(found := next_question(len(log.points), log.verdicts), Found):
         point = log.points[found]
-        verdict = _probe(service, point, script, options.force)
+        verdict = _probe(service, options, point, script)
         log.add(found, verdict)
         say(f"{point.name} ({point.time}) {'cannot be judged' if verdict == 'skip' else f'is {verdict}'}")
     _answer(options, log, found)
@@ -135,13 +136,14 @@ def _points(service: Client, options: Namespace) -> list[_Point]:
 
 
 def _of_backups(service: Client, options: Namespace) -> list[_Point]:
-    """Backups of the disk or VM, in the repositories that the service knows."""
-    held = service.backups(options.name)
+    """Backups of the disk or VM, in the repository that is named, else in those that the service knows or that were used here."""
+    texts = (options.good, options.bad)
+    if not all(text.startswith(names.BACKUP) for text in texts):
+        raise UsageError("one of them is a backup, the other is not", hint="write backup:ID for both")
+    both = [names.parse_backup(text)[0] for text in texts]
+    held = backups_of(service, options, options.name, both)
     places = []
-    for text in (options.good, options.bad):
-        if not text.startswith(names.BACKUP):
-            raise UsageError("one of them is a backup, the other is not", hint="write backup:ID for both")
-        wanted = names.parse_backup(text)[0]
+    for text, wanted in zip(texts, both, strict=True):
         found = [n for n, one in enumerate(held) if wanted == "latest" or one["id"].startswith(wanted)]
         if not found or (len(found) > 1 and wanted != "latest"):
             raise NotFoundError(
@@ -208,12 +210,12 @@ def _check_order(options: Namespace, good: int, bad: int) -> None:
 # -- asking --------------------------------------------------------------------------------------------------
 
 
-def _probe(service: Client, point: _Point, script: str, force: bool) -> Verdict:
+def _probe(service: Client, options: Namespace, point: _Point, script: str) -> Verdict:
     """What the script says of one point."""
     name = point.name
     if name.startswith(names.BACKUP):
-        name = service.attach(name, None)["point"]
-    lent = service.lend(name, force=force)
+        name = point_of(service, options, name)
+    lent = service.lend(name, force=options.force)
     try:
         status = subprocess.run([script], env=os.environ | _environment(point, lent), check=False).returncode
     finally:

@@ -29,9 +29,9 @@ class BackupCalls(ABC):
         """Forget one, by its id or path."""
         return self._object("DELETE", f"repositories/{quote(which, safe='')}")
 
-    def backups(self, name: str) -> list[dict[str, Any]]:
-        """Those of a disk, VM or group in the repositories that the service knows."""
-        return self._list("GET", "backups", query={"name": name})
+    def backups(self, name: str, repository: str | None) -> list[dict[str, Any]]:
+        """Those of a disk, VM or group in the repositories that the service knows, or in one of them."""
+        return self._list("GET", "backups", query={"name": name, "repository": repository})
 
     def add_source(self, vm: str, body: dict[str, Any]) -> dict[str, Any]:
         """Name a running VM that has no points here."""

@@ -40,7 +40,7 @@ def lazy(module: str, name: str) -> Run:
     def run(options: argparse.Namespace) -> int | None:
         from importlib import import_module
 
-        if str(getattr(options, "point", "")).startswith(names.BACKUP):
+        if any(str(getattr(options, name, "")).startswith(names.BACKUP) for name in ("point", "other")):
             import_module("recovery.attached").attach(options)
         command: Run = getattr(import_module(f"recovery.{module}"), name)
         return command(options)

@@ -151,7 +151,7 @@ def test_a_backup_is_a_point(server: Server, short_path: Path, capsys: pytest.Ca
 
 
 def test_backups_are_searched_for_the_last_good_one(
-    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is lent as forks that a script may write to; what is not asked for stays as it is."""
     cdp(server, capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
@@ -164,9 +164,17 @@ def test_backups_are_searched_for_the_last_good_one(
     script.write_text('#!/bin/sh\nnbdcopy "$CDP_URI" - | head -c 4 | grep -q good\n')
     script.chmod(0o755)
     search = ("bisect", "d", "--good", f"backup:{ids[0]}", "--bad", "backup:latest", "--run", script)
-    with pytest.raises(NotFoundError, match="0 backups of d"):
-        cdp(server, capsys, *search)
-    cdp(server, capsys, "repo", "add", short_path / "repo")
+    with monkeypatch.context() as patch:
+        patch.setenv("CDP_REPO", "")
+        with pytest.raises(NotFoundError, match="0 backups of e"):
+            cdp(server, capsys, "bisect", "e", *search[2:])
+        found = cdp(server, capsys, *search, "--again")
+    assert (found["good"], found["bad"]) == (f"backup:{ids[1]}", f"backup:{ids[2]}"), "it was used here"
+    cdp(server, capsys, "repo", "init", short_path / "other", "--chunk-size", "64K")
+    with monkeypatch.context() as patch:
+        patch.setenv("CDP_REPO", str(short_path / "other"))
+        with pytest.raises(NotFoundError, match="0 backups of d"):
+            cdp(server, capsys, *search)
     found = cdp(server, capsys, *search)
     assert (found["good"], found["bad"]) == (f"backup:{ids[1]}", f"backup:{ids[2]}")
     with pytest.raises(UsageError, match="is not before"):

@@ -143,6 +143,19 @@ def test_it_is_browsed_mounted_and_drilled(
     assert (drilled["state"], drilled["reason"]) == ("passed", "")
     assert [row["name"] for row in server.get("/v1/forks")] == [f"backup-{id_}/d"], "nothing of it stays"
     assert cdp(server, capsys, "backup", "verify", id_, "--repo", repo)["sound"]
+    (tree / "added").touch()
+    image = make.make_ext(short_path / "image", tree, size="8M").read_bytes()
+    with connected(str(server.get("/v1/disks/d")["uri"])) as client:
+        for at in range(0, len(image), MIB):
+            client.pwrite(image[at : at + MIB], at)
+    second = cdp(server, capsys, "backup", "run", "d@latest", "--repo", repo)["id"]
+    for one, other, change in (
+        (f"backup:{id_}", "d@latest", "added"),
+        ("d@latest", f"backup:{id_}", "removed"),
+        (f"backup:{id_}", f"backup:{second}", "added"),
+    ):
+        rows = cdp(server, capsys, "file", "diff", one, other)
+        assert change in [row["change"] for row in rows if row["name"] == "added"]
 
 
 class Hasty(Server):
@@ -243,7 +256,8 @@ def test_the_newest_of_several_repositories(short_path: Path, monkeypatch: pytes
 
     async def asked() -> None:
         with knowing(short_path, *known) as (_, service):
-            assert [row["id"] for row in await service.backups(None)] == made
+            assert [row["id"] for row in await service.backups(None, None)] == made
+            assert [row["id"] for row in await service.backups("made", known[1].path)] == made[1:2]
             assert (await service.find("latest", None))[1] == made[-1]
             assert (await service.find(made[1][:8], None)) == (known[1], made[1])
 
@@ -258,7 +272,7 @@ async def _not_of_the_service(
         with monkeypatch.context() as patch:
             patch.setattr(attached, "ANSWER_S", 0.5)  # it never answers, however long
             for _ in range(3):
-                assert await service.backups(None) == []
+                assert await service.backups(None, None) == []
             assert f"{hangs} has not answered" in core.state.events.read_text()
             with pytest.raises(NotFoundError, match="has not answered"):
                 await service.attach("backup:1999", None)

@@ -140,11 +140,11 @@ class Attached:
 
     # -- backups ---------------------------------------------------------------------------------------------
 
-    async def backups(self, name: str | None) -> list[dict[str, Any]]:
-        """The backups in the registered repositories (of the disk, VM or group `name`), oldest first; each id once."""
+    async def backups(self, name: str | None, repository: str | None) -> list[dict[str, Any]]:
+        """The backups in the registered repositories, or in one (of the disk, VM or group `name`), oldest first; each id once."""
         core = self._core
         found: dict[str, tuple[int, dict[str, Any]]] = {}
-        for one in (await core.thread(registered.load, core.state.path)).values():
+        for one in await self._known(repository):
             try:
                 for made_ns, row in await self._reach(one.path, self._list, one, name):
                     found.setdefault(row["id"], (made_ns, row))
@@ -153,6 +153,11 @@ class Attached:
                     "repository.not-read", level="warning", repository=one.path, reason=error.message
                 )
         return [row for _, (_, row) in sorted(found.items(), key=lambda item: (item[1][0], item[0]))]
+
+    async def _known(self, repository: str | None) -> list[Registered]:
+        """Those that are registered, or the one of that id or path."""
+        known = await self._core.thread(registered.load, self._core.state.path)
+        return [one for one in known.values() if repository in (None, one.id, one.path)]
 
     def _list(self, one: Registered, name: str | None) -> list[tuple[int, dict[str, Any]]]:
         """(when it was made by the repository's time, what is told of it)."""
@@ -202,11 +207,7 @@ class Attached:
 
     async def find(self, wanted: str, repository: str | None) -> tuple[Registered, str]:
         """The one repository that has the backup, and its whole id. One that is not there, or hangs, is passed over."""
-        known = [
-            one
-            for one in (await self._core.thread(registered.load, self._core.state.path)).values()
-            if repository in (None, one.id, one.path)
-        ]
+        known = await self._known(repository)
         if not known:
             what = "no repository is registered" if repository is None else f"{repository} is not registered"
             raise NotFoundError(what, hint="cdp repo add PATH registers a repository")
