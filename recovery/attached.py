@@ -21,7 +21,7 @@ POINTS = ("point", "other")
 
 
 def attach(options: Namespace) -> None:
-    """Of options that are backups the points that these are, on return. NotFoundError, and what registering a repository meets."""
+    """Options that are backups are points on return. NotFoundError, and what registering a repository meets."""
     for option in POINTS:
         wanted = str(getattr(options, option, ""))
         if wanted.startswith(names.BACKUP):

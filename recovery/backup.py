@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 
-from cdpserver.errors import CorruptError, RefusedError, UsageError
+from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import When, format_bytes, parse_point
 from cdpserver.repository import prune, sessions
 from cdpserver.repository.check import check_backup
@@ -151,15 +151,17 @@ def remove(options: Namespace) -> None:
             raise RefusedError(f"backup {backup.id} is {held}", hint="cdp backup unlock ends a lock")
         if not options.yes:
             raise UsageError(f"this removes backup {backup.id} of {backup.name}", hint="add --yes")
-        repository.place.delete(f"backups/{backup.id}")
+        repository.remove(backup.id)
     _done(options, backup, "removed")
 
 
 def _even_damaged(repository: Repository, id_: str) -> Backup:
-    """One that cannot be read is as old as its id says: to give it up is what lets `gc` go on."""
+    """One that cannot be read, or is gone, is as old as its id says: to give it up is what lets `gc` go on."""
     try:
         return repository.backup(id_)
-    except CorruptError:
+    except (CorruptError, NotFoundError) as error:
+        if isinstance(error, NotFoundError) and id_ not in repository.missed():
+            raise
         return Backup(id_, FULL, "damaged", sessions.time_of(id_), "what cannot be read", ())
 
 

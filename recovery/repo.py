@@ -157,7 +157,7 @@ def prune(options: Namespace) -> None:
         if not options.dry_run:
             for verdict in verdicts:
                 if not verdict.keep:
-                    repository.place.delete(f"backups/{verdict.backup.id}")
+                    repository.remove(verdict.backup.id)
     if options.json:
         answer_json(rows)
         return

@@ -255,6 +255,14 @@ def test_locks_removal_prune_and_gc(
     assert did["deleted"] == would["packs"] == 1, "the first one's: two of its three MiB are used no more"
     assert 2 * MIB - (64 << 10) < did["freed_bytes"] < 2 * MIB + (64 << 10)
     assert cdp(server, capsys, "repo", "check", repo)["sound"]
+    (repo / "backups" / ids[2]).unlink()
+    assert not cdp(server, capsys, "repo", "check", repo, "--quick", code=4)["sound"]
+    with pytest.raises(CorruptError, match="nobody removed it"):
+        cdp(server, capsys, "repo", "gc", repo)
+    cdp(server, capsys, "backup", "remove", ids[2], "--yes")
+    assert cdp(server, capsys, "repo", "check", repo)["sound"]
+    with pytest.raises(NotFoundError, match="no backup"):
+        cdp(server, capsys, "backup", "remove", ids[2], "--yes")
 
 
 def test_an_immutable_repository(

@@ -134,7 +134,7 @@ def test_a_vm_whose_clock_was_ahead_once(tmp_path: Path) -> None:
     with opened(tmp_path, "repo") as repository:
         early = full(repository, b"a" * SENT)
         repository.write_backup(replace(early, id=sessions.new_id(time.time_ns() + YEARS_NS)))
-        repository.place.delete(f"backups/{early.id}")
+        repository.remove(early.id)
         second = full(repository, b"b" * 2 * SENT)
         disk = replace(live(repository, second), size=2 * SENT)
         chosen = choose(repository, "web", [disk], full=False, max_increments=63)
@@ -149,7 +149,7 @@ def test_what_is_known_of_backups_is_forgotten_with_them(case: Case, wall: Wall)
         assert set(repository.index.briefs()) <= set(ids)
         assert [brief.id for brief in repository.briefs()] == ids
         assert set(repository.index.briefs()) == set(ids)
-        repository.place.delete(f"backups/{ids[0]}")
+        repository.remove(ids[0])
         assert [brief.id for brief in repository.briefs()] == ids[1:]
         assert set(repository.index.briefs()) == set(ids[1:])
     path = case.path / "repo/backups" / ids[2]

@@ -335,7 +335,7 @@ def test_full_or_incremental_and_why(repository: Repository, monkeypatch: pytest
         assert expected in why(repository, disk)[1]
     assert why(repository, live(repository, second), full=True)[1] == "a full one was asked for"
     assert "0 incremental ones followed" in why(repository, live(repository, second), most=0)[1]
-    repository.place.delete(f"backups/{second.id}")
+    repository.remove(second.id)
     assert "a backup that is not in the repository" in why(repository, live(repository, second))[1]
     for expected in ("some of its chunks are gone", "its list is not all there"):
         for pack, _ in list(repository.place.names("packs")):

@@ -216,7 +216,7 @@ def test_gc_moves_what_is_damaged_where_else_it_is(case: Case) -> None:
     case.line.write(10 * CHUNK, random.Random(7).randbytes(4 * CHUNK))
     case.back_up()
     with case.repository() as repository:
-        repository.place.delete(f"backups/{third.id}")
+        repository.remove(third.id)
         swept = gc.sweep(repository)
         assert [item.pack for item in swept.doomed if third.id in item.pack]
         assert swept.deleted == 1

@@ -11,6 +11,7 @@ import pytest
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
 from cdpserver.repository import clock, gc, packs, prune, sessions
 from cdpserver.repository.check import Damage, check
+from cdpserver.repository.copy import copy
 from cdpserver.repository.locks import locks
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import Backup
@@ -76,10 +77,69 @@ def test_backups_swapped_and_deleted(case: Case) -> None:
         assert abs(sessions.time_of(second.id) - second.created_ns) < 10**7
         assert sessions.time_of("junk") == 0
         other.unlink()
-        assert check(repository).sound
+        assert [(d.backup, d.disk, d.reason) for d in check(repository).damage] == [
+            (second.id, "", "it is gone, and nobody removed it")
+        ]
+        with pytest.raises(CorruptError, match=f"{second.id} is gone and nobody removed it"):
+            gc.sweep(repository)
         case.compare(repository, repository.backup(first.id))
     other.write_bytes(kept)
     case.verify("anew")
+
+
+def test_a_backup_that_is_removed_is_missed_by_nobody(case: Case) -> None:
+    """One that the place does not let go still is, and one that was lost can be given up, or comes back with a copy."""
+    first, second = two(case)
+    create(DirectoryPlace(case.path / "other"), chunk_size=CHUNK)
+    with case.repository() as repository, case.repository("cache") as same:
+        with Repository(DirectoryPlace(case.path / "other"), cache=case.path / "cache") as other:
+            copy(repository, other)
+            other.place.delete(f"backups/{second.id}")
+            assert other.missed() == [second.id]
+            assert [backup.id for backup in copy(repository, other).copied] == [second.id]
+            assert check(other).sound
+        repository.place.delete(f"backups/{second.id}")
+        assert same.missed() == [second.id]
+        repository.remove(second.id)
+        assert check(repository).sound
+        gc.sweep(repository)
+        repository.remove(first.id)
+        assert check(repository).sound
+        assert not list(repository.place.names("listed"))
+
+
+@pytest.mark.parametrize("folder", ["locks", "doomed", "damaged", "listed", "clock"])
+def test_small_files_lost(case: Case, folder: str) -> None:
+    """What they tell is not told any more; every backup is as whole as before, and `gc` does its work again."""
+    first, second = two(case)
+    case.line.zero(3 * CHUNK, CHUNK)
+    case.line.write(4 * CHUNK, os.urandom(CHUNK))
+    third = case.back_up()
+    with case.repository() as repository:
+        place = repository.place
+        place.put(f"locks/{first.id}", b"{}")
+        repository.remove(second.id)
+        repository.damaged.note(*place_of(repository, third))
+        with sessions.session(place, "old"):
+            assert gc.sweep(repository).waiting == 1
+        assert list(place.names(folder))
+        for name, _ in list(place.names(folder)):
+            place.delete(name)
+        assert repository.now_ns() >= third.since_ns
+        assert bool(locks(repository)) == (folder != "locks")
+    with case.repository() as repository:
+        gc.sweep(repository)
+        gc.sweep(repository)
+        assert not list(repository.place.names("doomed"))
+        assert check(repository).sound
+        assert not [name for name, _ in repository.place.names("packs") if second.id in name]
+    case.verify()
+
+
+def place_of(repository: Repository, backup: Backup) -> tuple[str, bytes]:
+    """A chunk that the backup stored."""
+    pack, length = next(found for found in repository.place.names("packs") if backup.id in found[0])
+    return pack, repository.entries(pack, length)[0].id
 
 
 def test_the_configuration_lost_or_of_another(case: Case) -> None:
@@ -111,7 +171,7 @@ def test_small_files_damaged(case: Case, damage: bytes) -> None:
         place.put("sessions/dead", damage)
         place.put(clock.NAME, damage)
         assert repository.now_ns() == second.since_ns
-        place.delete(f"backups/{second.id}")
+        repository.remove(second.id)
         pack = next(name for name, _ in place.names("packs") if second.id in name)
         place.put("doomed/" + pack.removeprefix("packs/").replace("/", "."), damage)
         assert gc.sweep(repository).deleted == 1
@@ -125,7 +185,7 @@ def test_gc_waits_for_those_that_ran_and_for_nobody_since(case: Case) -> None:
     first, second = two(case)
     with case.repository() as repository:
         place = repository.place
-        place.delete(f"backups/{second.id}")
+        repository.remove(second.id)
         with sessions.session(place, "old"):
             assert gc.sweep(repository).waiting == 1
         with sessions.session(place, "young"):
@@ -144,7 +204,7 @@ def test_gc_leaves_what_it_cannot_read(case: Case) -> None:
     with case.repository() as repository:
         place = repository.place
         for backup in (second, third):
-            place.delete(f"backups/{backup.id}")
+            repository.remove(backup.id)
         names = [name for name, _ in place.names("packs") if third.id in name]
         entries = repository.entries(names[0], dict(place.names("packs"))[names[0]])
         live = gc.live_ids(repository)
@@ -192,7 +252,7 @@ def prune_all_but_the_newest(repository: Repository) -> None:
     verdicts = prune.plan(list(repository.backups()), (), locked={})
     for verdict in verdicts:
         if not verdict.keep:
-            repository.place.delete(f"backups/{verdict.backup.id}")
+            repository.remove(verdict.backup.id)
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -107,7 +107,7 @@ def test_backups_prune_and_gc(store: ObjectStore) -> None:
         assert (first.kind, second.kind) == ("full", "incremental")
         case.verify("another machine's cache")
         with case.repository() as repository:
-            there.delete(f"backups/{first.id}")
+            repository.remove(first.id)
             gc.sweep(repository)
             assert check(repository).sound
         case.verify()
@@ -369,7 +369,7 @@ def test_nobody_takes_an_immutable_backup_away(store: ObjectStore) -> None:
         case.verify("another machine's cache")
         with case.repository() as repository:
             with pytest.raises(RefusedError, match="does not let backups/"):
-                repository.place.delete(f"backups/{first.id}")
+                repository.remove(first.id)
             assert gc.sweep(repository).deleted == 0
             assert check(repository).sound
             held = prune.hold(first, repository.now_ns(), locked={}, immutable_ns=DAY_NS)
@@ -409,7 +409,7 @@ def test_when_the_period_is_over_it_can_go(store: ObjectStore) -> None:
     with in_bucket(there, immutable_ns=2 * 10**9) as case:
         first = case.back_up()
         with case.repository() as repository:
-            until(lambda: not raised(lambda: there.delete(f"backups/{first.id}")), "end of the lock")
+            until(lambda: not raised(lambda: repository.remove(first.id)), "end of the lock")
             until(lambda: gc.sweep(repository).deleted, "chunk that goes")
         rows = store.client().list_object_versions(Bucket=name).get("Versions", [])
         assert [row["Key"] for row in rows] == ["some/prefix/repo.json"]

@@ -54,6 +54,9 @@ def check(repository: Repository, *, read_data: bool = True, progress: Progress 
             found.packs_damaged.append(pack)
     if read_data:
         repository.look_again()
+    found.damage += [
+        Damage(id_, "", 0, 0, "it is gone, and nobody removed it") for id_ in repository.missed()
+    ]
     verdicts: dict[bytes, str] = {}
     ids = repository.backup_ids()
     for number, id_ in enumerate(ids):

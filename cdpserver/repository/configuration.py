@@ -1,6 +1,7 @@
 """What repo.json says of a repository; it never changes."""
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ VERSION = 1
 CONFIG = "repo.json"
 
 PLAIN, AES = "none", "aes-256-gcm"
+
+FIELDS = {"version", "id", "chunk_size", "cipher", "salt", "proof", "created_ns", "immutable_ns"}
+"""What the file of an older program has, and the head of a stream: anything else is there with a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,13 @@ def check_chunk_size(size: int) -> int:
 
 
 def config_bytes(config: Config) -> bytes:
-    return json.dumps(config.show(), indent=1).encode() + b"\n"
+    """As repo.json holds it."""
+    said = config.show()
+    return json.dumps({**said, "check": _check(said)}, indent=1).encode() + b"\n"
+
+
+def _check(said: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def config_from(data: bytes, where: str) -> Config:
@@ -61,6 +71,10 @@ def config_from(data: bytes, where: str) -> Config:
     path = Path(CONFIG)
     try:
         value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("it says nothing that can be")
+        if set(value) != FIELDS and value.pop("check", None) != _check(value):
+            raise ValueError("it is not what was written")
         version = take_int(value, "version", path, least=1)
         if version > VERSION:
             raise RefusedError(

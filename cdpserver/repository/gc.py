@@ -40,7 +40,12 @@ class Swept:
 
 
 def live_ids(repository: Repository) -> set[bytes]:
-    """Every chunk that a backup names. CorruptError if a backup or page cannot be read: then nothing is known to be unused."""
+    """Every chunk that a backup names. CorruptError if a backup or page is lost: then nothing is known to be unused."""
+    for id_ in repository.missed():
+        raise CorruptError(
+            f"backup {id_} is gone and nobody removed it, so what it needs is kept",
+            hint=f"put backups/{id_} back from a copy; cdp backup remove {id_} gives it up",
+        )
     ids: set[bytes] = set()
     for id_ in repository.backup_ids():
         try:

@@ -3,6 +3,7 @@
     repo.json            what the repository is
     packs/ab/<id>        chunks, some dozens of MiB of them in one object
     backups/<id>         one backup each; its name appearing is what makes it one
+    listed/<id>          a backup that was made, until it is removed
     locks/<id>           an operator's hold on a backup
     clock/now            how late it is at least (clock.py)
     sessions/<id>        a backup that is under way, held by who runs it

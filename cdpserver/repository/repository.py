@@ -16,7 +16,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import CdpError, CorruptError, NotFoundError, RefusedError
 from cdpserver.names import show
 from cdpserver.repository import clock, format, sessions
 from cdpserver.repository.configuration import (
@@ -36,6 +36,9 @@ from cdpserver.repository.record import Backup, Brief
 from cdpserver.repository.seal import Keys, Sealer, derive_keys
 
 CHECK = "cdp repo check says what that touches"
+
+LISTED = "listed"
+"""Where every backup that was made has a name, until it is removed."""
 
 DEFAULT_CHUNK = 256 << 10
 """By measurement: docs/backup.md has the table."""
@@ -371,6 +374,28 @@ class Repository:
         until_ns = self.retain_until_ns() and backup.since_ns + self.config.immutable_ns
         data = BACKUP_MAGIC + head + blake3(head + body).digest() + body
         self.place.put(f"backups/{backup.id}", data, until_ns)
+
+    def note_made(self, id_: str) -> None:
+        """From now on the backup is missed if it is gone and nobody removed it. One that is not noted is no worse for it."""
+        with contextlib.suppress(CdpError, OSError):
+            self.place.put(f"{LISTED}/{id_}", b"{}\n")
+
+    def remove(self, id_: str) -> None:
+        """It is a backup no more, and nobody misses it. RefusedError where the place does not let it go."""
+        self.place.delete(f"{LISTED}/{id_}")  # first: killed here, it is a backup still
+        try:
+            self.place.delete(f"backups/{id_}")
+        except RefusedError:
+            self.note_made(id_)
+            raise
+
+    def missed(self) -> list[str]:
+        """Ids of backups that were here, are not, and that nobody removed."""
+        gone = self._listed() - set(self.backup_ids())
+        return sorted(gone & self._listed()) if gone else []  # one may be removed meanwhile
+
+    def _listed(self) -> set[str]:
+        return {name.split("/", 1)[1] for name, _ in self.place.names(LISTED)}
 
     def close(self) -> None:
         """Nothing may be under way."""

@@ -65,7 +65,7 @@ def tidy(repository: Repository, subject: str, rules: tuple[Rule, ...] | None) -
     )
     dropped = [verdict.backup for verdict in verdicts if not verdict.keep]
     for backup in dropped:
-        repository.place.delete(f"backups/{backup.id}")
+        repository.remove(backup.id)
     freed = 0
     if dropped:
         try:

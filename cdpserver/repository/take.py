@@ -201,6 +201,7 @@ def publish(repository: Repository, backup: Backup, check_held: HeldCheck) -> No
         ):  # immutable already: `cdp repo check` says whether it is whole
             repository.place.delete(f"backups/{backup.id}")
         raise
+    repository.note_made(backup.id)
 
 
 def _store(

@@ -186,4 +186,5 @@ def _backup(repository: Repository, record: Record, payload: bytes, found: Impor
         backup = replace(backup, since_ns=repository.now_ns(), made_ns=backup.order[0])
         retain(repository, backup)
         repository.write_backup(backup)
+        repository.note_made(id_)
     found.backups.append(id_)

@@ -91,7 +91,7 @@ def routes(answers: Answers, attached: Attached) -> APIRouter:
 
     @routes.get("/v1/backups", response_model=list[ListedBackup])
     async def list_backups(name: str | None = None, repository: str | None = None) -> Response:
-        """The backups in registered repositories, or in one (by id or path), oldest first; of one disk, VM or group, or of all."""
+        """The backups in registered repositories, or in one (by id or path), oldest first; or those of one disk, VM or group."""
         return await answers.many(await attached.backups(name, repository))
 
     @routes.post("/v1/backups:attach", response_model=AttachedBackup)
