@@ -1,8 +1,9 @@
 """Sums: digests of the blocks of a file that is never changed in place, so that what rots in it is found.
 
 Records have digests of their own; base images and base points have none. The sums of a file are written when it is published, or
-when a scrub first sees it. They say nothing of a file of another length or time of change, and can be removed: then the file is
-taken as it is at the next scrub.
+made by a scrub that first sees it: from its first block on, in as many turns as that takes. They say nothing of a file of another
+length or time of change, and can be removed: then the file is taken as it is at the next scrub. Sums that are damaged are not as
+none: whether the file is what it was cannot be told, and nobody makes others of what is there now before somebody has looked.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from cdpserver import durable
+from cdpserver.errors import CorruptError
 
 DIRECTORY = "sums"
 """In a timeline; the sums of an imported image are beside it, `bases/ID.sums`."""
@@ -22,7 +24,7 @@ BLOCK = 1 << 20
 
 DIGEST_SIZE = 16
 HEAD = struct.Struct("<8sQQ")
-"""Magic, length and time of change (ns) of the file; then a digest for each block, and BLAKE3 of all of that."""
+"""Magic, length and time of change (ns) of the file; then a digest for each block, or the first ones; and BLAKE3 of all that."""
 
 MAGIC = b"cdpsums1"
 CHECK_SIZE = 32
@@ -43,26 +45,60 @@ def write(path: Path, *, spend: Callable[[int], None] = lambda _: None) -> int:
         while part := file.read(BLOCK):
             digests.append(digest(part))
             spend(len(part))
-        if _head(file.fileno()) != head:
-            return 0  # it was not at rest after all
-        size = os.fstat(file.fileno()).st_size
+        return os.fstat(file.fileno()).st_size if _keep(path, file.fileno(), head, digests) else 0
+
+
+def extend(
+    path: Path, *, takes: Callable[[int], bool], spend: Callable[[int], None] = lambda _: None
+) -> None:
+    """Make the sums of the blocks that have none yet, until `takes` does not want one. FileNotFoundError, CorruptError."""
+    with open(path, "rb") as file:
+        head = _head(file.fileno())
+        digests = _held(path, head) or []
+        had = len(digests)
+        for number in range(had, -(-os.fstat(file.fileno()).st_size // BLOCK)):
+            if not takes(number):
+                break
+            part = os.pread(file.fileno(), BLOCK, number * BLOCK)
+            digests.append(digest(part))
+            spend(len(part))
+        if len(digests) > had:
+            _keep(path, file.fileno(), head, digests)
+
+
+def _keep(path: Path, fd: int, head: bytes, digests: list[bytes]) -> bool:
+    """Write sums, durably; not those of a file that was not at rest after all, or that another one has replaced."""
+    if _head(fd) != head or not os.path.samestat(os.fstat(fd), os.stat(path)):
+        return False
     target = sums_path(path)
     target.parent.mkdir(mode=0o755, exist_ok=True)
     data = head + b"".join(digests)
     durable.write_whole(target, data + blake3(data).digest())
-    return size
+    return True
 
 
 def read(path: Path) -> list[bytes] | None:
-    """The digests of a file's blocks; None where there are none, or none of this very file."""
+    """The digests of a file's (first) blocks; None where there are none, or none of this very file. CorruptError."""
+    try:
+        with open(path, "rb") as file:
+            return _held(path, _head(file.fileno()))
+    except FileNotFoundError:
+        return None
+
+
+def _held(path: Path, head: bytes) -> list[bytes] | None:
     try:
         data = sums_path(path).read_bytes()
-        with open(path, "rb") as file:
-            head = _head(file.fileno())
     except FileNotFoundError:
         return None
     body = data[:-CHECK_SIZE]
-    if len(body) < HEAD.size or blake3(body).digest() != data[-CHECK_SIZE:] or body[: HEAD.size] != head:
+    if len(body) < HEAD.size or blake3(body).digest() != data[-CHECK_SIZE:]:
+        raise CorruptError(
+            f"the sums of {path.name} are damaged, so whether it is what it was cannot be told",
+            hint=f"compare {path.name} with a copy of it, or a base point with the journal (cdp check DISK --full); "
+            f"then remove {sums_path(path)}, and the scrub makes it anew of what is there",
+        )
+    if body[: HEAD.size] != head:
         return None
     return [body[at : at + DIGEST_SIZE] for at in range(HEAD.size, len(body), DIGEST_SIZE)]
 
@@ -84,7 +120,7 @@ def read_one(path: Path, number: int) -> bytes | None:
 def wrong(
     path: Path, *, takes: Callable[[int], bool], spend: Callable[[int], None] = lambda _: None
 ) -> Iterator[int]:
-    """Numbers, from 0, of the blocks that `takes` wants and that are not as they were. None without sums."""
+    """Numbers, from 0, of the blocks that `takes` wants and that are not as they were. None without sums. CorruptError."""
     digests = read(path)
     if digests is None:
         return

@@ -13,8 +13,10 @@ import pytest
 
 from cdpserver import sums
 from cdpserver.check import check_timeline
-from cdpserver.check.depth import INDEX, Everything, Place
+from cdpserver.check.depth import END, INDEX, Everything, Part, Place
 from cdpserver.check.scrub import FILE, Budget, Progress, turn
+from cdpserver.errors import CorruptError
+from cdpserver.index.indexer import rebuild
 from cdpserver.journal import links
 from cdpserver.journal.links import Chain
 from cdpserver.journal.record import RECORD_SIZE
@@ -22,7 +24,19 @@ from cdpserver.journal.segment import PAGE
 from cdpserver.view.history import History
 from cdpserver.view.view import View
 from tests.figures import tally
-from tests.test_check import BOOT, SECOND_NS, SEQS, SIZE, START_NS, Disk, disk, flip, template
+from tests.test_check import (
+    BLOCK,
+    BOOT,
+    SECOND_NS,
+    SEQS,
+    SIZE,
+    START_NS,
+    Disk,
+    disk,
+    flip,
+    make_base_point,
+    template,
+)
 from tests.test_check_depth import WROTE_A
 from tests.test_service import connected
 from tools.kit.processes import until
@@ -76,6 +90,47 @@ def test_it_reads_no_faster_than_its_budget() -> None:
     assert time.naps < 1000  # a small budget is not spent on waking up
 
 
+def test_what_is_read_in_one_go_is_paid_for_before_more_is_read() -> None:
+    time = Time()
+    budget = Budget(1000, time.clock, time.nap)
+    budget.spend(1000 * 3600)
+    assert time.naps == 0 and budget.behind and budget.owed == 1000 * 3600
+    after = Budget(1000, time.clock, time.nap)
+    after.pay(budget.owed)
+    assert time.now == 3600 and after.owed == 0 and not after.behind
+    assert Progress.load(Path("/nonexistent")).owed == 0
+
+
+def test_all_that_is_read_counts(disk: Disk) -> None:
+    """Of two rounds the second has more to read: by so much more it is within its budget, whatever Python reads for itself."""
+    rounds = []
+    for blocks in (0, 0, 2000):
+        writer = disk.open()
+        for number in range(blocks):
+            disk.write(number % 200, number % 251, after_s=0.01)
+        flip(
+            disk.data(1), WROTE_A
+        )  # damaged in the second one and in the third, which is looked at once more
+        writer.cut()
+        writer.commit()
+        writer.close()
+        rebuild(disk.directory, BOOT)
+        before, budget = read_by_us(), Budget(1 << 30, Time().clock, lambda _: None)
+        turn(disk.state.path, "t1", budget=budget, seconds=60.0, now_ns=lambda: START_NS, boot=BOOT)
+        rounds.append((read_by_us() - before, budget.spent))
+        if not blocks:
+            flip(disk.data(1), WROTE_A)
+    (_, _), (fewer, _), (more, spent) = rounds
+    fewer_spent = rounds[1][1]
+    assert more - fewer > 2000 * BLOCK and spent - fewer_spent >= more - fewer - (64 << 10), rounds
+
+
+def read_by_us() -> int:
+    """Bytes that this process has read, and those that have ended before it."""
+    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(found["rchar"])
+
+
 def test_turns_go_on_where_the_one_before_ended_also_in_another_process(disk: Disk) -> None:
     """So little time that each turn gets one unit further."""
     flip(disk.data(1), WROTE_A)
@@ -90,6 +145,53 @@ def test_turns_go_on_where_the_one_before_ended_also_in_another_process(disk: Di
             break
     assert turns > 3 and len(said) == 1
     assert said[0]["from_seq"] == SEQS["a"] and said[0]["points"]["after"]["seq"] == SEQS["a2"]
+
+
+def test_sums_are_made_block_by_block_in_as_many_turns_as_it_takes(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a base, and of a base point that has none; in between they say what they can."""
+    monkeypatch.setattr(sums, "BLOCK", SIZE // 8)
+    base, point = disk.directory / "base.raw", disk.directory / "bp-0.qcow2"
+    shutil.copyfile(base, point)
+    had: list[tuple[int, int]] = []
+    for _ in range(50):
+        done = one_turn(disk, rate=1, seconds=1e-9)
+        had.append((len(sums.read(base) or ()), len(sums.read(point) or ())))
+        if done["ended"]:
+            break
+    assert done["ended"]
+    assert [first for first, _ in had[:9]] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert sorted({second for _, second in had}) == list(range(9))
+    mtime = base.stat().st_mtime_ns
+    flip(base, SIZE // 2)
+    os.utime(base, ns=(mtime, mtime))
+    assert list(sums.wrong(base, takes=lambda _: True)) == [4]
+
+
+@pytest.mark.parametrize("name", ["base.raw", "bp-0.qcow2"])
+def test_sums_that_rotted_are_said_and_not_made_anew_of_whatever_is_there(disk: Disk, name: str) -> None:
+    path = disk.directory / name
+    if name != "base.raw":
+        make_base_point(disk, 0, "base.raw")
+    one_turn(disk)
+    held = sums.sums_path(path).read_bytes()
+    dice = random.Random(name)
+    for _ in range(10):
+        at, bit = dice.randrange(len(held)), 1 << dice.randrange(8)
+        flip(sums.sums_path(path), at, bit)
+        with pytest.raises(CorruptError):
+            sums.read(path)
+        (found,) = check_timeline(disk.state.path, "t1", boot_id=BOOT, depth=Part(at=END)).damage
+        assert found.finding.what.startswith(f"the sums of {name} are damaged") and found.affected == 0
+        flip(sums.sums_path(path), at, bit)
+    flip(sums.sums_path(path), 40)
+    (new,) = one_turn(disk)["new"]
+    assert new["path"] == f"timelines/t1/sums/{name}" and "remove " in new["hint"]
+    assert one_turn(disk)["damaged"] == 1
+    flip(sums.sums_path(path), 40)
+    assert sums.sums_path(path).read_bytes() == held
+    assert one_turn(disk)["damaged"] == 0
 
 
 def test_damage_is_said_once_and_forgotten_when_it_was_mended(disk: Disk) -> None:

@@ -77,14 +77,17 @@ def check_base_content(state_dir: Path, timeline_: Timeline, depth: Depth) -> It
     path = base_file(state_dir, timeline_)
     if path is None:
         return
-    blocks = sums.wrong(path, takes=lambda number: depth.takes((BASE, number + 1, 0, 0)))
-    for number in blocks:
-        depth.found((BASE, number + 1, 0, 0))
-        start = number * sums.BLOCK
-        end = min(start + sums.BLOCK, path.stat().st_size)
-        what = f"bytes {start} to {end} of {path.name} are not what they were"
-        hint = "restore the file from a backup; instants after the guest wrote there again are whole"
-        yield Finding(what, path, 1, timeline_.created_ns, extents=((start, end),), hint=hint)
+    try:
+        for number in sums.wrong(path, takes=lambda number: depth.takes((BASE, number + 1, 0, 0))):
+            depth.found((BASE, number + 1, 0, 0))
+            start = number * sums.BLOCK
+            end = min(start + sums.BLOCK, path.stat().st_size)
+            what = f"bytes {start} to {end} of {path.name} are not what they were"
+            hint = "restore the file from a backup; instants after the guest wrote there again are whole"
+            yield Finding(what, path, 1, timeline_.created_ns, extents=((start, end),), hint=hint)
+    except CorruptError as error:
+        depth.found((BASE, 1, 0, 0))
+        yield Finding(error.message, sums.sums_path(path), 0, 0, extents=(), hint=error.hint)
 
 
 def base_file(state_dir: Path, timeline_: Timeline) -> Path | None:
@@ -149,11 +152,16 @@ def check_base_point_content(directory: Path, number: int, cuts: CUTS, depth: De
     """Is the file of a published base point as it was when its sums were written, also while nobody merges?"""
     path = base_point_path(directory, number)
     with contextlib.suppress(FileNotFoundError):  # merged away meanwhile
-        wrong = set(sums.wrong(path, takes=lambda block: depth.takes((BASE_POINT, number, block + 1, 0))))
-        if not wrong:
+        try:
+            wrong = set(sums.wrong(path, takes=lambda block: depth.takes((BASE_POINT, number, block + 1, 0))))
+            if not wrong:
+                return
+            with stays(directory):
+                blocks = list(sums.wrong(path, takes=wrong.__contains__))
+        except CorruptError as error:
+            depth.found((BASE_POINT, number, 1, 0))
+            yield Finding(error.message, sums.sums_path(path), 0, 0, extents=(), hint=error.hint)
             return
-        with stays(directory):
-            blocks = list(sums.wrong(path, takes=wrong.__contains__))
         for block in blocks:
             depth.found((BASE_POINT, number, block + 1, 0))
         if blocks:

@@ -5,7 +5,8 @@
 It takes no lock while it reads, so nothing that drops, thins or merges ever waits for it. What looks damaged is looked at once
 more by a check, which holds the intervals, knows what is meant to be gone, and says which times and points are touched.
 
-Durability: `scrub.json` is replaced whole at the end of every turn; a scrub that is killed goes on from there.
+Durability: `scrub.json` is replaced whole at the end of every turn; a scrub that is killed goes on from there. What was read of
+late and is more than the budget (an interval's index is looked at in one go) is paid for by the next turn, before it reads.
 """
 
 import argparse
@@ -27,11 +28,12 @@ from cdpserver.check.isolated import MERGED, check_indexes
 from cdpserver.check.records import whole_records
 from cdpserver.clock import Clock, boot_id
 from cdpserver.errors import CorruptError
+from cdpserver.index.merged import DIRECTORY as MERGED_DIRECTORY
 from cdpserver.index.store import CLOSED_NAME
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DTYPE, Kind
 from cdpserver.journal.recovery import payload_whole
-from cdpserver.journal.segment import SegmentReader
+from cdpserver.journal.segment import PAGE, SegmentReader
 from cdpserver.limits import SECTOR
 from cdpserver.nodes import base_point_path, published
 from cdpserver.state import StateDir
@@ -40,6 +42,9 @@ from cdpserver.timeline import Timeline
 FILE = "scrub.json"
 CHUNK = 1024
 """Records verified between two looks at the clock."""
+
+PATIENCE_S = 20.0
+"""Longest pause within a turn: one that is further ahead of its budget ends."""
 
 MAX_DAMAGE = 100
 """Damaged places that are kept for who asks; the check lists the others."""
@@ -62,11 +67,30 @@ class Budget:
         self.began = self.clock()
 
     def spend(self, count: int) -> None:
-        """So much was read; returns when that was due."""
+        """So much was read; returns when that was due, or if it is `behind`."""
         self.spent += count
-        early = self.began + self.spent / self.rate - self.clock()
-        if early > NAP_S:
+        early = self._early
+        if NAP_S < early <= PATIENCE_S:
             self.nap(early)
+
+    def pay(self, count: int) -> None:
+        """So much was read before. Returns when that was due."""
+        self.nap(count / self.rate)
+        self.began = self.clock()
+
+    @property
+    def _early(self) -> float:
+        return self.began + self.spent / self.rate - self.clock()
+
+    @property
+    def behind(self) -> bool:
+        """Was so much read that to wait for it would take too long?"""
+        return self._early > PATIENCE_S
+
+    @property
+    def owed(self) -> int:
+        """Bytes that were read ahead of time."""
+        return max(0, int(self._early * self.rate))
 
 
 @dataclass
@@ -79,6 +103,9 @@ class Progress:
     ended_ns: int = 0
     bytes: int = 0
     rounds: int = 0
+    owed: int = 0
+    """Bytes that the turn before read ahead of its time."""
+
     damage: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -102,10 +129,11 @@ class Progress:
             value = durable.read_json(directory / FILE)
             part = Part.from_json(value["part"], lambda: False)
             numbers = [value[name] for name in ("begun_ns", "ended_ns", "bytes", "rounds")]
+            numbers.append(value.get("owed", 0))  # older ones have none
             if any(type(number) is not int or number < 0 for number in numbers):
                 return cls()
-            begun_ns, ended_ns, count, rounds = numbers
-            return cls(part.at, part.again, begun_ns, ended_ns, count, rounds, list(value["damage"]))
+            begun_ns, ended_ns, count, rounds, owed = numbers
+            return cls(part.at, part.again, begun_ns, ended_ns, count, rounds, owed, list(value["damage"]))
         except (FileNotFoundError, CorruptError, KeyError, TypeError):
             return cls()
 
@@ -120,6 +148,7 @@ class Progress:
                 "ended_ns": self.ended_ns,
                 "bytes": self.bytes,
                 "rounds": self.rounds,
+                "owed": self.owed,
                 "damage": self.damage,
             },
         )
@@ -148,13 +177,20 @@ class Walk:
         path = base_file(self._state_dir, self._held)
         if path is None or self._part.at > (PAYLOAD, 0, 0, 0):
             return
-        if sums.read(path) is None:
-            # Nobody can tell whether it is what it was; from now on somebody can.
-            sums.write(path, spend=self._budget.spend)
-            return
-        takes = lambda number: self._part.takes((BASE, number + 1, 0, 0))  # noqa: E731
-        for number in sums.wrong(path, takes=takes, spend=self._budget.spend):
-            self._part.found((BASE, number + 1, 0, 0))
+        self._file(path, lambda block: (BASE, block, 0, 0))
+
+    def _file(self, path: Path, place: Callable[[int], Place]) -> None:
+        """A file, block by block: against its sums, and where there are none they are made. From then on somebody can tell."""
+
+        def takes(number: int) -> bool:
+            return self._part.takes(place(number + 1))
+
+        try:
+            for number in sums.wrong(path, takes=takes, spend=self._budget.spend):
+                self._part.found(place(number + 1))
+            sums.extend(path, takes=takes, spend=self._budget.spend)
+        except CorruptError:
+            self._part.found(place(1))  # what the sums say of it, nobody knows: the check says so
 
     def _payload(self) -> None:
         stage, *after = self._part.at
@@ -192,19 +228,18 @@ class Walk:
         whole = whole_records(raw, reader.header, first)
         if not whole.all():
             self._part.found((PAYLOAD, interval, reader.segment, 0))
-        read = len(raw)
+        self._budget.spend(PAGE + len(raw))
         records = np.frombuffer(raw, DTYPE, count=len(whole))
         for at in np.flatnonzero(whole).tolist():
             record = records[at]
             if record["kind"] in (Kind.DATA, Kind.CONTROL):
-                read += int(record["length"]) * SECTOR
                 try:
                     good = payload_whole(reader, record)
                 except (CorruptError, OSError):
                     good = False
+                self._budget.spend(int(record["length"]) * SECTOR)
                 if not good:
                     self._part.found((PAYLOAD, interval, reader.segment, first + at))
-        self._budget.spend(read)
 
     def _indexes(self) -> None:
         numbers = [*Journal(self._directory).intervals, MERGED]
@@ -212,25 +247,34 @@ class Walk:
         for number, found in check_indexes(self._directory, wanted, (), boot_id()):
             if found:
                 self._part.found((INDEX, number or MERGED_INDEXES, 0, 0))
-            self._budget.spend(self._index_bytes(number))
-
-    def _index_bytes(self, interval: int) -> int:
-        path = interval_path(self._directory, interval) / CLOSED_NAME
-        with contextlib.suppress(FileNotFoundError):
-            return path.stat().st_size
-        return 0
+            self._budget.spend(index_bytes(self._directory, number))
 
     def _base_points(self) -> None:
         for number in published(self._directory):
-            place = (BASE_POINT, number, 0, 0)
-            path = base_point_path(self._directory, number)
+            if self._part.ended:
+                return
             with contextlib.suppress(FileNotFoundError):  # merged away meanwhile
-                if not self._part.takes(place):
-                    continue
-                if sums.read(path) is None:
-                    sums.write(path, spend=self._budget.spend)
-                elif any(sums.wrong(path, takes=lambda _: True, spend=self._budget.spend)):
-                    self._part.found(place)
+                self._file(
+                    base_point_path(self._directory, number),
+                    lambda block, number=number: (BASE_POINT, number, block, 0),  # type: ignore[misc]
+                )
+
+
+def index_bytes(directory: Path, interval: int) -> int:
+    """How much is read to look at an interval's index: that, and the header logs. At the merged ones: they, and all others."""
+    if interval == MERGED:
+        found = [
+            *(directory / MERGED_DIRECTORY).glob("[0-9]*"),
+            *directory.glob(f"intervals/*/{CLOSED_NAME}"),
+        ]
+    else:
+        path = interval_path(directory, interval)
+        found = [*path.glob("*.log"), *path.glob("*.mdb")]
+    total = 0
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # dropped or merged meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def turn(
@@ -243,14 +287,15 @@ def turn(
     directory = state_dir / "timelines" / id
     held = timeline.load(directory)
     progress = Progress.load(directory)
+    budget.pay(progress.owed)
     if not progress.under_way:
         progress.begun_ns, progress.at, progress.bytes = now_ns(), NOWHERE, 0
     until = budget.clock() + seconds
-    part = Part(at=progress.at, ends=lambda: budget.clock() >= until)
+    part = Part(at=progress.at, ends=lambda: budget.clock() >= until or budget.behind)
     Walk(state_dir, held, part, budget).run()
     ended = not part.ended
     suspects = part.damaged | progress.again if ended else part.damaged - progress.again
-    told = _look(state_dir, id, suspects, boot) if suspects else []
+    told = _look(state_dir, id, suspects, boot, budget) if suspects else []
     known = {(row["what"], row["path"]) for row in progress.damage}
     new = [row for row in told if (row["what"], row["path"]) not in known]
     if ended:
@@ -258,16 +303,23 @@ def turn(
     elif told:
         progress.damage, progress.again = (progress.damage + new)[:MAX_DAMAGE], progress.again | suspects
     progress.bytes += budget.spent
-    progress.at = part.at
+    progress.at, progress.owed = part.at, budget.owed
     if ended:
         progress.ended_ns, progress.begun_ns, progress.rounds = now_ns(), 0, progress.rounds + 1
     progress.save(directory)
     return {"ended": ended, "bytes": progress.bytes, "new": new, "damaged": len(progress.damage)}
 
 
-def _look(state_dir: Path, id: str, suspects: set[Place], boot: str) -> list[dict[str, Any]]:
-    """What a check says of these places, whose headers it goes through as ever."""
+def _look(state_dir: Path, id: str, suspects: set[Place], boot: str, budget: Budget) -> list[dict[str, Any]]:
+    """What a check says of these places, whose headers it goes through as ever. It holds the intervals, so it does not pause."""
     found = check_timeline(state_dir, id, boot_id=boot, depth=Part(at=END, again=suspects))
+    blocks = sum(place[0] in (BASE, BASE_POINT) for place in suspects)
+    indexes = {place[1] for place in suspects if place[0] == INDEX}
+    budget.spent += found.bytes + blocks * sums.BLOCK
+    budget.spent += sum(
+        index_bytes(state_dir / "timelines" / id, MERGED if number == MERGED_INDEXES else number)
+        for number in indexes
+    )
     return [damage.as_dict(state_dir) for damage in found.damage][:MAX_DAMAGE]
 
 
