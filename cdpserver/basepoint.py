@@ -336,7 +336,11 @@ def publish(
     if final.exists() and not again:
         return describe(history, cut)
     under = backing(history, cut)
-    views = _open_views(history, cut, under, Files(verify=True))
+    try:
+        views = _open_views(history, cut, under, Files(verify=True))
+    except CorruptError:
+        _note_rotted(history.directory)
+        raise
     building = final.with_name(f"{durable.TEMPORARY}{final.name}")
     try:
         building.unlink(missing_ok=True)
@@ -363,12 +367,18 @@ def publish(
     except BaseException as error:
         with contextlib.suppress(OSError, CdpError):
             building.unlink(missing_ok=True)
-            if isinstance(error, CorruptError):
-                durable.write_whole(history.directory / ROTTED, b"")
+        if isinstance(error, CorruptError):
+            _note_rotted(history.directory)
         raise
     finally:
         views.close()
     return describe(history, cut)
+
+
+def _note_rotted(directory: Path) -> None:
+    """A base point waits for what rotted: who copies the disk verifies what it compares with (`target.reads`)."""
+    with contextlib.suppress(OSError, CdpError):
+        durable.write_whole(directory / ROTTED, b"")
 
 
 def run(state_dir: Path, id: str, number: int, *, again: bool) -> dict[str, Any]:

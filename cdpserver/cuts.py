@@ -4,8 +4,10 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cdpserver.errors import CorruptError
 from cdpserver.journal.log import Journal
 from cdpserver.journal.record import Kind
+from cdpserver.journal.segment import SegmentReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,22 @@ def _cut_at_end(journal: Journal, interval: int) -> Cut | None:
     """The cut that ended an interval; None if the writer closed it for its size."""
     reader = journal.last_reader(interval)
     for number in range(reader.count - 1, -1, -1):
-        record = reader.records(number, number + 1)[0]
+        try:
+            record = reader.records(number, number + 1)[0]
+        except CorruptError:
+            return _as_carried(journal, interval, reader)
         if record["kind"] == Kind.CONTROL:
             message = reader.control(record)
             if message["type"] == "cut":
                 return Cut(int(message["number"]), int(record["seq"]), int(record["time"]), interval)
     return None
+
+
+def _as_carried(journal: Journal, interval: int, reader: SegmentReader) -> Cut | None:
+    """The same from what the next interval carries on from it, where records at the end are damaged; a cut is the last one."""
+    if interval + 1 not in journal.intervals:
+        return None
+    after = journal.first_reader(interval + 1).header
+    if after.carry.cuts == _cuts_at(journal, interval):
+        return None
+    return Cut(after.carry.cuts - 1, reader.last_seq, after.first_time_ns, interval)

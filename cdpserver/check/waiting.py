@@ -5,6 +5,9 @@
     rotted             x      x                   4 and 5 are left out; bp:6 stands on bp:3 and holds all that changed since
     rotted             x      x      x      x     nothing is left out yet: what is written there again ends it
 
+Rotted is a payload, or the header of a record. What such a record changed nobody knows where no index has it: then all of the
+disk has to be written again.
+
 Reads only, and verifies what it reads: a base point is made of what is whole, or not at all. The journal keeps the instants of
 those that are left out, as far as they can be read.
 """
@@ -13,6 +16,7 @@ import contextlib
 from dataclasses import dataclass
 
 from cdpserver import basepoint
+from cdpserver.cuts import Cut
 from cdpserver.errors import CorruptError
 from cdpserver.view.delta import Delta
 from cdpserver.view.extent import Files
@@ -39,7 +43,7 @@ def look(history: History) -> Waiting:
     rotted: list[int] = []
     problem = ""
     for cut in basepoint.pending(history):
-        problem = _problem(history, cut.seq, basepoint.ground(history, cut.number))
+        problem = _unnoted(history, cut) or _problem(history, cut.seq, basepoint.ground(history, cut.number))
         if not problem:
             return Waiting(tuple(rotted))
         rotted.append(cut.number)
@@ -54,17 +58,33 @@ def look(history: History) -> Waiting:
     )
 
 
+def _unnoted(history: History, cut: Cut) -> str:
+    """Why nobody can tell what counts at a cut; empty if that is known."""
+    try:
+        basepoint.note(history, cut)
+    except CorruptError as error:
+        return error.message
+    return ""
+
+
 def _problem(history: History, seq: int, under: basepoint.Backing) -> str:
     """Why no base point can be made of an instant; empty if it can."""
-    with (
-        contextlib.closing(View(history, seq, Files(verify=True))) as new,
-        contextlib.closing(View(under.history, under.seq)) as old,
-    ):
-        try:
+    try:
+        with (
+            contextlib.closing(View(history, seq, Files(verify=True))) as new,
+            contextlib.closing(View(under.history, under.seq)) as old,
+        ):
             for start, end in Delta(new, old).ranges:
-                for low, high, zero in new.status(start, end, one=False):
-                    for at in range(low, min(high, end), STEP) if not zero else ():
-                        new.read(at, min(STEP, min(high, end) - at))
-        except CorruptError as error:
-            return error.message
+                _read(new, start, end)
+    except CorruptError as error:
+        return error.message
     return ""
+
+
+def _read(view: View, start: int, end: int) -> None:
+    at = start
+    while at < end:
+        for low, high, zero in view.status(at, end, one=False):
+            for place in range(low, high, STEP) if not zero else ():
+                view.read(place, min(STEP, high - place))
+            at = high

@@ -88,20 +88,28 @@ class LiveReads:
         name, or -1 where the content differs from both. Once something is known to have rotted, what cannot be verified differs.
         """
         with self._verifying(self._while_rotted()):
-            self._view.refresh()
-            runs: list[tuple[int, int, int]] = []
             try:
-                before = self._view.at(ref)
-            except RefusedError:
-                # Retention holds that instant; should it be gone all the same, the write costs its payload.
-                before = self._view
-            for start, end, same in _compare(before, offset, payload, 0, len(payload)):
-                if same:
-                    runs.extend(_referred(before, offset, start, end))
-                    continue
-                for low, high, unchanged in _compare(self._view, offset, payload, start, end):
-                    runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])
-            return runs
+                return self._changed_from(ref, offset, payload)
+            except CorruptError:
+                # Whatever cannot be read is written anew: this is what mends it.
+                self._rotted = True
+                return [(0, len(payload), -1)]
+
+    def _changed_from(self, ref: int, offset: int, payload: memoryview) -> list[tuple[int, int, int]]:
+        self._view.refresh()
+        runs: list[tuple[int, int, int]] = []
+        try:
+            before = self._view.at(ref)
+        except RefusedError:
+            # Retention holds that instant; should it be gone all the same, the write costs its payload.
+            before = self._view
+        for start, end, same in _compare(before, offset, payload, 0, len(payload)):
+            if same:
+                runs.extend(_referred(before, offset, start, end))
+                continue
+            for low, high, unchanged in _compare(self._view, offset, payload, start, end):
+                runs.extend(_referred(self._view, offset, low, high) if unchanged else [(low, high, -1)])
+        return runs
 
     def _while_rotted(self) -> Verifier | None:
         """While a base point waits for what rotted, or once a write met it: a payload that is whole but for one block holds the

@@ -1,7 +1,8 @@
 """What changed between two instants of one line of history: what a base point holds over its backing file.
 
 Taken from the header logs between the two, so it needs no index and costs what was written in between. Ranges that *same* records
-touched are compared by where their content lies, so an unchanged re-mirror leaves nothing.
+touched are compared by where their content lies, so an unchanged re-mirror leaves nothing. So is all of the disk where a header
+between the two is damaged.
 """
 
 from bisect import bisect_right
@@ -11,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from cdpserver.errors import CorruptError
 from cdpserver.journal.record import CHANGES, Kind
 from cdpserver.limits import SECTOR
 from cdpserver.timeline import PointBase
@@ -40,8 +42,15 @@ def union(ranges: Ranges) -> Ranges:
 
 
 def touched(history: History, after: int, upto: int) -> tuple[Ranges, Ranges]:
-    """(ranges of every change, ranges of *same* records) among the records with `after` < seq <= `upto`."""
-    return history.journal.settled(partial(_touched, history, after, upto))
+    """(ranges of every change, ranges of *same* records) among the records with `after` < seq <= `upto`.
+
+    Where one of them is damaged nobody knows what it changed: then it may be any part of the disk, as if all of it were *same*.
+    """
+    try:
+        return history.journal.settled(partial(_touched, history, after, upto))
+    except CorruptError:
+        whole = np.array([[0, history.size_at(upto)]], dtype=np.int64)
+        return whole, whole
 
 
 def _touched(history: History, after: int, upto: int) -> tuple[Ranges, Ranges]:
@@ -73,6 +82,8 @@ def lineage_touched(history: History, upto: int, old_timeline: str, old_seq: int
 def changed(new: View, old: View) -> Ranges:
     """Ranges whose content may differ between `old` and `new`, an instant of the same line of history."""
     ranges, same = lineage_touched(new.history, new.seq, old.history.timeline.id, old.seq)
+    same = same[same[:, 0] < min(old.size, new.size)]
+    same[:, 1] = np.minimum(same[:, 1], min(old.size, new.size))
     if len(same):
         ranges = subtract(ranges, _unchanged(new, old, same))
     return ranges

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from cdpserver.index.pieces import DOWNWARDS, KIND_BITS, LEVEL_BITS, SHIFTS
 from cdpserver.index.store import IndexFile, Snapshot, find_index, open_index, release
+from cdpserver.journal.log import Journal
 from cdpserver.journal.record import Kind
 from cdpserver.journal.segment import data_path
 from cdpserver.view.tail import Tail
@@ -87,6 +88,22 @@ class Layer:
         if path is None:
             path = self._data[segment] = str(data_path(self.directory, segment))
         return path
+
+    def catch_up(self, journal: Journal, seq: int) -> bool:
+        """Fold what the index lacks of the records up to `seq`. Is any of the interval indexed? CorruptError."""
+        self.begin()
+        indexed = self.indexed
+        self.end()
+        first_seq = journal.first_reader(self.interval).first_seq
+        upto = min(seq, journal.last_reader(self.interval).last_seq)
+        if indexed < upto:
+            after = max(indexed, first_seq - 1)
+            self.tail = Tail(after)
+            for run in journal.runs(after, upto):
+                if run.interval == self.interval:
+                    self.tail.add(run)
+            self.tail.upto = upto
+        return indexed >= first_seq
 
     @property
     def indexed(self) -> int:

@@ -30,7 +30,6 @@ from cdpserver.view.extent import Extent, Files, coalesce, fill, raw_extents
 from cdpserver.view.history import History
 from cdpserver.view.layers import NOTHING, Layer, Piece
 from cdpserver.view.span import Span
-from cdpserver.view.tail import Tail
 
 STATUS_WINDOW = 4 << 20
 """Bytes resolved at first when asked for block status; more at a time while there is nothing but one run."""
@@ -93,34 +92,39 @@ class View:
             return
         self._older, self._floor = self.history.standing(self.seq)
         while self._older:
-            if self._next_layer():
-                # The indexer goes in order: what is older than an indexed record is indexed.
-                return
+            try:
+                if self._next_layer():
+                    # The indexer goes in order: what is older than an indexed record is indexed.
+                    return
+            except CorruptError:
+                if not self._layers or self.history.journal.has_lost(self._listed):
+                    raise
+                return  # what is read of it meets it again
 
     def _next_layer(self) -> bool:
         """Open the next older interval, and fold what its index lacks. Was any of it indexed?
 
         Also an old interval may lack its index: while it is rebuilt.
         """
-        journal = self.history.journal
         # The newest one is open, or may be read up to somewhere in its middle.
         source = self._next_source() if self._layers else None
         if source is not None and source.merged is not None:
             del self._older[: source.high - source.low + 1]
             self._layers.append(Span(self.history.directory, source.merged, source.low, source.high))
             return True
-        interval = self._older.pop(0)
+        interval = self._older[0]
         directory = interval_path(self.history.directory, interval)
         layer = Layer(directory, interval, self.history.boot_id)
+        try:
+            has_any = layer.catch_up(self.history.journal, self.seq)
+        except BaseException:
+            layer.close()
+            if self._sources is not None and source is not None:
+                self._sources.insert(0, source)  # it may be looked at again
+            raise
+        del self._older[0]
         self._layers.append(layer)
-        layer.begin()
-        indexed = layer.indexed
-        layer.end()
-        first_seq = journal.first_reader(interval).first_seq
-        upto = min(self.seq, journal.last_reader(interval).last_seq)
-        if indexed < upto:
-            self._fold_tail(layer, max(indexed, first_seq - 1), upto)
-        return indexed >= first_seq
+        return has_any
 
     def _next_source(self) -> Source:
         """What the next older intervals are read through. Looked up once, for all of them."""
@@ -128,13 +132,6 @@ class View:
             self._merged = load(self.history.directory)
             self._sources = sources(self.history.directory, self._older, self._merged)
         return self._sources.pop(0)
-
-    def _fold_tail(self, layer: Layer, after: int, upto: int) -> None:
-        layer.tail = Tail(after)
-        for run in self.history.journal.runs(after, upto):
-            if run.interval == layer.interval:
-                layer.tail.add(run)
-        layer.tail.upto = upto
 
     def refresh(self) -> None:
         """A view of a fixed seq never changes. What failed to open is opened anew, all of it: a part would read otherwise."""
