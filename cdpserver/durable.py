@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +222,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_objects(path: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
-    """Objects by their names, each with exactly `keys`; none if there is no file. CorruptError for one that says other things."""
+def read_objects(
+    path: Path, keys: set[str], *, optional: Set[str] = frozenset()
+) -> dict[str, dict[str, Any]]:
+    """Objects by their names, each with `keys` and maybe some `optional` ones; none if there is no file. CorruptError for one
+    that says other things.
+    """
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -231,7 +235,7 @@ def read_objects(path: Path, keys: set[str]) -> dict[str, dict[str, Any]]:
     for name, said in value.items():
         if not isinstance(said, dict):
             raise corrupt_json(path, f"{show(name)} is not an object")
-        take_keys(said, keys, path)
+        take_keys(said, keys | (optional & said.keys()), path)
     return value
 
 

@@ -5,16 +5,15 @@
 
 import os
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from cdpserver import names
-from cdpserver.errors import CdpError, NotFoundError, UsageError
+from cdpserver.errors import CdpError, NotFoundError
 from cdpserver.repository.places import open_place
 from recovery.client import Client
 from recovery.remote import client
 from recovery.repo_tree import REPO_VARIABLE
-from recovery.repositories import known
+from recovery.repositories import key_of, known
 
 POINTS = ("point", "other")
 """What the options are called that take a point."""
@@ -67,15 +66,11 @@ def _named(service: Client, options: Namespace) -> str | None:
 
 
 def register(service: Client, options: Namespace, path: str) -> None:
-    """The service knows the repository on return. A key comes from a file that it can read."""
-    key_file = getattr(options, "key_file", None) if hasattr(options, "repo") else None
-    if key_file is None and any(one["path"] == path for one in service.repositories()):
+    """The service knows the repository on return, and reads the key itself."""
+    key = key_of(options) if hasattr(options, "repo") else ("", "")
+    if not any(key) and any(one["path"] == path for one in service.repositories()):
         return
-    if getattr(options, "key_command", None):
-        raise UsageError(
-            "the service reads keys from files", hint=f"cdp repo add {path} --key-file FILE registers it"
-        )
-    service.add_repository(path, str(Path(key_file).absolute()) if key_file else "")
+    service.add_repository(path, *key)
 
 
 def _used_here(wanted: str) -> str | None:

@@ -21,9 +21,12 @@ class BackupCalls(ABC):
         """Those that the service knows."""
         return self._list("GET", "repositories")
 
-    def add_repository(self, path: str, key_file: str) -> dict[str, Any]:
-        """Register a repository."""
-        return self._object("PUT", "repositories", body={"path": path, "key_file": key_file})
+    def add_repository(self, path: str, key_file: str, key_command: str) -> dict[str, Any]:
+        """Register a repository; empty is no key."""
+        body = {"path": path, "key_file": key_file}
+        if key_command:
+            body["key_command"] = key_command
+        return self._object("PUT", "repositories", body=body)
 
     def remove_repository(self, which: str) -> dict[str, Any]:
         """Forget one, by its id or path."""

@@ -3,7 +3,6 @@
 import re
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from cdpserver.errors import CdpError, UsageError
@@ -19,7 +18,7 @@ from cdpserver.retention.slots import parse_slots
 from recovery.bar import moving
 from recovery.output import Column, answer, answer_fields, answer_json, answer_table, say
 from recovery.remote import answer_one, client
-from recovery.repositories import DAMAGED, known, location_of, note, opened_repository, read_key
+from recovery.repositories import DAMAGED, key_of, known, location_of, note, opened_repository, read_key
 
 
 def init(options: Namespace) -> None:
@@ -47,10 +46,7 @@ def init(options: Namespace) -> None:
 def add(options: Namespace) -> None:
     """Register one with the service."""
     service, where = client(options), open_place(location_of(options)).where
-    if options.key_command is not None:
-        raise UsageError("the service reads keys from files", hint="give --key-file FILE")
-    key_file = str(Path(options.key_file).absolute()) if options.key_file is not None else ""
-    answer_one(options, service.add_repository(where, key_file))
+    answer_one(options, service.add_repository(where, *key_of(options)))
 
 
 def forget(options: Namespace) -> None:
@@ -204,7 +200,7 @@ def copy(options: Namespace) -> int:
     """Exit code 4 if a backup could not be copied for damage."""
     name = options.name
     with opened_repository(options) as source:
-        to = Namespace(path=options.to, key_file=options.to_key_file, key_command=None)
+        to = Namespace(path=options.to, key_file=options.to_key_file, key_command=options.to_key_command)
         with opened_repository(to) as target, moving(f"copying to {target.place.where}", 1000) as bar:
             if source.config.id == target.config.id:
                 raise UsageError("both are the same repository", hint="name another one")

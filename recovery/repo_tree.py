@@ -115,7 +115,9 @@ def _add_repo(commands: Commands) -> None:
         "cdp repo copy /mnt/nas/backups --to /mnt/vault/backups",
     )
     copy.add_argument("--to", required=True, metavar="PATH", help="the repository that they go to")
-    copy.add_argument("--to-key-file", metavar="FILE", help="holds its key; each has a key of its own")
+    keys = copy.add_mutually_exclusive_group()
+    keys.add_argument("--to-key-file", metavar="FILE", help="holds its key; each has a key of its own")
+    keys.add_argument("--to-key-command", metavar="COMMAND", help="prints its key")
     copy.add_argument("--name", metavar="DISK|VM", help="only those of this disk or VM")
     forget.add_argument("path", metavar="PATH")
     for command in (add, show, check, prune, gc, copy, export, import_):

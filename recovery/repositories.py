@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from cdpserver import durable
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError, UsageError
 from cdpserver.names import show
+from cdpserver.repository import keys
 from cdpserver.repository.places import open_place
 from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository, default_cache
@@ -19,34 +19,21 @@ from recovery.repo_tree import REPO_VARIABLE
 DAMAGED = 4
 """The exit code of what looked at a repository, and found damage."""
 
-KEY_BYTES = 64 << 10
-KEY_COMMAND_S = 60.0
-
 
 def read_key(options: Namespace) -> bytes | None:
     """The key's bytes; None if none is named. UsageError, RefusedError."""
     if options.key_file is not None:
         try:
-            with open(options.key_file, "rb") as file:
-                return file.read(KEY_BYTES)
-        except OSError as error:
-            raise UsageError(
-                f"the key file {show(options.key_file)} cannot be read: {error.strerror}",
-                hint="name the file that holds the key",
-            ) from None
-    if options.key_command is None:
-        return None
-    try:
-        done = subprocess.run(
-            options.key_command, shell=True, stdout=subprocess.PIPE, timeout=KEY_COMMAND_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise RefusedError(
-            f"the key command did not end in {KEY_COMMAND_S:.0f} s", hint="try it by hand"
-        ) from None
-    if done.returncode:
-        raise RefusedError(f"the key command ended with {done.returncode}", hint="try it by hand")
-    return done.stdout
+            return keys.of_file(options.key_file)
+        except RefusedError as error:
+            raise UsageError(error.message, hint=error.hint) from None
+    return None if options.key_command is None else keys.of_command(options.key_command)
+
+
+def key_of(options: Namespace) -> tuple[str, str]:
+    """Key file and key command as the service takes them; empty where there is none."""
+    file, command = getattr(options, "key_file", None), getattr(options, "key_command", None)
+    return str(Path(file).absolute()) if file else "", command or ""
 
 
 def location_of(options: Namespace) -> str:

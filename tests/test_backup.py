@@ -1,5 +1,6 @@
 """`cdp repo` and `cdp backup` against a real server: into a repository, killed on the way, and back."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 
 from cdpserver.errors import CdpError, CorruptError, NoSpaceError, NotFoundError, RefusedError, UsageError
-from cdpserver.repository import packs, seal
+from cdpserver.repository import keys, packs, seal
 from recovery import cli
 from tests.test_service import SIZE, Server, connected, read
+from tools.kit.processes import until
 
 pytestmark = pytest.mark.real
 
@@ -101,6 +103,13 @@ def test_into_a_repository_and_back(
             cdp(server, capsys, "backup", "list")
         by_command = ("--key-command", f"cat {short_path / 'key'}")
         assert len(cdp(server, capsys, "backup", "list", *by_command)) == 3
+        other = ("repo", "copy", short_path / "repo", "--to", short_path / "other", *by_command)
+        (short_path / "key2").write_bytes(b"the other one's")
+        cdp(server, capsys, "repo", "init", short_path / "other", "--key-file", short_path / "key2")
+        with pytest.raises(RefusedError, match="not the key"):
+            cdp(server, capsys, *other, "--to-key-command", f"cat {short_path / 'key'}")
+        told = cdp(server, capsys, *other, "--to-key-command", f"cat {short_path / 'key2'}")
+        assert told["copied"] == [first["id"], second["id"], third["id"]]
 
 
 def test_a_backup_is_a_point(server: Server, short_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +123,9 @@ def test_a_backup_is_a_point(server: Server, short_path: Path, capsys: pytest.Ca
     write(server, bytes(MIB), 0)
     with pytest.raises(RefusedError, match="is encrypted"):
         cdp(server, capsys, "uri", f"backup:{id_}")
-    uri = cdp(server, capsys, "uri", f"backup:{id_}", *options)["uri"]
+    with pytest.raises(RefusedError, match="key command ended with 3"):
+        cdp(server, capsys, "uri", f"backup:{id_}", "--key-command", "exit 3")
+    uri = cdp(server, capsys, "uri", f"backup:{id_}", "--key-command", f"cat {key}")["uri"]
     assert read(uri) == before
     assert cdp(server, capsys, "uri", "backup:latest/d")["uri"] == uri, "it is known by now, with its key"
     with pytest.raises(NotFoundError, match="no backup"):
@@ -460,6 +471,28 @@ def test_what_is_refused(server: Server, short_path: Path, capsys: pytest.Captur
         cdp(server, capsys, "backup", "restore", "latest", "--disk", "e", "--output", short_path / "o")
     shutil.rmtree(repo / "packs")
     assert not cdp(server, capsys, "repo", "check", repo, "--quick", code=4)["sound"]
+
+
+def test_a_key_from_a_command(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it prints; one that fails, prints nothing or stands still gives no key, and nothing of it stays."""
+    assert keys.of_command("printf 'a key\n'") == b"a key\n"
+    for command, said in (("exit 7", "ended with 7"), ("true", "printed nothing")):
+        with pytest.raises(RefusedError, match=said):
+            keys.of_command(command)
+    monkeypatch.setattr(keys, "COMMAND_S", 0.2)
+    forever = short_path / "forever"
+    os.mkfifo(forever)
+    with pytest.raises(RefusedError, match="did not end"):
+        keys.of_command(f"cat {forever} & cat {forever}")
+
+    def readers() -> bool:
+        """Whoever has it open."""
+        with contextlib.suppress(OSError):
+            os.close(os.open(forever, os.O_WRONLY | os.O_NONBLOCK))
+            return True
+        return False
+
+    until(lambda: not readers(), "end of all that it started")
 
 
 def test_the_key_derivation_is_slow_enough() -> None:

@@ -62,6 +62,7 @@ STAGES = (
         "cdpserver.repository.damaged",
         "cdpserver.repository.format",
         "cdpserver.repository.index",
+        "cdpserver.repository.keys",
         "cdpserver.repository.lease",
         "cdpserver.repository.place",
         "cdpserver.repository.places",

@@ -1,9 +1,10 @@
 """The repositories that a state directory knows, and disks of backups in them as something to stand on.
 
-    repositories.json    id of a repository -> where it is, and the file that holds its key
+    repositories.json    id of a repository -> where it is, and the file that holds its key, or the command that prints it
 
 A timeline that stands on a backup names the repository by its id, so a repository may move: it is registered anew where it is.
-Keys stay in their files. Without this file nothing is lost but what it says; `cdp repo add` says it again.
+Keys stay in their files, and what a command prints is kept nowhere: each process that opens the repository runs it. Without this
+file nothing is lost but what it says; `cdp repo add` says it again.
 """
 
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from cdpserver import durable
 from cdpserver.durable import take_str
 from cdpserver.errors import CorruptError, NotFoundError, RefusedError
-from cdpserver.names import show
+from cdpserver.repository import keys
 from cdpserver.repository.content import Content
 from cdpserver.repository.places import open_place
 from cdpserver.repository.repository import Repository
@@ -22,24 +23,39 @@ from cdpserver.timeline import BackupBase
 
 FILE = "repositories.json"
 
-KEY_BYTES = 64 << 10
-
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """One repository; `key_file` is empty for one that is not encrypted."""
+    """One repository; `key_file` and `key_command` are empty for one that is not encrypted."""
 
     id: str
     path: str
     key_file: str = ""
+    key_command: str = ""
+
+    @property
+    def encrypted(self) -> bool:
+        """Is it opened with a key?"""
+        return bool(self.key_file or self.key_command)
+
+    def read_key(self) -> bytes | None:
+        """The key; None for one that is not encrypted. RefusedError if it cannot be had."""
+        if self.key_command:
+            return keys.of_command(self.key_command)
+        return keys.of_file(self.key_file) if self.key_file else None
 
 
 def load(state_dir: Path) -> dict[str, Registered]:
     """By id. CorruptError for a file that says something else."""
     path = state_dir / FILE
     return {
-        id_: Registered(id_, take_str(held, "path", path), take_str(held, "key_file", path))
-        for id_, held in durable.read_objects(path, {"path", "key_file"}).items()
+        id_: Registered(
+            id_,
+            take_str(held, "path", path),
+            take_str(held, "key_file", path),
+            take_str(held, "key_command", path) if "key_command" in held else "",
+        )
+        for id_, held in durable.read_objects(path, {"path", "key_file"}, optional={"key_command"}).items()
     }
 
 
@@ -48,26 +64,14 @@ def save(state_dir: Path, known: Mapping[str, Registered]) -> None:
     rows = {id_: asdict(one) for id_, one in sorted(known.items())}
     for row in rows.values():
         del row["id"]
+        if not row["key_command"]:
+            del row["key_command"]
     durable.write_json(state_dir / FILE, rows)
-
-
-def read_key(key_file: str) -> bytes | None:
-    """What a key file holds; None for no file. RefusedError if it cannot be read."""
-    if not key_file:
-        return None
-    try:
-        with open(key_file, "rb") as file:
-            return file.read(KEY_BYTES)
-    except OSError as error:
-        raise RefusedError(
-            f"the key file {show(key_file)} cannot be read: {error.strerror}",
-            hint="name a file that cdpserver's user can read",
-        ) from None
 
 
 def open_registered(state_dir: Path, one: Registered) -> Repository:
     """NotFoundError, RefusedError for a wrong key or another repository in its place, CorruptError."""
-    repository = Repository(open_place(one.path), secret=read_key(one.key_file), cache=state_dir / "run")
+    repository = Repository(open_place(one.path), secret=one.read_key(), cache=state_dir / "run")
     if repository.config.id.hex() != one.id:
         repository.close()
         raise RefusedError(

@@ -90,7 +90,7 @@ class Attached:
 
     # -- repositories ----------------------------------------------------------------------------------------
 
-    async def add(self, path: str, key_file: str) -> dict[str, Any]:
+    async def add(self, path: str, key_file: str, key_command: str = "") -> dict[str, Any]:
         """Register a repository, or where it is now; durable on return. RefusedError for a wrong key."""
         for one in (path, key_file):
             if one and not one.startswith(S3) and not Path(one).is_absolute():
@@ -98,11 +98,11 @@ class Attached:
                     f"not an absolute path: {names.show(one)}", hint="the service has another directory"
                 )
         async with self._changing:
-            return await self._reach(path, self._add, path, key_file)
+            return await self._reach(path, self._add, path, key_file, key_command)
 
-    def _add(self, path: str, key_file: str) -> dict[str, Any]:
+    def _add(self, path: str, key_file: str, key_command: str) -> dict[str, Any]:
         state = self._core.state
-        one = Registered(load_config(open_place(path)).id.hex(), path, key_file)
+        one = Registered(load_config(open_place(path)).id.hex(), path, key_file, key_command)
         registered.open_registered(state.path, one).close()
         known = registered.load(state.path)
         if known.get(one.id) != one:
@@ -136,7 +136,7 @@ class Attached:
         return [self._shown(one) for one in sorted(known.values(), key=lambda one: one.path)]
 
     def _shown(self, one: Registered) -> dict[str, Any]:
-        return {"id": one.id, "path": one.path, "encrypted": bool(one.key_file)}
+        return {"id": one.id, "path": one.path, "encrypted": one.encrypted}
 
     # -- backups ---------------------------------------------------------------------------------------------
 

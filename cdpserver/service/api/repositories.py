@@ -14,6 +14,10 @@ class AddRepository(Body):
 
     path: Text = Field(description="The absolute path of a repository on the server.")
     key_file: Text = Field("", description="The absolute path of the file that holds its key.")
+    key_command: Text = Field(
+        "",
+        description="Or a command of the shell that prints it, which the service runs each time that it opens the repository.",
+    )
 
 
 class Repository(Answer):
@@ -77,7 +81,7 @@ def routes(answers: Answers, attached: Attached) -> APIRouter:
     @routes.put("/v1/repositories", response_model=Repository)
     async def add_repository(body: AddRepository) -> Response:
         """Register a repository, or where it is now; its backups are points from then on."""
-        return await answers.one(await attached.add(body.path, body.key_file))
+        return await answers.one(await attached.add(body.path, body.key_file, body.key_command))
 
     @routes.get("/v1/repositories", response_model=list[Repository])
     async def list_repositories() -> Response:

@@ -30,7 +30,7 @@ def run(state_dir: Path, vm: str, *, to: str, keep: str | None) -> dict[str, Any
     run_directory = str(state_dir / "run")
     # Root may give its socket to QEMU's user, and nobody else the way through the state directory.
     sockets = None if os.geteuid() == 0 else run_directory
-    where = Where(one.path, registered.read_key(one.key_file), cache=run_directory, sockets=sockets)
+    where = Where(one.path, one.read_key(), cache=run_directory, sockets=sockets)
     wanted = Wanted(
         vm,
         source.disks,
