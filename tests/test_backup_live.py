@@ -44,13 +44,15 @@ class Disks:
     The storage of vda is an NBD server of its own, which can be made to stand still: a job that reads it is met on its way.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *plugin: str | Path) -> None:
+        """That server is nbdkit with `plugin`; without one vda is an empty file."""
         self.directory = directory
-        for name in "ab":
+        for name in "ab" if not plugin else "b":
             (directory / f"{name}.raw").touch()
             os.truncate(directory / f"{name}.raw", SIZE)
+        plugin = plugin or ("file", directory / "a.raw")
         socket, log = directory / "storage.sock", directory / "storage.log"
-        self.storage = start(["nbdkit", "-f", "-U", socket, "file", directory / "a.raw"], log)
+        self.storage = start(["nbdkit", "-f", "-U", socket, *plugin], log)
         listens(self.storage, socket, log)
         self.monitor = directory / "qsd.qmp"
         self.start()
@@ -138,11 +140,16 @@ def qemu(short_path: Path) -> Iterator[Disks]:
 @pytest.fixture(autouse=True)
 def place(short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Sockets and caches of ours in the test's own directory, and a repository."""
-    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
-    monkeypatch.setenv("TMPDIR", str(short_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(short_path / "xdg"))
-    monkeypatch.setenv("CDP_REPO", str(short_path / "repo"))
+    in_its_own(short_path, monkeypatch)
     cdp(capsys, "repo", "init", short_path / "repo", "--chunk-size", "64K")
+
+
+def in_its_own(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets, caches and the repository are in that directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "xdg"))
+    monkeypatch.setenv("CDP_REPO", str(directory / "repo"))
 
 
 def cdp(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
@@ -582,6 +589,7 @@ def test_over_sshfs(qemu: Disks, sshd: Sshd, short_path: Path, capsys: pytest.Ca
     qemu.stand_still(True)
     with started(qemu, *over) as process:
         until(qemu.job, "its job")
+        assert len(mounts()) == len(before) + 2, "one for each disk"
         os.kill(child(process.pid, "ssh"), signal.SIGKILL)
         qemu.stand_still(False)
         qemu.write(os.urandom(CHUNK), MIB)

@@ -250,15 +250,16 @@ def staged(
     repository: Repository, directory: Path, writes: list[str], parent: Backup | None = None
 ) -> Staged:
     """A QCOW2 file that a job wrote."""
-    directory.mkdir(exist_ok=True)
-    qemu.create_image(directory / "disk-0.qcow2", size=SIZE)
+    file = directory / "link-0" / "disk-0.qcow2"
+    file.parent.mkdir(exist_ok=True, parents=True)
+    qemu.create_image(file, size=SIZE)
     subprocess.run(
         [
             "qemu-io",
             "-f",
             "qcow2",
             *(part for write in writes for part in ("-c", write)),
-            directory / "disk-0.qcow2",
+            file,
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -290,7 +291,7 @@ def test_files_are_taken_in_if_nothing_is_missing(repository: Repository, tmp_pa
         SIZE - 2 * STEP
     )
     short = staged(repository, directory, ["write -P 2 64k 64k"], first)
-    (directory / "disk-0.qcow2").write_bytes(b"no image")
+    (directory / "link-0" / "disk-0.qcow2").write_bytes(b"no image")
     with pytest.raises(CdpError):
         short.take_in(3000, "crash", [STEP])
     assert len(repository.backup_ids()) == 2

@@ -1,7 +1,8 @@
-"""The other way for a backup to come: QEMU's jobs write QCOW2 files in a directory of ours that is mounted on the VM's host.
+"""The other way for a backup to come: QEMU's jobs write QCOW2 files in directories of ours that are mounted on the VM's host,
+each disk's by a link of its own: what one job sends waits for no other's.
 
-When the jobs have ended and the link is closed, the files are taken in, and go. Nothing in them is believed but where in the file
-the disk's bytes are: they come from another machine.
+When the jobs have ended and the links are closed, the files are taken in, and go. Nothing in them is believed but where in the
+file the disk's bytes are: they come from another machine.
 
 Whether a write failed there nobody tells us: the guest, and so the job, is not to hear of it. But QEMU writes each place of the
 disk that is to be sent exactly once, as data or as zeros, and enters in the file that it is there only after that: what is
@@ -24,6 +25,9 @@ from cdpserver.repository.pushed import Intent, Pushed, Sent
 from cdpserver.repository.repository import Repository
 from cdpserver.vm.backup.sshfs import Link, linked
 
+LINKS = 8
+"""At most; more disks share them. An sshd refuses connections from the eleventh on that has not logged in yet (MaxStartups)."""
+
 PIECE = 1 << 20
 
 ZEROS = 1 << 30
@@ -37,45 +41,55 @@ class Staged:
 
     def __init__(self, repository: Repository, intent: Intent, directory: Path) -> None:
         self._repository, self._intent, self._directory = repository, intent, directory
-        self._link: Link | None = None
+        self._links: list[Link] = []
         self._ends = contextlib.AsyncExitStack()
 
     async def begin(self, host: str, ssh: Sequence[str]) -> None:
-        """Empty files, and the link to the host."""
-        for number, disk in enumerate(self._intent.disks):
+        """Empty files, and the links to the host."""
+        disks = self._intent.disks
+        for number in range(min(len(disks), LINKS)):
+            self._shared(number).mkdir(mode=0o700)
+        for number, disk in enumerate(disks):
             await trio.to_thread.run_sync(
                 lambda path, size: qemu.create_image(path, size=size), self._file(number), disk.size
             )
-        self._link = await self._ends.enter_async_context(linked(self._directory, host, ssh=ssh))
+        for number in range(min(len(disks), LINKS)):
+            link = linked(self._shared(number), host, ssh=ssh)
+            self._links.append(await self._ends.enter_async_context(link))
 
     async def end(self) -> None:
-        """The link is closed, and sshfs gone."""
+        """The links are closed, and each sshfs gone."""
         await self._ends.aclose()
 
+    def _shared(self, number: int) -> Path:
+        """What the link of disk `number` shows the host."""
+        return self._directory / f"link-{number % LINKS}"
+
     def _file(self, number: int) -> Path:
-        return self._directory / f"disk-{number}.qcow2"
+        return self._shared(number) / f"disk-{number}.qcow2"
 
     def target(self, number: int) -> dict[str, Any]:
         """See Transport."""
-        assert self._link is not None
-        name = f"{self._link.path}/{self._file(number).name}"
+        name = f"{self._links[number % LINKS].path}/{self._file(number).name}"
         return {"driver": "qcow2", "file": {"driver": "file", "filename": name}}
 
     async def much(self) -> bool:
-        """See Transport. Whoever writes waits for the link itself."""
-        assert self._link is not None
-        self._link.check()
+        """See Transport. Whoever writes waits for its link itself."""
+        self._check()
         return False
 
     async def abandon(self) -> None:
         """See Transport."""
-        assert self._link is not None
-        self._link.cut()
+        for link in self._links:
+            link.cut()
+
+    def _check(self) -> None:
+        for link in self._links:
+            link.check()
 
     async def commit(self, *, time_ns: int, grade: str, sent: Sequence[int]) -> dict[str, Any]:
         """See Transport."""
-        assert self._link is not None
-        self._link.check()
+        self._check()
         await self.end()
         return await trio.to_thread.run_sync(self.take_in, time_ns, grade, sent)
 
