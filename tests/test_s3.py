@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,15 @@ from tests.backed_up import CHUNK, Case, with_history
 from tests.ceph import FULL, KEY, SECRET, SLOW_DOWN, ObjectStore, bad_way
 from tests.core import scratch
 from tests.places import check_place
+from tests.test_backup_live import Disks, backed_up, command
+from tests.test_service import Server, connected
 from tools.kit.processes import until
 
 pytestmark = [pytest.mark.s3, pytest.mark.real]
 
 NUMBERS = itertools.count()
 DAY_NS = 86400 * 10**9
+MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -423,31 +426,96 @@ def test_immutable_needs_object_lock(store: ObjectStore) -> None:
 # --- by command
 
 
-def test_commands(
-    store: ObjectStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def cdp(short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """A command, and what it answers in JSON."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(short_path / "xdg"))
+
+    def run(*words: object) -> Any:
+        options = cli.parse(["--state-dir", str(short_path / "s"), *map(str, words), "--json"])
+        assert not options.run(options)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_commands(store: ObjectStore, cdp: Command, short_path: Path) -> None:
+    """Backups of points and by a schedule go into a bucket, are points there, and come back as an image and as a chain; by a
+    stream and by a copy they go into a bucket with object lock.
+    """
+    where, locked, vault = (location(store, bucket(store, locks=locks)) for locks in (False, True, True))
+    cdp("repo", "init", where, "--chunk-size", "64K")
+    assert [row["path"] for row in cdp("repo", "list")] == [where]
+    with Server(short_path / "s") as server:
+        contents = []
+        uri = server.add()
+        for kind, length in (("full", 3 * MIB), ("incremental", 4096)):
+            with connected(uri) as guest:
+                guest.pwrite(os.urandom(length), MIB)
+                contents.append(bytes(guest.pread(guest.get_size(), 0)))
+            server.synced("d", write_blocking=True)
+            assert cdp("backup", "run", "d@latest", "--repo", where)["kind"] == kind
+        cdp("repo", "add", where)
+        cdp("policy", "set", "d", "--backup", "daily 02:00 keep 7d", "--backup-to", where)
+        made = cdp("backup", "now", "d")
+        assert (made["kind"], made["read_bytes"]) == ("incremental", 0)
+        ids = [row["id"] for row in cdp("backup", "list", "--repo", where)]
+        assert len(ids) == 3 and ids[2] == made["id"]
+        with connected(cdp("uri", f"backup:{ids[0]}")["uri"]) as point:
+            assert point.pread(point.get_size(), 0) == contents[0], "served from the bucket"
+        cdp("backup", "detach", ids[0])
+        assert server.stop() == 0
+
+    stream = short_path / "tape"
+    command = [sys.executable, "-m", "recovery.cli", "repo"]
+    with open(stream, "wb") as tape:
+        subprocess.run([*command, "export", where], stdout=tape, check=True)
+    with open(stream, "rb") as tape:
+        subprocess.run([*command, "import", locked], stdin=tape, check=True)
+    cdp("repo", "init", vault, "--chunk-size", "128K", "--immutable", "1d")
+    assert cdp("repo", "copy", where, "--to", vault)["copied"] == ids
+
+    raw, chain = short_path / "o.raw", short_path / "c.qcow2"
+    for repo in (where, locked, vault):
+        assert [row["id"] for row in cdp("backup", "list", "--repo", repo)] == ids
+        assert cdp("repo", "check", repo)["sound"]
+        for id_, content in zip(ids, (*contents, contents[1]), strict=True):
+            cdp("backup", "restore", id_, "--repo", repo, "--output", raw, "--format", "raw", "--verify")
+            assert raw.read_bytes() == content
+            raw.unlink()
+    cdp("backup", "restore", ids[1], "--repo", where, "--output", chain, "--as", "chain")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", chain, raw], check=True)
+    assert raw.read_bytes() == contents[1]
+    with pytest.raises(RefusedError, match="immutable"):
+        cdp("backup", "remove", ids[0], "--repo", vault, "--yes")
+
+
+def test_a_running_vm(
+    store: ObjectStore, cdp: Command, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into a bucket and back, with an export of its own."""
-    where = location(store, bucket(store))
-    with scratch() as path:
-        monkeypatch.setattr(tempfile, "tempdir", str(path))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-        world, line = with_history(path)
-        line.writer.commit()
-        world.close()
+    """What QEMU's jobs send goes into the bucket."""
+    name = bucket(store)
+    monkeypatch.setenv("CDP_REPO", location(store, name))
+    cdp("repo", "init", location(store, name), "--chunk-size", "64K")
+    qemu = Disks(short_path)
+    try:
+        qemu.write(os.urandom(3 * MIB), MIB)
+        made = cdp(*command(qemu))
+        assert (made["kind"], made["read_bytes"]) == ("full", 3 * MIB)
+        qemu.write(os.urandom(CHUNK), 5 * MIB)
+        made = cdp(*command(qemu))
+        assert (made["kind"], made["read_bytes"]) == ("incremental", CHUNK)
+        assert backed_up("vda") == qemu.content()
+    finally:
+        qemu.end()
 
-        def cdp(*words: object) -> Any:
-            options = cli.parse(["--state-dir", str(path / "s"), *map(str, words), "--json"])
-            assert not options.run(options)
-            return json.loads(capsys.readouterr().out)
 
-        cdp("repo", "init", where, "--chunk-size", "64K")
-        disk = line.timeline.id
-        assert disk
-        assert cdp("repo", "show", where)["backups"] == 0
-        assert [row["path"] for row in cdp("repo", "list")] == [where]
-        assert cdp("repo", "check", where)["sound"]
-    done = subprocess.run(
-        [sys.executable, "-c", "import recovery.cli, cdpserver.repository.places, sys; print('botocore' in sys.modules)"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "False", "who uses no object store does not pay for one"
+def test_who_uses_no_object_store_does_not_pay_for_one() -> None:
+    words = "import recovery.cli, cdpserver.repository.places, sys; print('botocore' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", words], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
