@@ -27,7 +27,12 @@ from cdpserver.messages import READY_FD
 
 # A full file system must not keep a target from starting: then the file is missing, and the writer's locks still
 # keep a second one out.
-SHELL = 'read -r stat </proc/$$/stat; printf "%s\\n" "$stat" >"$1"; shift; export LISTEN_PID=$$; exec "$@"'
+# Who started it may have been killed before the note was there, and the next service looked in vain: then it does not run.
+SHELL = (
+    'read -r stat </proc/$$/stat; printf "%s\\n" "$stat" >"$1"; '
+    'read -r _ _ _ parent _ </proc/$$/stat; [ "$parent" = "$2" ] || exit 1; '
+    'shift 2; export LISTEN_PID=$$; exec "$@"'
+)
 
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
@@ -42,9 +47,9 @@ ORPHAN_SECONDS = 30.0
 """A killed process that is not gone by then hangs in the kernel: on a dead disk, say."""
 
 
-def wrapped(pid_file: Path, command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` behind the shell that notes its pid."""
-    return ["/bin/sh", "-c", SHELL, "sh", str(pid_file), *command]
+def wrapped(pid_file: Path, command: Sequence[str], *, parent: int | None = None) -> list[str]:
+    """The command line that runs `command` behind the shell that notes its pid, as a child of `parent` (this process)."""
+    return ["/bin/sh", "-c", SHELL, "sh", str(pid_file), str(parent or os.getpid()), *command]
 
 
 def environment() -> dict[str, str]:
