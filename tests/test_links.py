@@ -42,9 +42,9 @@ def chained(disk: Disk) -> Disk:
     return disk
 
 
-def link(disk: Disk) -> None:
+def link(disk: Disk, *, anew: bool = False) -> None:
     with Chain.open(disk.directory, disk.timeline.uuid) as chain:
-        assert chain.catch_up(100)
+        assert chain.catch_up(100, anew=anew)
 
 
 def look(disk: Disk) -> Report:
@@ -156,15 +156,55 @@ def test_any_change_of_the_chain_itself_is_found_and_a_torn_end_is_none(disk: Di
     used = HEAD.size + 3 * LINK.size
     dice = random.Random(9)
     for _ in range(60):
-        at = dice.randrange(used - LINK.size)
+        at = dice.randrange(used)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << dice.randrange(8)]) + whole[at + 1 :])
         assert HEAD.size - 32 <= at < HEAD.size or said(disk)  # reserved bytes of the head count, too
-    path.write_bytes(whole[: used - 5] + bytes(5))  # torn in its last link
-    assert len(links.read(disk.directory)[1]) == 2
+    # Torn in its last link, between two sectors: it was being made.
+    last = used - LINK.size
+    assert last // 512 != (used - 1) // 512
+    for torn in (whole[:512] + bytes(len(whole) - 512), whole[:last] + bytes(512 - last) + whole[512:]):
+        path.write_bytes(torn)
+        assert len(links.read(disk.directory)[1]) == 2 and look(disk).whole
+    path.write_bytes(whole[:last])
+    assert look(disk).whole
+    path.write_bytes(whole[: last - LINK.size])
+    assert said(disk) == ["link 2 is lost or damaged: segment 1 of interval 2 carries its digest"]
+    path.write_bytes(whole[:last])
     link(disk)
     assert path.read_bytes()[:used] == whole[:used] and look(disk).whole
     path.unlink()
     assert said(disk) == ["the hash chain is missing"] == [d.finding.what for d in disk.check().damage]
+
+
+def test_a_header_page_that_carries_something_else_is_found(disk: Disk) -> None:
+    chained(disk)
+    log = log_path(interval_path(disk.directory, 2), 1)
+    held = log.read_bytes()
+    flip(log, links.DIGEST_AT)
+    assert said(disk) == ["the digests that the header page of segment 1 carries are damaged"]
+    links.stamp(log, bytes(32), held[links.PREVIOUS_AT :][:32])
+    assert said(disk) == ["the header page of segment 1 carries another digest than its link"]
+    links.stamp(log, held[links.DIGEST_AT :][:32], bytes(32))
+    assert said(disk) == ["the header page of segment 1 carries another predecessor than the chain has"]
+    # Nothing at all: older versions lost it with the power, and the link proves the segment all the same.
+    log.write_bytes(
+        held[: links.DIGEST_AT] + bytes(32) + held[64 : links.PREVIOUS_AT] + bytes(64) + held[PAGE:]
+    )
+    assert look(disk).whole
+
+
+def test_a_segment_is_not_linked_anew_where_its_own_page_says_that_it_was_another(disk: Disk) -> None:
+    chained(disk)
+    path = disk.directory / links.FILE
+    whole = path.read_bytes()
+    path.write_bytes(
+        whole[: HEAD.size + 2 * LINK.size]
+    )  # the last link is lost, and history behind it rewritten
+    forge(disk, 3, 1)
+    assert said(disk) == ["segment 1 is not what it was when it was sealed"]
+    with pytest.raises(CorruptError, match="is not what it was"):
+        link(disk)
+    assert len(links.read(disk.directory)[1]) == 2
 
 
 def test_a_broken_chain_does_not_keep_the_indexer_from_indexing(disk: Disk) -> None:
@@ -217,7 +257,7 @@ def test_an_anchor_elsewhere_shows_a_history_that_was_made_anew(
     # Whoever may write everything in the state directory makes a chain that agrees with what he wrote.
     forge(named, 3, 1)
     (named.directory / links.FILE).unlink()
-    link(named)
+    link(named, anew=True)
     assert look(named).whole
     assert cdp(monkeypatch, capsys, *words)[0] == 4 and anchor.read_bytes() == kept
     assert cdp(monkeypatch, capsys, "check", "d", "--anchor", str(anchor))[0] == 2

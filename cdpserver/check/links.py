@@ -16,9 +16,12 @@ from cdpserver.journal.links import (
     current,
     head_digest,
     interval_digest,
+    is_stamped,
+    is_torn,
     known_digest,
     last_place,
     read,
+    sealed_link,
     segment_digest,
     stamped,
 )
@@ -55,7 +58,7 @@ def check_links(directory: Path, uuid: bytes) -> tuple[Head | None, list[Finding
     head = Head(held, len(found), head_digest(held, found))
     if held != uuid:
         return head, [Finding("the chain is of another timeline", path, 0, 0, extents=(), hint=REWRITTEN)]
-    return head, [*_thinnings(found, path), *_present(directory, found)]
+    return head, [*_thinnings(found, path), *_present(directory, found), *_beyond(directory, found)]
 
 
 def broken_links(directory: Path) -> Iterator[Finding]:
@@ -91,9 +94,19 @@ def _thinnings(found: list[Link], path: Path) -> Iterator[Finding]:
             yield Finding(what, path, link.first_seq, link.time_ns, extents=(), hint=REWRITTEN)
 
 
+def _before(found: list[Link]) -> dict[tuple[int, int], bytes]:
+    """The digest of the segment that each linked one follows."""
+    before, known = NONE, {}
+    for link in found:
+        if link.kind == Kind.SEALED:
+            known[link.interval, link.segment] = before
+            before = link.new
+    return known
+
+
 def _present(directory: Path, found: list[Link]) -> Iterator[Finding]:
     """Is what there is what the links say, and nothing else?"""
-    there = set(intervals(directory))
+    there, before = set(intervals(directory)), _before(found)
     for interval in sorted({link.interval for link in found} | there):
         last = current(found, interval)
         path = interval_path(directory, interval)
@@ -105,14 +118,45 @@ def _present(directory: Path, found: list[Link]) -> Iterator[Finding]:
                 what = f"interval {interval} is gone, and no link says that it was dropped"
                 yield Finding(what, path, last.first_seq, last.time_ns, hint=REWRITTEN)
         elif last.kind == Kind.SEALED:
-            yield from _segments(
-                path, [link for link in found if link.interval == interval], last_place(found)
-            )
+            links = [link for link in found if link.interval == interval]
+            yield from _segments(path, links, last_place(found), before)
         elif last.kind == Kind.THINNED:
             yield from _thinned(directory, interval, last)
 
 
-def _segments(path: Path, links: list[Link], newest: tuple[int, int]) -> Iterator[Finding]:
+def _beyond(directory: Path, found: list[Link]) -> Iterator[Finding]:
+    """Segments after the last link. One that carries digests was linked, but for the one that is being linked just now."""
+    carrying = []
+    for interval in intervals(directory):
+        path = interval_path(directory, interval)
+        for number in segments(directory, interval):
+            if (interval, number) <= last_place(found):
+                continue
+            with (
+                contextlib.suppress(CorruptError, FileNotFoundError),  # said by who verifies segments
+                contextlib.closing(SegmentReader(path, number)) as reader,
+            ):
+                carried = stamped(reader.page())
+                if carried is None or reader.state != SEALED:
+                    continue
+                if segment_digest(reader) != carried[0]:
+                    what = f"segment {number} is not what it was when it was sealed"
+                    time_ns = reader.header.first_time_ns
+                    yield Finding(what, reader.path, reader.first_seq, time_ns, hint=REWRITTEN)
+                carrying.append((interval, number, sealed_link(reader, interval, carried[0])))
+    if not carrying:
+        return
+    now = read(directory)[1]  # links may have been made meanwhile
+    missing = [link for interval, number, link in carrying if (interval, number) > last_place(now)]
+    if len(missing) > 1 or any(not is_torn(directory, now, link) for link in missing):
+        link = missing[0]
+        what = f"link {len(now) + 1} is lost or damaged: segment {link.segment} of interval {link.interval} carries its digest"
+        yield Finding(what, directory / FILE, link.first_seq, link.time_ns, extents=(), hint=REWRITTEN)
+
+
+def _segments(
+    path: Path, links: list[Link], newest: tuple[int, int], before: dict[tuple[int, int], bytes]
+) -> Iterator[Finding]:
     known = {link.segment: link for link in links}
     there = {int(log.stem) for log in path.glob("*.log") if log.stem.isdigit()}
     for number in sorted(known.keys() | there):
@@ -125,20 +169,27 @@ def _segments(path: Path, links: list[Link], newest: tuple[int, int]) -> Iterato
             what = f"segment {number} is gone, and no link says that it was dropped"
             yield Finding(what, log, link.first_seq, link.time_ns, hint=REWRITTEN)
             continue
-        wrong = _wrong(path, number, link)
+        wrong = _wrong(path, number, link, before[link.interval, number])
         if wrong:
             yield Finding(wrong, log, link.first_seq, link.time_ns, hint=REWRITTEN)
 
 
-def _wrong(path: Path, number: int, link: Link) -> str:
+def _wrong(path: Path, number: int, link: Link, before: bytes) -> str:
     """What is wrong with a segment that a link is about, or nothing."""
     try:
         with contextlib.closing(SegmentReader(path, number)) as reader:
             if reader.state != SEALED or segment_digest(reader) != link.new:
                 return f"segment {number} is not what it was when it was sealed"
-            carried = stamped(reader.page())
+            page = reader.page()
+            carried = stamped(page)
+            if carried is None and is_stamped(
+                page
+            ):  # nothing at all: one that an older version lost with the power
+                return f"the digests that the header page of segment {number} carries are damaged"
             if carried is not None and carried[0] != link.new:
                 return f"the header page of segment {number} carries another digest than its link"
+            if carried is not None and carried[1] != before:
+                return f"the header page of segment {number} carries another predecessor than the chain has"
     except CorruptError as error:
         return error.message
     except FileNotFoundError:

@@ -293,7 +293,7 @@ def _begin_chain(directory: Path) -> None:
     if not usable:
         os.rename(directory / links.FILE, _free(directory / links.FILE))
     with links.Chain.open(directory, uuid) as chain:
-        chain.catch_up(1 << 62)
+        chain.catch_up(1 << 62, anew=True)
 
 
 def _free(path: Path) -> Path:

@@ -28,6 +28,7 @@ from cdpserver.errors import CorruptError
 from cdpserver.journal.instants import FILE as INSTANTS
 from cdpserver.journal.log import Journal
 from cdpserver.journal.segment import FIXED, PAGE, SEALED, SegmentReader, log_path
+from cdpserver.limits import SECTOR
 
 FILE = "links"
 HEAD = struct.Struct("<8sII16s32x")
@@ -127,14 +128,28 @@ def stamped(page: bytes) -> tuple[bytes, bytes] | None:
     return (digest, previous) if page[-DIGEST_SIZE:] == blake3(digest + previous).digest() else None
 
 
+def is_stamped(page: bytes) -> bool:
+    """Does a header page carry anything where the digests have their place, be it whole or damaged?"""
+    return any(page[DIGEST_AT : DIGEST_AT + DIGEST_SIZE]) or any(page[PREVIOUS_AT:])
+
+
 def stamp(log: Path, digest: bytes, previous: bytes) -> None:
-    """Let a sealed segment's header page carry them. Lost in a power loss they are written again."""
+    """Let a sealed segment's header page carry them. Durable on return, and so before the link."""
     fd = os.open(log, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.pwrite(fd, digest, DIGEST_AT)
         os.pwrite(fd, previous + blake3(digest + previous).digest(), PREVIOUS_AT)
+        os.fdatasync(fd)
     finally:
         os.close(fd)
+
+
+def sealed_link(reader: SegmentReader, interval: int, digest: bytes) -> Link:
+    """The link about a sealed segment of that digest."""
+    count = reader.count
+    time_ns = reader.time_of(count - 1) if count else reader.header.first_time_ns
+    seqs = reader.first_seq, reader.last_seq
+    return Link(Kind.SEALED, interval, reader.segment, *seqs, time_ns, NONE, digest, "")
 
 
 # --- the file
@@ -154,6 +169,20 @@ def read(timeline: Path) -> tuple[bytes, list[Link]]:
 def head_digest(uuid: bytes, found: list[Link]) -> bytes:
     """The digest that stands for the links."""
     return found[-1].digest if found else blake3(encode_head(uuid)).digest()
+
+
+def is_torn(timeline: Path, found: list[Link], link: Link) -> bool:
+    """May what is in the place after the links be what a power loss leaves of `link`: each sector of it, or zeros?"""
+    with open(timeline / FILE, "rb") as file:
+        at = HEAD.size + len(found) * LINK.size
+        before = found[-1].digest if found else blake3(file.read(HEAD.size)).digest()
+        file.seek(at)
+        held = file.read(LINK.size).ljust(LINK.size, b"\0")
+    body = link.body()
+    wanted = body + blake3(before + body).digest()
+    edge = SECTOR - at % SECTOR
+    parts = [(held[:edge], wanted[:edge]), (held[edge:], wanted[edge:])]
+    return all(part in (right, bytes(len(part))) for part, right in parts)
 
 
 def encode_head(uuid: bytes) -> bytes:
@@ -243,7 +272,9 @@ class Chain:
         at = HEAD.size + len(self.links) * LINK.size
         with durable.io_errors("write", self.timeline / FILE):
             self._reserve(at + LINK.size)
-            os.pwrite(self._fd, raw, at)
+            written = 0
+            while written < len(raw):
+                written += os.pwrite(self._fd, raw[written:], at + written)
             os.fdatasync(self._fd)
         self.links.append(_decode(raw))
 
@@ -257,10 +288,10 @@ class Chain:
                     raise
                 # What was allocated before may do.
 
-    def catch_up(self, most: int) -> bool:
+    def catch_up(self, most: int, *, anew: bool = False) -> bool:
         """Link segments that have been sealed, oldest first, at most so many. Is everything linked but the newest segment?
 
-        CorruptError where one cannot be read.
+        CorruptError where one cannot be read, or (but `anew`) is not what its own header page says that it was.
         """
         last, made = self.last_place, 0
         previous = next((link.new for link in reversed(self.links) if link.kind == Kind.SEALED), NONE)
@@ -269,12 +300,13 @@ class Chain:
             reader = self._journal.reader(interval, number)
             if made == most or reader.state != SEALED:
                 return (interval, number) == places[-1]
-            digest = segment_digest(reader)
+            digest, carried = segment_digest(reader), stamped(reader.page())
+            if carried is not None and carried[0] != digest and not anew:
+                raise CorruptError(
+                    f"{reader.path} is not what it was when it was sealed", hint="cdp check --chain says more"
+                )
             stamp(reader.path, digest, previous)
-            count = reader.count
-            time_ns = reader.time_of(count - 1) if count else reader.header.first_time_ns
-            seqs = reader.first_seq, reader.last_seq
-            self.append(Link(Kind.SEALED, interval, number, *seqs, time_ns, NONE, digest, ""))
+            self.append(sealed_link(reader, interval, digest))
             previous, made = digest, made + 1
         return True
 
