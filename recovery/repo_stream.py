@@ -1,6 +1,7 @@
 """`cdp repo export` and `cdp repo import`: a repository as one stream through stdout and stdin."""
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -33,20 +34,27 @@ def export(options: Namespace) -> None:
         sys.stdout.flush()
         with moving(f"exporting {repository.place.where}", 1000) as bar:
             done = tape.export(
-                repository, backups, sys.stdout.buffer.write, created_ns=time.time_ns(),
+                repository, backups, _write, created_ns=time.time_ns(),
                 progress=lambda part: bar(int(part * 1000), 1000),
             )  # fmt: skip
-        sys.stdout.buffer.flush()
     if options.json:
         say(json.dumps(asdict(done)))
     else:
         say(f"{done.backups} backups, {done.chunks} chunks, {format_bytes(done.bytes)}; digest {done.digest}")
 
 
+def _write(block: bytes) -> None:
+    """One block to stdout by one request, as a tape drive must have it; a pipe may take it in parts."""
+    rest = memoryview(block)
+    while rest:
+        rest = rest[os.write(sys.stdout.fileno(), rest) :]
+
+
 def import_(options: Namespace) -> int:
     """What is whole. Exit code 4 if something is not."""
     place = open_place(location_of(options))
-    found = untape.import_(place, sys.stdin.buffer, secret=read_key(options))
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as source:
+        found = untape.import_(place, source, secret=read_key(options))
     if options.json:
         answer_json({**asdict(found), "sound": found.sound})
         return 0 if found.sound else DAMAGED

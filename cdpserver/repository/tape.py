@@ -1,9 +1,10 @@
 """A repository as one sequential stream, for tape: what stands in it, and writing it. docs/format.md is the source.
 
-    head   record, payload, record, payload, ...   the last record
+    head   record, payload, record, payload, ...   the last record   zeros up to a whole block
 
 Whatever a backup needs comes before it, so that whoever reads once, forwards, has each backup whole when its record comes. A
-chunk is in the stream once. Records are found again after damage by their magic and check.
+chunk is in the stream once. Records are found again after damage by their magic and check. A drive makes of each write one block
+of the tape, and takes none of another size where blocks are fixed: what is written are blocks of one size.
 """
 
 import json
@@ -32,6 +33,9 @@ RECORD = struct.Struct("<HBBIII32s")
 CHECK = struct.Struct("<I")
 RECORD_SIZE = RECORD.size + CHECK.size
 RECORD_MAGIC = 0xCE51
+
+BLOCK = 256 << 10
+"""Each write's; drives and host adapters take it, and fixed blocks of any size that divides it."""
 
 MAX_CONFIG = 64 << 10
 MAX_PAYLOAD = MAX_CHUNK + 1024
@@ -109,12 +113,26 @@ class _Writer:
         self._write = write
         self._digest = blake3()
         self._number = 0
+        self._rest = bytearray()
+        """Less than a block."""
         self.bytes = 0
 
     def put(self, data: bytes) -> None:
         self._digest.update(data)
-        self._write(data)
-        self.bytes += len(data)
+        self._rest += data
+        while len(self._rest) >= BLOCK:
+            self._write_block()
+
+    def end(self) -> None:
+        """What is left, as a whole block."""
+        if self._rest:
+            self._rest += bytes(BLOCK - len(self._rest))
+            self._write_block()
+
+    def _write_block(self) -> None:
+        self._write(bytes(self._rest[:BLOCK]))
+        del self._rest[:BLOCK]
+        self.bytes += BLOCK
 
     def record(self, what: What, id_: bytes, payload: bytes, *, codec: int = 0, raw: int = 0) -> None:
         self.put(
@@ -134,7 +152,7 @@ def export(
     created_ns: int,
     progress: Progress = nobody,
 ) -> Exported:
-    """These backups, in this order. CorruptError if one of them is not whole: then the stream has no end."""
+    """These backups, in this order; `write` gets a block at a time. CorruptError if one is not whole: then there is no end."""
     written: set[bytes] = set()
     with sessions.session(repository.place, sessions.new_id(created_ns)):  # `gc` waits
         out = _Writer(write)
@@ -150,6 +168,7 @@ def export(
             out.record(What.BACKUP, blake3(payload).digest(), payload)
         digest = out.digest()
         out.record(What.END, digest, b"")
+        out.end()
     progress(1.0)
     return Exported(len(backups), len(written), out.bytes, digest.hex())
 

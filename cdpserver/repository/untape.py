@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -23,6 +23,7 @@ from cdpserver.repository.place import Place
 from cdpserver.repository.repository import Repository, adopt, find_config
 from cdpserver.repository.retain import retain
 from cdpserver.repository.tape import (
+    BLOCK,
     HEAD,
     MAX_CONFIG,
     RECORD_MAGIC,
@@ -33,8 +34,17 @@ from cdpserver.repository.tape import (
     parse_record,
 )
 
-PIECE = 1 << 20
+PIECE = 4 * BLOCK
+"""Asked for with each read: a drive refuses one that is smaller than the tape's block, or no multiple of a fixed one."""
+
 SIGN = RECORD_MAGIC.to_bytes(2, "little")
+
+
+class Source(Protocol):
+    """What a stream is read from."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """At most so many bytes, by one request; none at the end."""
 
 
 @dataclass(slots=True)
@@ -64,7 +74,7 @@ class Imported:
 class Reader:
     """The records of a stream. `ended` and `intact` are right when there are no more."""
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: Source) -> None:
         """CorruptError if it is no such stream, or its head is damaged."""
         self._source = source
         self._buffer = bytearray()
@@ -87,6 +97,9 @@ class Reader:
             if record.what == What.END:
                 self.intact = record.id == self._digest.digest() and not self.lost_bytes
                 self.ended = True
+                self._fill(
+                    RECORD_SIZE + -(self.bytes + RECORD_SIZE) % BLOCK
+                )  # the writer may wait for the last block to go
                 return
             if not self._fill(RECORD_SIZE + record.stored):
                 break  # cut in the middle of a payload
@@ -103,7 +116,7 @@ class Reader:
 
     def _fill(self, length: int) -> bool:
         while len(self._buffer) < length:
-            data = self._source.read(max(PIECE, length - len(self._buffer)))
+            data = self._source.read(PIECE)
             if not data:
                 return False
             self._buffer += data
@@ -120,12 +133,15 @@ class Reader:
 
 def import_(
     place: Place,
-    source: BinaryIO,
+    source: Source,
     *,
     secret: bytes | None = None,
     cache: Path | None = None,
 ) -> Imported:
-    """Everything of the stream that is whole. RefusedError into another repository; CorruptError for what is no stream."""
+    """Everything of the stream that is whole; no buffer before `source`.
+
+    RefusedError into another repository; CorruptError for what is no stream.
+    """
     reader = Reader(source)
     _prepare(place, reader.config)
     found = Imported()
