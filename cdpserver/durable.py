@@ -83,6 +83,14 @@ def fsync_dir(path: Path) -> None:
             os.close(fd)
 
 
+def is_at(path: Path, fd: int) -> bool:
+    """Does the name still lead to the open file?"""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
 def used_bytes(path: str | Path) -> int:
     """The room that a file takes on its file system; 0 if there is none (any more)."""
     try:

@@ -72,7 +72,7 @@ class Tape(io.RawIOBase):
 def imported(case: Case, data: bytes, name: str) -> Imported:
     """Into a place of that name, and everything in it is what the disk was."""
     place = DirectoryPlace(case.path / name)
-    found = import_(place, Tape(data), secret=case.secret, cache=case.path / f"{name}-cache")  # type: ignore[arg-type]
+    found = import_(place, Tape(data), secret=case.secret, cache=case.path / f"{name}-cache")
     there = Case(case.world, case.line, case.path, case.secret, place, case.taken)
     there.verify(f"{name}-cache")
     with there.repository(f"{name}-cache") as repository:
@@ -293,7 +293,7 @@ def test_through_a_pipe(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         mine,
         its,
         subprocess.Popen(
-            cdp("repo", "export", case.path / "real", "--json"), stdout=its, stderr=subprocess.PIPE
+            cdp("repo", "export", case.path / "real", "--json"), stdout=its.fileno(), stderr=subprocess.PIPE
         ) as export,
     ):
         its.close()
@@ -306,7 +306,7 @@ def test_through_a_pipe(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         mine,
         its,
         subprocess.Popen(
-            cdp("repo", "import", case.path / "new", "--json"), stdin=its, stdout=subprocess.PIPE
+            cdp("repo", "import", case.path / "new", "--json"), stdin=its.fileno(), stdout=subprocess.PIPE
         ) as importing,
     ):
         its.close()

@@ -72,6 +72,7 @@ STAGES = (
         "cdpserver.repository.s3",
         "cdpserver.repository.seal",
         "cdpserver.repository.sessions",
+        "cdpserver.repository.unsynced",
     ),
     ("cdpserver.view",),
     (

@@ -2,6 +2,7 @@
 
 It is kept on this machine, not in the repository, since LMDB must not be on a network file system. What another machine stored or
 deleted is seen by comparing the list of packs.
+Durability: changes are synced when the last user of this process closes it; after a power loss before that it is made anew.
 Threads: as LMDB; a write transaction begins and ends in one call. A process may open an index as often as it likes: LMDB may be
 opened once, and is shared.
 """
@@ -17,6 +18,7 @@ import lmdb
 
 from cdpserver import mapped
 from cdpserver.repository.format import Entry, Kind
+from cdpserver.repository.unsynced import Unsynced, remove_torn
 
 MAP_BYTES = 64 << 30
 """Address space: a thousand million chunks."""
@@ -28,8 +30,8 @@ NUMBER = struct.Struct(">I")
 TIME = struct.Struct("<Q")
 
 
-_shared: dict[str, tuple[lmdb.Environment, int]] = {}
-"""Environments by path, and how often each is open."""
+_shared: dict[str, tuple[lmdb.Environment, Unsynced, int]] = {}
+"""Environments by path, their changes, and how often each is open."""
 _sharing = threading.Lock()
 
 
@@ -42,11 +44,11 @@ class Index:
         self._path = str(path.absolute())
         with _sharing:
             if self._path in _shared:
-                env, users = _shared[self._path]
+                env, self._unsynced, users = _shared[self._path]
             else:
-                env, users = _environment(path), 0
+                env, self._unsynced, users = _environment(path), Unsynced(path), 0
             self._open(env)
-            _shared[self._path] = env, users + 1
+            _shared[self._path] = env, self._unsynced, users + 1
 
     def _open(self, env: lmdb.Environment) -> None:
         self._env = env
@@ -63,6 +65,7 @@ class Index:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[lmdb.Transaction]:
+        self._unsynced.begin()
         with self._env.begin(write=True) as txn:
             yield txn
         mapped.keep_length(self._env, Path(self._path))
@@ -140,19 +143,22 @@ class Index:
 
     def note_briefs(self, new: Mapping[str, bytes], gone: Iterable[str]) -> None:
         """What is known of more backups; of some that are gone nothing is."""
-        with self._env.begin(write=True, db=self._briefs) as txn:
+        with self._changing() as txn:
             for id_ in gone:
-                txn.delete(id_.encode())
+                txn.delete(id_.encode(), db=self._briefs)
             for id_, value in new.items():
-                txn.put(id_.encode(), value)
+                txn.put(id_.encode(), value, db=self._briefs)
 
     def close(self) -> None:
         """Nothing may be under way."""
         with _sharing:
-            env, users = _shared.pop(self._path)
+            env, unsynced, users = _shared.pop(self._path)
             if users > 1:
-                _shared[self._path] = env, users - 1
-            else:
+                _shared[self._path] = env, unsynced, users - 1
+                return
+            try:
+                unsynced.end(lambda: env.sync(True))
+            finally:
                 env.close()
 
     def __enter__(self) -> Self:
@@ -163,6 +169,7 @@ class Index:
 
 
 def _environment(path: Path) -> lmdb.Environment:
+    remove_torn(path, [Path(f"{path}-lock")])
     try:
         return _opened(path)
     except lmdb.Error:

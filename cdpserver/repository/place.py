@@ -196,7 +196,7 @@ class DirectoryPlace:
             with durable.io_errors("write", path):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if _try_lock(fd):
-                if _is(path, fd):
+                if durable.is_at(path, fd):
                     return fd
             elif time.monotonic() > deadline:
                 os.close(fd)
@@ -216,7 +216,7 @@ class DirectoryPlace:
         try:
             if not _try_lock(fd):
                 return True
-            if _is(path, fd):
+            if durable.is_at(path, fd):
                 self.delete(name)
             return False
         finally:
@@ -229,11 +229,3 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is(path: Path, fd: int) -> bool:
-    """Does the name still lead to the open file?"""
-    try:
-        return os.stat(path).st_ino == os.fstat(fd).st_ino
-    except FileNotFoundError:
-        return False
