@@ -5,6 +5,7 @@ Each drop is a real one, made right before a reader opens a file of the interval
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from cdpserver.nodes import nodes, read_header
 from cdpserver.points import Timeline as Points
 from cdpserver.retention.facts import gather
 from cdpserver.retention.usage import read_spans
-from cdpserver.service import facts
+from cdpserver.service import facts, processes
 from cdpserver.service.control import Targets
 from cdpserver.service.core import Core
 from cdpserver.service.instants import Instants
@@ -42,6 +43,7 @@ from tests.core import Line, scratch
 from tests.islands import publish
 from tests.model import BLOCK
 from tests.test_prune import SIZE, Kept
+from tests.test_service import until
 from tools.soaking.trend import deleted, open_files
 
 DOOMED = (1, 2, 3, 4)
@@ -362,3 +364,35 @@ def test_a_view_that_cannot_be_opened_leaves_nothing_open(kept: Kept) -> None:
         with pytest.raises(CorruptError, match="is damaged"):
             View(history, reader.last_seq)
         assert store._open and not [path for path, file in store._open.items() if file.users]
+
+
+def test_what_is_started_gets_no_index(kept: Kept, tmp_path: Path) -> None:
+    """LMDB leaves its files to children, and one that runs as long as the service would keep the room of what is dropped."""
+    path = find_index(interval_path(kept.line.directory, 1), kept.world.boot)
+    assert path is not None
+    file = open_index(path)
+    assert file is not None
+    pid = processes.spawn(tmp_path / "sleeps.pid", ["sleep", "600"])
+    try:
+        until(lambda: processes.start_time(pid) and (tmp_path / "sleeps.pid").exists(), "child")
+        assert not [name for name in open_files(pid) if str(kept.world.state.path) in name]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        release(file)
+
+
+def test_a_child_that_could_not_note_itself_is_noted_later(tmp_path: Path) -> None:
+    """As where the store was full when it began: the next service would not know of it, nor end it."""
+    note = tmp_path / "run" / "sleeps.pid"
+    pid = processes.spawn(note, ["sleep", "600"])
+    try:
+        until(lambda: "sleep" in Path(f"/proc/{pid}/comm").read_text(), "child")
+        assert not processes.note(note, pid) and not note.exists(), "there is no room yet"
+        note.parent.mkdir()
+        assert not processes.note(note, pid) and processes.note(note, pid)
+        assert processes.kill_orphans([note]) == ["sleeps"]
+    finally:
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

@@ -319,6 +319,13 @@ def _keep_closing() -> None:
         time.sleep(LINGER_S / 2)
 
 
+@contextlib.contextmanager
+def none_opened() -> Iterator[None]:
+    """No thread opens an environment inside."""
+    with _open_lock:
+        yield
+
+
 def _forked() -> None:
     """In a child, which has none of its parent's threads."""
     global _closes

@@ -42,6 +42,9 @@ READY_S = 30.0
 STEADY_S = 30.0
 """A child that ran this long had started well: its next death counts as the first."""
 
+NOTE_S = 1.0
+"""How often it is looked whether a child that has just begun is noted."""
+
 TARGET = "target"
 EXPORT = "export"
 
@@ -54,6 +57,8 @@ class Child:
     command: list[str]
     sockets: list[socket.socket] = field(default_factory=list)
     pid: int | None = None
+    note: Path | None = None
+    """The file in which it notes itself, until it is seen to have."""
     starts: int = 0
     warm: trio.Event = field(default_factory=trio.Event)
     """Set when it first could serve, had its predecessor gone."""
@@ -130,10 +135,19 @@ class Children:
             for child in self.targets:
                 nursery.start_soon(self._keep_running, child)
             nursery.start_soon(self._start_readers, nursery, before_taking_over)
+            nursery.start_soon(self._keep_noted)
             try:
                 yield
             finally:
                 nursery.cancel_scope.cancel()
+
+    async def _keep_noted(self) -> None:
+        """Who began while the store was full could not note itself, and the next service would not know of it; for ever."""
+        while True:
+            await trio.sleep(NOTE_S)
+            for child in self.all:
+                if child.pid is not None and child.note is not None and processes.note(child.note, child.pid):
+                    child.note = None
 
     async def ready(self) -> None:
         """Return when all that serve do. Callers set the deadline."""
@@ -182,6 +196,7 @@ class Children:
         finally:
             os.close(writing)
         child.starts += 1
+        child.note = pid_file
         self._log.emit("service.child-started", child=child.name, pid=pid, starts=child.starts)
         try:
             await _listen_to(child, reading)

@@ -17,7 +17,7 @@ import trio
 
 from cdpserver.events import EventLog
 from cdpserver.service import holder, notify
-from cdpserver.service.processes import FIRST_FD
+from cdpserver.service.processes import FIRST_FD, keep_files
 
 ANSWER_S = 5.0
 """How long the holder may take; without it the service makes its sockets anew."""
@@ -193,6 +193,7 @@ class HolderProcess:
 
 def leave_to_self(sockets: dict[str, socket.socket]) -> None:
     """Before this process replaces its program: let the new one find these sockets."""
+    keep_files()
     left = {name: listener.detach() for name, listener in sockets.items()}
     for fd in left.values():
         os.set_inheritable(fd, True)

@@ -23,6 +23,7 @@ from pathlib import Path
 import trio
 
 from cdpserver.errors import BrokenError
+from cdpserver.index import store
 from cdpserver.messages import READY_FD
 
 # A full file system must not keep a target from starting: then the file is missing, and the writer's locks still
@@ -108,16 +109,36 @@ def spawn(
         assert ready_fd >= SAFE_FD
         actions.append((os.POSIX_SPAWN_DUP2, ready_fd, FIRST_FD + len(sockets)))
         variables[READY_FD] = str(FIRST_FD + len(sockets))
-    # Its own group: a Ctrl-C at the terminal is for the service, and SIGINT would turn a live mirror's writes into errors.
-    return os.posix_spawn(
-        "/bin/sh",
-        wrapped(pid_file, command),
-        variables,
-        file_actions=actions,
-        setpgroup=0,
-        setsigmask=[],
-        setsigdef=[signal.SIGPIPE],
-    )
+    with store.none_opened():
+        keep_files()
+        # Its own group: a Ctrl-C at the terminal is for the service, and SIGINT would turn a live mirror's writes into errors.
+        return os.posix_spawn(
+            "/bin/sh",
+            wrapped(pid_file, command),
+            variables,
+            file_actions=actions,
+            setpgroup=0,
+            setsigmask=[],
+            setsigdef=[signal.SIGPIPE],
+        )
+
+
+def keep_files() -> None:
+    """LMDB leaves its data files to whatever is started: it would keep dropped indexes, and their room, as long as it runs."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd >= FIRST_FD:
+            with contextlib.suppress(OSError):  # that of the listing is gone
+                os.set_inheritable(fd, False)
+
+
+def note(pid_file: Path, pid: int) -> bool:
+    """Note a child that could not note itself, if it is not noted: where the store was full. Is it?"""
+    if (fd := noted(pid_file)) is not None:
+        os.close(fd)
+        return True
+    with contextlib.suppress(OSError):
+        pid_file.write_text(Path(f"/proc/{pid}/stat").read_text())
+    return False
 
 
 async def wait(pid: int) -> int:
