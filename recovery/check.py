@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from cdpserver import durable
 from cdpserver.catalog import Catalog
 from cdpserver.clock import boot_id
-from cdpserver.errors import CdpError, CorruptError, NotFoundError, UsageError
+from cdpserver.errors import CorruptError, NotFoundError, UsageError
 from cdpserver.names import format_bytes
 from cdpserver.state import StateDir, default_state_dir
+from recovery.check_files import Files, files_of
 from recovery.local import id_in, timeline_of
 from recovery.output import answer, answer_json, say, show_time
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 KEEP_S = 2.0
 """How much of a check in parts is done again when it was killed."""
-
-FILES_NAMED = 20
-"""Files of one damaged place that are named; nobody reads more, and the JSON says when there were others."""
 
 
 def _disks_in(state: StateDir, catalog: Catalog, name: str) -> dict[str, str]:
@@ -73,7 +71,7 @@ def check(options: Namespace) -> None:
         _keep(note, depth, report)
         report = replace(report, damage=(*catalog.of(id), *report.damage))
         reports[disk] = report
-        files = _files(state, disk, report) if options.files else None
+        files = [files_of(state, disk, damage) for damage in report.damage] if options.files else None
         told.append({**_as_dict(disk, state, report, depth, files), "catalog": catalog.elsewhere()})
         if not options.json:
             _answer_report(disk, report, state.path, files)
@@ -196,7 +194,7 @@ def _keeper(note: Path) -> "Callable[[Part], None]":
 
 
 def _as_dict(
-    disk: str, state: StateDir, report: "Report", depth: "Depth", files: list[list[str]] | None
+    disk: str, state: StateDir, report: "Report", depth: "Depth", files: list[Files] | None
 ) -> dict[str, Any]:
     from cdpserver.check.depth import Sample
 
@@ -205,11 +203,11 @@ def _as_dict(
         found["sample"] = {"percent": depth.percent, "seed": depth.seed}
     if files is not None:
         for damage, named in zip(found["damage"], files, strict=True):
-            damage["files"] = named
+            damage.update(named.as_dict())
     return found
 
 
-def _answer_report(disk: str, report: "Report", root: Path, files: list[list[str]] | None) -> None:
+def _answer_report(disk: str, report: "Report", root: Path, files: list[Files] | None) -> None:
     word = "whole" if report.whole else "damaged"
     so_far = "" if report.complete else " so far"
     answer(
@@ -223,8 +221,8 @@ def _answer_report(disk: str, report: "Report", root: Path, files: list[list[str
     for number, damage in enumerate(report.damage):
         for line in _damage_lines(damage, root):
             answer(line)
-        for name in files[number] if files is not None else ():
-            answer(f"  file     {name}")
+        for line in files[number].lines() if files is not None else ():
+            answer(line)
     if report.untold:
         answer(f"and {report.untold:,} more places that are not listed")
 
@@ -248,48 +246,6 @@ def _damage_lines(damage: "Damage", root: Path) -> Iterator[str]:
             yield f"  intact   {side}: {show_time(place.time_ns)} (seq:{place.seq}){name}"
     if found.hint:
         yield f"  next     {found.hint}"
-
-
-# --- files
-
-
-def _files(state: StateDir, disk: str, report: "Report") -> list[list[str]]:
-    """For each damage the files of the guest that it is in, by the last instant that shows it."""
-    return [_files_of(state, disk, damage) for damage in report.damage]
-
-
-def _files_of(state: StateDir, disk: str, damage: "Damage") -> list[str]:
-    from cdpserver.files.browser import Browser
-    from cdpserver.held import HeldPoint
-    from cdpserver.names import Seq
-
-    extents = damage.finding.extents
-    if not extents:
-        return []
-    found: list[str] = []
-    try:
-        with (
-            contextlib.closing(HeldPoint(state, disk, Seq(damage.to_seq))) as held,
-            Browser(held.view) as browser,
-        ):
-            for volume in browser.volumes():
-                with contextlib.suppress(CdpError):  # one without a file system that is known
-                    browser.open(volume.name)
-                    found += _inside(browser, volume.name, extents)
-    except (CdpError, OSError) as error:
-        say(f"which files of {disk}@seq:{damage.to_seq} it is in cannot be told: {error}")
-    return found[:FILES_NAMED]
-
-
-def _inside(browser: Any, volume: str, extents: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    for file in browser.walk(volume, b"/"):
-        if file.type == "file" and any(
-            place >= 0 and place < high and low < place + end - start
-            for start, end, place in browser.extents(file)
-            for low, high in extents
-        ):
-            path = "/" + b"/".join(file.path).decode(errors="replace")
-            yield f"{volume}:{path}" if volume else path
 
 
 @contextlib.contextmanager

@@ -75,5 +75,7 @@ def _add_check(commands: Commands) -> None:
         "or its chain was begun anew by cdp repair",
     )
     check.add_argument(
-        "--files", action="store_true", help="name the guest's files that damaged bytes belong to"
+        "--files",
+        action="store_true",
+        help="name the guest's files that damaged bytes belong to: up to 20 of each place, or that it cannot be told",
     )

@@ -58,7 +58,11 @@ class Disk:
 
     def open(self, boot: str = BOOT) -> JournalWriter:
         made = JournalWriter(
-            self.directory, uuid=self.timeline.uuid, size=SIZE, clock_ns=self.clock_ns, boot_id=boot
+            self.directory,
+            uuid=self.timeline.uuid,
+            size=self.timeline.size,
+            clock_ns=self.clock_ns,
+            boot_id=boot,
         )
         self.writer = made
         return made
@@ -87,13 +91,13 @@ class Disk:
         return data_path(interval_path(self.directory, interval), segment)
 
 
-def empty_disk(path: Path) -> Disk:
+def empty_disk(path: Path, size: int = SIZE) -> Disk:
     """A disk whose history has just begun."""
     state = StateDir.create_or_open(path / "s")
-    made = create_timeline(state, id="t1", name="d", vm=None, size=SIZE, base=EmptyBase(), now_ns=START_NS)
+    made = create_timeline(state, id="t1", name="d", vm=None, size=size, base=EmptyBase(), now_ns=START_NS)
     disk = Disk(state, made)
     with open(disk.directory / "base.raw", "wb") as base:
-        base.truncate(SIZE)
+        base.truncate(size)
     (disk.directory / "base.synced").touch()
     start_history(disk.directory, uuid=made.uuid, boot_id=BOOT, now_ns=START_NS, mode="first-copy", session=1)
     return disk

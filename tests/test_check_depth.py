@@ -257,6 +257,10 @@ def test_what_makes_no_sense_is_refused(
 @pytest.fixture
 def named(disk: Disk) -> Disk:
     """The disk has a name in the catalog."""
+    return with_name(disk)
+
+
+def with_name(disk: Disk) -> Disk:
     entry = {"id": "t1", "state": "live", "created_ns": 1}
     content: dict[str, object] = {
         "format": FORMAT,
