@@ -91,6 +91,13 @@ def is_at(path: Path, fd: int) -> bool:
         return False
 
 
+def close_open(*fds: int) -> None:
+    """Close those that are open, which -1 is not."""
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
+
+
 def used_bytes(path: str | Path) -> int:
     """The room that a file takes on its file system; 0 if there is none (any more)."""
     try:

@@ -2,12 +2,13 @@
 
     Python's os and open, LMDB's library -> table of addresses (the GOT) of their ELF object -> here -> libc
 
-A call is told when it is about a path below the root that is watched. Two calls of ours go to libc by themselves
-(renameat2, fallocate, through ctypes); `tests/powerloss.py` looks at what they did.
+A call is told when it is about a path below the root that is watched. What goes another way is met where it goes: the two calls
+of ours by ctypes (renameat2, fallocate), and Python's mmap (its own allocator calls libc's).
 """
 
 import ctypes
 import fcntl
+import mmap
 import os
 import struct
 import sys
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lmdb
+import pytest
+
+from cdpserver.journal import firstcopy
+from cdpserver.retention import thin
 
 _libc = ctypes.CDLL("libc.so.6", use_errno=True)
 """Asked for by name: of the whole process one would get entries of the very tables that are changed here."""
@@ -42,7 +47,8 @@ INT, LONG, SIZE, TEXT, POINTER = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call. `kind` is what it does: open, write, truncate, allocate, sync, rename, link, unlink, mkdir, rmdir, copy, read."""
+    """One call. `kind` is what it does: open, write, truncate, allocate, sync, rename, link, unlink, mkdir, rmdir, copy, read,
+    punch, exchange, chmod, lock, list, map."""
 
     kind: str
     name: str
@@ -141,6 +147,14 @@ def _read(name: str, fd: int, *_: int) -> Call:
     return Call("read", name, _of_fd(fd), fd=fd)
 
 
+def _pwritev(name: str, fd: int, vector: int, count: int, offset: int, _flags: int) -> Call:
+    return Call("write", name, _of_fd(fd), fd=fd, offset=offset, data=_gathered(vector, count))
+
+
+def _map(name: str, _at: int, _length: int, _may: int, _flags: int, fd: int, offset: int) -> Call:
+    return Call("map", name, _of_fd(fd), fd=fd, offset=offset)
+
+
 def _copy(name: str, out: int, source: int, *_: int) -> Call:
     return Call("copy", name, _of_fd(out), other=_of_fd(source), fd=out)
 
@@ -190,7 +204,7 @@ def _symlink_at(name: str, _to: bytes, directory: int, path: bytes) -> Call:
     return Call("symlink", name, _of_path(path, directory))
 
 
-_WIDE = ("open", "openat", "pwrite", "pread", "ftruncate", "truncate", "posix_fallocate", "sendfile")
+_WIDE = ("open", "openat", "pwrite", "pread", "ftruncate", "truncate", "posix_fallocate", "sendfile", "mmap")
 _TABLE: dict[str, tuple[Callable[..., Call], Any, tuple[Any, ...]]] = {
     "open": (_open, INT, (TEXT, INT, INT)),
     "openat": (_openat, INT, (INT, TEXT, INT, INT)),
@@ -199,6 +213,10 @@ _TABLE: dict[str, tuple[Callable[..., Call], Any, tuple[Any, ...]]] = {
     "writev": (_writev, LONG, (INT, POINTER, INT)),
     "read": (_read, LONG, (INT, POINTER, SIZE)),
     "pread": (_read, LONG, (INT, POINTER, SIZE, LONG)),
+    "readv": (_read, LONG, (INT, POINTER, INT)),
+    "preadv64v2": (_read, LONG, (INT, POINTER, INT, LONG, INT)),
+    "pwritev64v2": (_pwritev, LONG, (INT, POINTER, INT, LONG, INT)),
+    "mmap": (_map, LONG, (POINTER, SIZE, INT, INT, INT, LONG)),
     "ftruncate": (_by_fd("truncate"), INT, (INT, LONG)),
     "truncate": (_truncate, INT, (TEXT, LONG)),
     "posix_fallocate": (_allocate, INT, (INT, LONG, LONG)),
@@ -215,6 +233,12 @@ _TABLE: dict[str, tuple[Callable[..., Call], Any, tuple[Any, ...]]] = {
     "rmdir": (_path("rmdir"), INT, (TEXT,)),
     "mkdir": (_path("mkdir"), INT, (TEXT, INT)),
     "mkdirat": (_path_at("mkdir"), INT, (INT, TEXT, INT)),
+    "opendir": (_path("list"), POINTER, (TEXT,)),
+    "fdopendir": (_by_fd("list"), POINTER, (INT,)),
+    "chmod": (_path("chmod"), INT, (TEXT, INT)),
+    "fchmod": (_by_fd("chmod"), INT, (INT, INT)),
+    "fchmodat": (_path_at("chmod"), INT, (INT, TEXT, INT, INT)),
+    "flock": (_by_fd("lock"), INT, (INT, INT)),
     "sendfile": (_copy, LONG, (INT, INT, POINTER, SIZE)),
     "copy_file_range": (_copy_range, LONG, (INT, POINTER, INT, POINTER, SIZE, INT)),
 }
@@ -242,7 +266,7 @@ def _slots() -> Iterator[tuple[str, int]]:
     known = set(_TABLE) | {f"{name}64" for name in _WIDE}
     for path, base in _objects():
         for name, at in _relocations(path.read_bytes(), base):
-            if name in known:
+            if name in known and not (name.startswith("mmap") and "lmdb" not in str(path)):
                 yield name, at
 
 
@@ -292,11 +316,11 @@ def _make(name: str, root: str, watcher: Watcher, failed: list[BaseException]) -
         if by_value:
             return code
         ctypes.set_errno(code)
-        return -1
+        return 0 if result is POINTER else -1
 
     def call(*given: Any) -> int:
         if getattr(_busy, "now", False):
-            return int(real(*given))
+            return int(real(*given) or 0)
         _busy.now = True
         saved = ctypes.get_errno()
         done: int | None = None
@@ -304,7 +328,7 @@ def _make(name: str, root: str, watcher: Watcher, failed: list[BaseException]) -
             seen = told(name, *given)
             if not any(str(path).startswith(root) for path in (seen.path, seen.other) if path is not None):
                 ctypes.set_errno(saved)
-                return int(real(*given))
+                return int(real(*given) or 0)
             answer = watcher.before(seen)
             if answer is not None and answer > 0:
                 return fail(answer)
@@ -314,14 +338,14 @@ def _make(name: str, root: str, watcher: Watcher, failed: list[BaseException]) -
                     seen.kind, name, seen.path, None, seen.fd, seen.offset, seen.data[: len(seen.data) // 2]
                 )
             ctypes.set_errno(saved)
-            done = int(real(*given))
+            done = int(real(*given) or 0)
             code = ctypes.get_errno()
             watcher.after(seen, done)
             ctypes.set_errno(code)
             return done
         except BaseException as error:  # noqa: BLE001 - the rim: libc's caller takes no exceptions
             failed.append(error)
-            return done if done is not None else int(real(*given))
+            return done if done is not None else int(real(*given) or 0)
         finally:
             _busy.now = False
 
@@ -333,11 +357,57 @@ def _make(name: str, root: str, watcher: Watcher, failed: list[BaseException]) -
 def _half(name: str, seen: Call, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a write that writes half of it."""
     half = len(seen.data) // 2
-    if name == "writev":
+    if name in ("writev", "pwritev64v2"):
         first = ctypes.c_uint64.from_address(given[1] + 8)  # its caller knows what was written by the result
         first.value = min(first.value, half)
-        return (given[0], given[1], 1)
+        return (given[0], given[1], 1, *given[3:])
     return (*given[:2], half, *given[3:])
+
+
+# --- what goes another way
+
+
+class _Python:
+    """Calls that Python code makes by itself: each is told, as those of the table are."""
+
+    def __init__(self, root: str, watcher: Watcher) -> None:
+        self._root, self._watcher = root, watcher
+        self._fallocate, self._map = firstcopy._libc.fallocate, mmap.mmap
+
+    def _told(self, call: Call, do: Callable[[], Any]) -> Any:
+        if not str(call.path).startswith(self._root):
+            return do()
+        code = self._watcher.before(call)
+        if code:
+            raise OSError(code, os.strerror(code))
+        done = do()
+        self._watcher.after(call, done if isinstance(done, int) else 0)
+        return done
+
+    def _by_errno(self, call: Call, do: Callable[[], int]) -> int:
+        """As ctypes' caller sees it."""
+        try:
+            return int(self._told(call, do))
+        except OSError as error:
+            ctypes.set_errno(error.errno or 0)
+            return -1
+
+    def fallocate(self, fd: int, how: int, offset: Any, length: Any) -> int:
+        """fallocate(2), which punches."""
+        call = Call("punch", "fallocate", _of_fd(fd), fd=fd, offset=offset.value)
+        return self._by_errno(call, lambda: int(self._fallocate(fd, how, offset, length)))
+
+    def renameat2(self, old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> int:
+        """renameat2(2), which exchanges."""
+        call = Call("exchange", "renameat2", _of_path(old, old_dir), _of_path(new, new_dir))
+        return self._by_errno(call, lambda: int(_libc.renameat2(old_dir, old, new_dir, new, flags)))
+
+    def mmap(self, fd: int, length: int, *more: Any, **named: Any) -> mmap.mmap:
+        """mmap.mmap."""
+        made: mmap.mmap = self._told(
+            Call("map", "mmap", _of_fd(fd), fd=fd), lambda: self._map(fd, length, *more, **named)
+        )
+        return made
 
 
 @contextmanager
@@ -346,9 +416,14 @@ def interposed(root: Path, watcher: Watcher) -> Iterator[None]:
     failed: list[BaseException] = []
     slots = list(_slots())
     made = {name: _make(name, str(root), watcher, failed) for name, _ in slots}
+    python = _Python(str(root), watcher)
     before = [(at, _set(at, made[name][1])) for name, at in slots]
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(firstcopy._libc, "fallocate", python.fallocate)
+            patch.setattr(thin._libc, "renameat2", python.renameat2)
+            patch.setattr(mmap, "mmap", python.mmap)
+            yield
     finally:
         for at, address in before:
             _set(at, address)

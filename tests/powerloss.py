@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cdpserver.index import merged
 from cdpserver.index.store import CLOSED_NAME
-from cdpserver.journal import firstcopy, links
+from cdpserver.journal import links
 from cdpserver.limits import BLOCK, SECTOR
-from cdpserver.retention import thin
 from tests.interposed import Call, interposed
 
 CHANCES = (0.0, 0.3, 0.7, 1.0)
 """How probable it is that a page, or a change of names, came to the disk: one of these for each file and image."""
+
+CHANGE_NOTHING = ("read", "list", "lock", "map", "chmod")
+"""Calls that leave content and names as they are."""
 
 
 def _content(path: Path) -> bytes:
@@ -190,7 +190,9 @@ class Storage:
 
     def before(self, call: Call) -> None:
         """A call begins."""
-        if call.kind == "read" or (call.kind == "open" and not call.flags & (os.O_CREAT | os.O_TRUNC)):
+        if call.kind in CHANGE_NOTHING or (
+            call.kind == "open" and not call.flags & (os.O_CREAT | os.O_TRUNC)
+        ):
             self._before = None
             return
         self.calls += 1
@@ -204,7 +206,7 @@ class Storage:
 
     def after(self, call: Call, result: int) -> None:
         """It is done."""
-        if result == -1 or (call.kind == "allocate" and result != 0) or call.kind == "read":
+        if result == -1 or (call.kind == "allocate" and result != 0) or call.kind in CHANGE_NOTHING:
             return
         getattr(self, f"_{call.kind}")(call, result)
 
@@ -290,15 +292,14 @@ class Storage:
         self._names[id] = {}
         self._undone.append(Rename({(self._id(call.path.parent), call.path.name): id}))
 
-    def exchanged(self, left: Path, right: Path) -> None:
-        """Two names have changed places."""
-        names = {(self._id(path.parent), path.name): self._id(path) for path in (left, right)}
+    def _exchange(self, call: Call, _: int) -> None:
+        assert call.other is not None
+        names = {(self._id(path.parent), path.name): self._id(path) for path in (call.path, call.other)}
         self._undone.append(Rename(dict(names)))
 
-    def rewritten(self, fd: int) -> None:
-        """A file was changed by a call that is not seen."""
-        with open(f"/proc/self/fd/{fd}", "rb") as content:
-            self._files[self._ids[os.fstat(fd).st_ino]].look(content.read())
+    def _punch(self, call: Call, _: int) -> None:
+        with open(f"/proc/self/fd/{call.fd}", "rb") as content:
+            self._files[self._ids[os.fstat(call.fd).st_ino]].look(content.read())
 
     def by_another(self) -> None:
         """Another process of ours has done its work: what it left is in the caches, and what it gave a name to it had synced."""
@@ -389,19 +390,5 @@ def _apply(names: dict[int, dict[str, int]], change: Rename) -> None:
 @contextmanager
 def watched(storage: Storage) -> Iterator[None]:
     """Everything that this process does to the tree is seen."""
-    exchange, punch = thin.exchange, firstcopy.punch_hole
-
-    def punching(fd: int, offset: int, length: int) -> None:
-        storage.moment(Call("write", "fallocate", storage.root, fd=fd, offset=offset))
-        punch(fd, offset, length)
-        storage.rewritten(fd)
-
-    def exchanging(left: Path, right: Path) -> None:
-        storage.moment(Call("rename", "renameat2", left, right))
-        exchange(left, right)
-        storage.exchanged(left, right)
-
-    with pytest.MonkeyPatch.context() as patch, interposed(storage.root, storage):
-        patch.setattr(thin, "exchange", exchanging)
-        patch.setattr(firstcopy, "punch_hole", punching)
+    with interposed(storage.root, storage):
         yield

@@ -101,12 +101,12 @@ class Work:
 
     def moment(self, call: Call) -> None:
         """Before a call."""
-        if call.kind == "rename" and call.other is not None:
+        if call.kind in ("rename", "exchange") and call.other is not None:
             for file in [call.path] if call.path.is_file() else sorted(call.path.rglob("*")):
                 name = call.other.name if file == call.path else file.name
                 if file.is_file():
                     self.versions[name].add(blake3(file.read_bytes()).digest())
-        often = 2.0 if call.kind in ("sync", "rename", "unlink", "rmdir") else 1.0
+        often = 2.0 if call.kind in ("sync", "rename", "exchange", "unlink", "rmdir") else 1.0
         chance = self.chance * often * LONG
         for _ in range(int(chance) + (self.dice.random() < chance % 1)):
             if len(self.images) < IMAGES:

@@ -69,12 +69,11 @@ def index_lock(timeline: Path) -> Iterator[bool]:
     """Hold the timeline's index lock; False when somebody else does."""
     fd = os.open(timeline / "index.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        yield False
-        return
-    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         yield True
     finally:
         os.close(fd)

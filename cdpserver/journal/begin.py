@@ -1,5 +1,6 @@
 """How a timeline's history begins, and who may write it."""
 
+import contextlib
 import fcntl
 import os
 import time
@@ -25,7 +26,7 @@ def lock_timeline(directory: Path, *, patience_s: float = WRITER_GONE_S) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
-        except OSError as error:
+        except BlockingIOError as error:
             if time.monotonic() < deadline:
                 time.sleep(0.005)
                 continue
@@ -34,6 +35,9 @@ def lock_timeline(directory: Path, *, patience_s: float = WRITER_GONE_S) -> int:
                 f"another process writes to {directory.name}",
                 hint="stop it; there is one writer per timeline",
             ) from error
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 def start_history(
@@ -51,11 +55,10 @@ def start_history(
     # Written under a name that no reader looks for, with its first record in it, then renamed.
     staging = interval / ".tmp-begin"
     staging.mkdir(exist_ok=True)
-    segment = SegmentWriter.create(staging, header)
-    place = segment.append_payload(payload)
-    segment.put(Kind.CONTROL, 0, 1, now_ns, len(payload), place, payload_digest(payload))
-    segment.sync()
-    segment.close()
+    with contextlib.closing(SegmentWriter.create(staging, header)) as segment:
+        place = segment.append_payload(payload)
+        segment.put(Kind.CONTROL, 0, 1, now_ns, len(payload), place, payload_digest(payload))
+        segment.sync()
     os.rename(staging / "00000001.data", interval / "00000001.data")
     os.rename(staging / "00000001.log", interval / "00000001.log")
     staging.rmdir()

@@ -114,7 +114,12 @@ class FirstCopy:
         """Read from the base."""
         done = 0
         while done < len(buffer):
-            done += os.preadv(self._fd, [buffer[done:]], offset + done)
+            read = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if not read:
+                raise CorruptError(
+                    f"{self.path} ends before {offset + len(buffer)}", hint="copy the disk anew"
+                )
+            done += read
 
     def status(self, offset: int, end: int) -> list[tuple[int, int, bool]]:
         """(start, end, zero) of the first run from `offset` on."""

@@ -242,13 +242,15 @@ class Chain:
     def open(cls, timeline: Path, uuid: bytes) -> "Iterator[Chain]":
         """Waits for who has it. CorruptError if it breaks before its end, which `cdp check --chain` explains."""
         fd = os.open(timeline / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        chain = cls(timeline, fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            chain._load(uuid)
-            yield chain
+            chain = cls(timeline, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                chain._load(uuid)
+                yield chain
+            finally:
+                chain._journal.close()
         finally:
-            chain._journal.close()
             os.close(fd)
 
     def _load(self, uuid: bytes) -> None:

@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from cdpserver import limits, messages
+from cdpserver import durable, limits, messages
 from cdpserver.errors import CorruptError
 from cdpserver.journal import control
 from cdpserver.journal.instants import Instants
@@ -175,17 +175,21 @@ class SegmentWriter:
         """Map an existing log and go on after record number `count`."""
         self.header = header
         self.directory = directory
-        self.log_fd = os.open(log_path(directory, header.segment), os.O_RDWR | os.O_CLOEXEC)
-        self.data_fd = os.open(data_path(directory, header.segment), os.O_RDWR | os.O_CLOEXEC)
-        self.page = mmap.mmap(self.log_fd, PAGE)
-        self.words = memoryview(self.page).cast("Q")
         self.salt = header.salt
         self.count = count
-        self.place = -(-os.fstat(self.data_fd).st_size // BLOCK) * BLOCK
-        self.window_start = -1
-        self._window_end = 0
+        self.window_start, self._window_end = -1, 0
         self.window: mmap.mmap | None = None
-        self._map_window(count // WINDOW_RECORDS if count < SEGMENT_RECORDS else None)
+        self.log_fd = self.data_fd = -1
+        try:
+            self.log_fd = os.open(log_path(directory, header.segment), os.O_RDWR | os.O_CLOEXEC)
+            self.data_fd = os.open(data_path(directory, header.segment), os.O_RDWR | os.O_CLOEXEC)
+            self.page = mmap.mmap(self.log_fd, PAGE)
+            self.words = memoryview(self.page).cast("Q")
+            self.place = -(-os.fstat(self.data_fd).st_size // BLOCK) * BLOCK
+            self._map_window(count // WINDOW_RECORDS if count < SEGMENT_RECORDS else None)
+        except BaseException:
+            durable.close_open(self.log_fd, self.data_fd)
+            raise
 
     @classmethod
     def create(cls, directory: Path, header: Header) -> "SegmentWriter":
@@ -281,13 +285,13 @@ class SegmentWriter:
             os.fdatasync(log.fileno())
 
     def close(self) -> None:
-        """Unmap and close; nothing is made durable here."""
+        """Unmap and close, once; nothing is made durable here."""
         self.words.release()
         self.page.close()
         if self.window is not None:
             self.window.close()
-        os.close(self.log_fd)
-        os.close(self.data_fd)
+        durable.close_open(self.log_fd, self.data_fd)
+        self.log_fd = self.data_fd = -1
 
 
 class SegmentReader:
@@ -437,9 +441,7 @@ class SegmentReader:
         self._close_files()
 
     def _close_files(self) -> None:
-        for fd in (self._log_fd, self._data_fd):
-            if fd >= 0:
-                os.close(fd)
+        durable.close_open(self._log_fd, self._data_fd)
         self._log_fd = self._data_fd = -1
 
     def __del__(self) -> None:

@@ -45,6 +45,8 @@ AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 """renameat2(2)."""
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 SPARE = 64 << 20
 """Room that is left to everybody else: thinning gives room back, but needs some first."""
 
@@ -123,10 +125,10 @@ def _write(timeline: Path, thinning: Thinning, new: Path) -> None:
     try:
         durable.make_dir(new, 0o755)
         instants = _choose(journal, thinning)
-        writer = _Writer(journal, thinning, new)
-        for parts in survivors(journal, thinning.number, instants):
-            writer.take(parts)
-        writer.close()
+        with contextlib.closing(_Writer(journal, thinning, new)) as writer:
+            for parts in survivors(journal, thinning.number, instants):
+                writer.take(parts)
+            writer.seal()
         header = journal.first_reader(thinning.number).header
         instants.write(new, timeline=header.timeline, interval=thinning.number)
     finally:
@@ -212,15 +214,19 @@ class _Writer:
 
     def _roll(self, seq: int, time_ns: int) -> None:
         old, count = self._segment.header, self._segment.count
-        self.close()
+        self.seal()
         with contextlib.closing(SegmentReader(self._new, old.segment)) as reader:
             state = fold_controls(reader, old.carry, 0, count)
         self._segment = self._open(seq, time_ns, state)
 
-    def close(self) -> None:
+    def seal(self) -> None:
         """The segment is durable and sealed."""
         self._segment.sync()
         self._segment.seal()
+
+    def close(self) -> None:
+        """Close the files of a segment that was not sealed."""
+        self._segment.close()
 
 
 def _index(new: Path, interval: int) -> None:
@@ -268,8 +274,7 @@ def _segments(directory: Path) -> list[int]:
 
 def exchange(left: Path, right: Path) -> None:
     """Two names change places, atomically. RefusedError if the file system cannot; OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
+    if _libc.renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
         return
     error = ctypes.get_errno()
     if error in (errno.EINVAL, errno.ENOSYS):

@@ -95,22 +95,27 @@ class TargetDisk:
 
     def _open_journal(self) -> None:
         try:
-            self.journal = JournalWriter(
+            journal = JournalWriter(
                 self.directory,
                 uuid=self.timeline.uuid,
                 size=self.timeline.size,
                 clock_ns=self._clock_ns,
                 boot_id=self._boot_id,
             )
-            self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
+            try:
+                self.reads = LiveReads(History(self._state_dir, self.timeline, self._boot_id))
+            except BaseException:
+                journal.close()
+                raise
         except CorruptError as error:
             self._emit("target.damaged", level="error", disk=self.timeline.full_name, reason=str(error))
             raise
-        self.journal.reads = self.reads
-        self.size = self.journal.size
-        if self.journal.recovered is not None:
+        journal.reads = self.reads
+        self.journal = journal
+        self.size = journal.size
+        if journal.recovered is not None:
             name = self.timeline.full_name
-            self._emit("target.unclean-boot", level="warning", disk=name, **self.journal.recovered)
+            self._emit("target.unclean-boot", level="warning", disk=name, **journal.recovered)
             if not self._is_direct:
                 self._emit("disk.gap", level="warning", disk=name, reason="unclean host boot")
 
@@ -240,8 +245,10 @@ class TargetDisk:
                 started = self._clock_ns()
                 self.first_copy.switch(uuid=self.timeline.uuid, now_ns=started)
                 old, self.first_copy = self.first_copy, None
-                self._open_journal()
-                old.close()
+                try:
+                    self._open_journal()
+                finally:
+                    old.close()
             finally:
                 for connection in held:
                     connection.lock.release()

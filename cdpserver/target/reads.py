@@ -48,9 +48,14 @@ class LiveReads:
     """The newest content of one timeline. Thread-safe: one lock around one live view."""
 
     def __init__(self, history: History) -> None:
+        """Takes `history` over: it is closed with this, or when this cannot be made."""
         self.directory = history.directory
         self._history = history
-        self._view = LiveView(history)
+        try:
+            self._view = LiveView(history)
+        except BaseException:
+            history.close()
+            raise
         self._lock = threading.Lock()
         self._verifier: Verifier | None = None
         self._rotted = False

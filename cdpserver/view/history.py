@@ -129,7 +129,10 @@ def _take_lease(directory: Path) -> int:
         raise RemovedError(f"timeline {directory.name} is gone") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(fd)
         raise RemovedError(f"timeline {directory.name} is being removed") from error
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
