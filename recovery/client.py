@@ -34,9 +34,17 @@ class Client(BackupCalls):
     """Asks the service of one state directory. A connection per call; nothing is kept open."""
 
     def __init__(
-        self, state: StateDir, *, timeout_s: float | None = None, watch: "Watch | None" = None
+        self,
+        state: StateDir,
+        *,
+        timeout_s: float | None = None,
+        watch: "Watch | None" = None,
+        without: "Without | None" = None,
     ) -> None:
-        """`timeout_s` is for the shell's completion, which rather has nothing than waits; `watch` shows long work."""
+        """`timeout_s` is for the shell's completion, which rather has nothing than waits; `watch` shows long work;
+        `without` answers what is only asked for, where the service does not.
+        """
+        self._without = without
         self._state = state
         self._endpoint = Endpoint.chosen(state)
         self._watch = watch
@@ -358,7 +366,12 @@ class Client(BackupCalls):
 
     def _call(self, method: str, path: str, **rest: Any) -> Any:
         """One request and its answer; None for an answer without a body."""
-        status, raw = self._ask(method, path, **rest)
+        try:
+            status, raw = self._ask(method, path, **rest)
+        except UnreachableError as error:
+            if self._without is None or method != "GET" or self._endpoint.host:
+                raise
+            return self._without(error, path, rest.get("query") or {})
         try:
             value = json.loads(raw) if raw else None
         except (ValueError, RecursionError):
@@ -416,3 +429,6 @@ def _disk(name: str, action: str = "") -> str:
 
 Watch: TypeAlias = Callable[[Client, Object], Object]
 """Follows a job to its end."""
+
+Without: TypeAlias = Callable[[UnreachableError, str, Mapping[str, Any]], Any]
+"""Answers a question about a path of the API from files, or raises the error."""

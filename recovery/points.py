@@ -30,10 +30,7 @@ def point_list(options: Namespace) -> None:
         raise UsageError("name a disk, or a VM with --vm", hint="cdp point list --help")
     span = {"since": options.since, "until": options.until, "kind": options.kind, "limit": options.limit}
     if options.disk is not None:
-        try:
-            rows = client(options).points(options.disk, **span)
-        except UnreachableError as error:
-            rows = points_local.listing(options, error, **span)
+        rows = client(options).points(options.disk, **span)
     else:
         rows = client(options).vm_points(options.vm, **span)
     if not options.json:
@@ -62,10 +59,7 @@ def point_mark(options: Namespace) -> None:
 
 def point_show(options: Namespace) -> None:
     """One instant, and what its grade rests on."""
-    try:
-        shown = client(options).point(options.point)
-    except UnreachableError as error:
-        shown = points_local.show(options, error)
+    shown = client(options).point(options.point)
     if options.json:
         answer_json(shown)
         return

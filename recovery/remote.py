@@ -6,9 +6,11 @@ Each takes the parsed options, asks, and prints one answer. Names and instants w
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from cdpserver.errors import UsageError
+from cdpserver.errors import UnreachableError, UsageError
 from cdpserver.names import format_bytes, full_name
 from cdpserver.state import StateDir, default_state_dir
 from recovery.client import Client
@@ -43,9 +45,15 @@ FORK_COLUMNS = (Column("name"), Column("base"), Column("uri"))
 
 def client(options: Namespace) -> Client:
     """The service of the state directory that the operator means."""
-    return Client(
-        StateDir(default_state_dir(options.state_dir)), watch=_watch if sys.stderr.isatty() else None
-    )
+    state = StateDir(default_state_dir(options.state_dir))
+    watch = _watch if sys.stderr.isatty() else None
+    return Client(state, watch=watch, without=partial(_from_files, state))
+
+
+def _from_files(state: StateDir, error: UnreachableError, path: str, query: Mapping[str, Any]) -> Any:
+    from recovery.offline import answer as from_files
+
+    return from_files(state, error, path, query)
 
 
 def _watch(service: Client, job: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cdpserver.catalog.rows import FORMAT, TABLES
 from cdpserver.index.indexer import rebuild
 from cdpserver.journal import control
 from cdpserver.journal.links import Chain
+from recovery import cli
 from tests.test_check import BLOCK, BOOT, SIZE, Disk, empty_disk
 from tools.kit.processes import until
 
@@ -164,3 +165,26 @@ def test_what_was_read_is_as_it_was(store: Store) -> None:
         "links",
         "chain.lock",
     }
+
+
+ANSWERED = (
+    "disk list", "disk show d", "point list d", "point show d@before", "bp list d", "fork list", "point locks", "policy show d",
+    "group list", "rpo d", "event list", "point drills", "backup source list", "snapshot tree d", "usage", "repo list",
+    "timeline show d", "catalog show",
+)  # fmt: skip
+NEEDS_IT = ("status", "metrics", "job list", "recover list", "prune --dry-run", "disk uri d")
+
+
+@pytest.mark.parametrize("words", ANSWERED + NEEDS_IT)
+def test_every_command_that_reads_answers_or_says_why_not(
+    store: Store, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(store.room))
+    monkeypatch.setattr(sys, "argv", ["cdp", *words.split(), "--json", "--state-dir", str(store.path)])
+    code = cli.main()
+    said = capsys.readouterr()
+    if words in ANSWERED:
+        assert code == 0 and said.out, said.err
+        json.loads(said.out)
+    else:
+        assert code == 6 and "does not answer" in said.err and len(said.err.splitlines()) == 1

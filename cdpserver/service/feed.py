@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cdpserver import names
 from cdpserver.errors import UsageError
 from cdpserver.events import EVENT_LINE_BYTES, previous_file
-from cdpserver.names import show
 
 BLOCK = 4 * EVENT_LINE_BYTES
 """Read at a time; a line is never longer than a part of it."""
@@ -51,7 +51,7 @@ class Place:
         match = _PLACE.fullmatch(text)
         if match is None:
             raise UsageError(
-                f"not a place in the events: {show(text)}",
+                f"not a place in the events: {names.show(text)}",
                 hint="take it from an event's place, or leave it out",
             )
         return cls(int(match[1], 16), int(match[2]))
@@ -69,7 +69,7 @@ class Filter:
 
     def __post_init__(self) -> None:
         if self.level is not None and self.level not in LEVELS:
-            raise UsageError(f"not a level: {show(self.level)}", hint=f"levels are {', '.join(LEVELS)}")
+            raise UsageError(f"not a level: {names.show(self.level)}", hint=f"levels are {', '.join(LEVELS)}")
 
     def takes(self, event: dict[str, Any]) -> bool:
         """Is this one wanted?"""
@@ -83,6 +83,19 @@ class Filter:
         if self.disk is not None and self.disk not in (event.get("disk"), event.get("fork")):
             return False
         return str(event.get("time")) >= self.since
+
+
+def since_text(since: str | None) -> str:
+    """WHEN as the events write it. They have the wall clock's time. UsageError for what is no time."""
+    if since is None:
+        return ""
+    match names.parse_when(since):
+        case names.At(time_ns):
+            return names.format_time(time_ns)
+        case names.Ago(delta_ns):
+            return names.format_time(max(0, time.time_ns() - delta_ns))
+        case _:
+            raise UsageError(f"not a time: {names.show(since)}", hint="such as -1h or 2027-01-15T08:00Z")
 
 
 @dataclass(slots=True)

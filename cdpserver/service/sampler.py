@@ -4,6 +4,7 @@ One question to the workers, whose answer is from memory; a disk that none has o
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import trio
@@ -30,7 +31,6 @@ class Sampler:
     def __init__(self, core: Core, protection: Protection) -> None:
         self._core = core
         self._protection = protection
-        self._vms = Vms(core)
         self._whole_ns: dict[str, int] = {}
         """By a timeline's id, when its content was seen whole last."""
         self._last: dict[str, dict[str, Any]] = {}
@@ -104,25 +104,30 @@ class Sampler:
         self, name: str, *, at: str | None, since: str | None, until: str | None, limit: int | None
     ) -> list[dict[str, Any]]:
         """The record of a disk, or of each disk of a VM or group, oldest first; with `at` what was so then."""
-        return await self._core.thread(self._show, name, at, since, until, limit)
+        return await self._core.thread(
+            partial(on_record, self._core, name, at=at, since=since, until=until, limit=limit)
+        )
 
-    def _show(
-        self, name: str, at: str | None, since: str | None, until: str | None, limit: int | None
-    ) -> list[dict[str, Any]]:
-        entries = self._vms.disks(name) if self._vms.several(name) else [self._core.entry(name)]
-        now_ns = self._core.clock.now_ns()
-        since_ns, until_ns = _time(since, now_ns, absent=0), _time(until, now_ns, absent=now_ns)
-        rows: list[dict[str, Any]] = []
-        for entry in entries:
-            record = Record(self._core.state.timeline(entry.id))
-            if at is not None:
-                one = record.at(_time(at, now_ns, absent=now_ns))
-                rows += [{"disk": entry.name, **one.as_dict()}] if one is not None else []
-                continue
-            found = record.samples(since_ns=since_ns, until_ns=until_ns)
-            found = found if limit is None else found[max(0, len(found) - limit) :]
-            rows += [{"disk": entry.name, **sample.as_dict()} for sample in found]
-        return sorted(rows, key=lambda row: (row["time_ns"], row["disk"]))
+
+def on_record(
+    core: Core, name: str, *, at: str | None, since: str | None, until: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """What `Sampler.show` gives. For threads."""
+    vms = Vms(core)
+    entries = vms.disks(name) if vms.several(name) else [core.entry(name)]
+    now_ns = core.clock.now_ns()
+    since_ns, until_ns = _time(since, now_ns, absent=0), _time(until, now_ns, absent=now_ns)
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        record = Record(core.state.timeline(entry.id))
+        if at is not None:
+            one = record.at(_time(at, now_ns, absent=now_ns))
+            rows += [{"disk": entry.name, **one.as_dict()}] if one is not None else []
+            continue
+        found = record.samples(since_ns=since_ns, until_ns=until_ns)
+        found = found if limit is None else found[max(0, len(found) - limit) :]
+        rows += [{"disk": entry.name, **sample.as_dict()} for sample in found]
+    return sorted(rows, key=lambda row: (row["time_ns"], row["disk"]))
 
 
 def _time(text: str | None, now_ns: int, *, absent: int) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -11,14 +10,12 @@ from fastapi import APIRouter, Depends, Header, Query
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cdpserver import names
-from cdpserver.errors import RefusedError, UsageError
-from cdpserver.names import At, format_time
+from cdpserver.errors import RefusedError
 from cdpserver.service.api import models, paging
 from cdpserver.service.api.answers import Answers
 from cdpserver.service.api.paging import PageSize, PageToken
 from cdpserver.service.core import Core
-from cdpserver.service.feed import Batch, Feed, Filter, Place
+from cdpserver.service.feed import Batch, Feed, Filter, Place, since_text
 
 LISTED = 1000
 """Events of a list that says no number."""
@@ -54,7 +51,7 @@ def routes(core: Core, answers: Answers, stopping: trio.Event) -> APIRouter:
             str | None, Query(description="An instant such as -1h or 2027-01-15T08:00Z.")
         ] = None,
     ) -> Filter:
-        return Filter(level, event, disk, _time(since))
+        return Filter(level, event, disk, since_text(since))
 
     Wanted = Annotated[Filter, Depends(wanted)]
 
@@ -102,19 +99,6 @@ def routes(core: Core, answers: Answers, stopping: trio.Event) -> APIRouter:
         return _Stream(begin, functools.partial(core.thread, read), streams, stopping)
 
     return routes
-
-
-def _time(since: str | None) -> str:
-    """WHEN as the events write it. They have the wall clock's time."""
-    if since is None:
-        return ""
-    match names.parse_when(since):
-        case At(time_ns):
-            return format_time(time_ns)
-        case names.Ago(delta_ns):
-            return format_time(max(0, time.time_ns() - delta_ns))
-        case _:
-            raise UsageError(f"not a time: {names.show(since)}", hint="such as -1h or 2027-01-15T08:00Z")
 
 
 def _all_after(feed: Feed, place: Place | None, wanted: Filter, count: int) -> list[dict[str, Any]]:
