@@ -61,6 +61,26 @@ def test_the_oracle_sees_another_time_and_another_place() -> None:
     assert 0 < oracle.wrong(swapped, held) <= 2 * SECTOR
 
 
+def test_of_a_write_under_way_some_sectors_may_be_there_and_of_no_other() -> None:
+    oracle, dice = Oracle(64 << 10, align=512, disk=1), random.Random(3)
+    while True:
+        write = oracle.next(dice)
+        oracle.sent(write)
+        under_way = oracle.at(now_ns())
+        oracle.acknowledged()
+        if write.end - write.first > 8 and oracle.count > 200:
+            break
+    before, after = oracle.content(oracle.count - 1), oracle.content(oracle.count)
+    cut = write.offset + 3 * SECTOR
+    torn = after[:cut] + before[cut:]
+    assert oracle.wrong(torn, under_way) == 0
+    assert oracle.wrong(torn, oracle.at(now_ns())) > 0
+    elsewhere = SECTOR * next(at for at in range(128) if not write.first <= at < write.end)
+    older = oracle.content(50)
+    wrong = torn[:elsewhere] + older[elsewhere : elsewhere + SECTOR] + torn[elsewhere + SECTOR :]
+    assert (oracle.wrong(wrong, under_way) > 0) == (wrong != torn)
+
+
 def test_what_grows_is_said() -> None:
     series = Series()
     for at in range(100):

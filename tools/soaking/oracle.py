@@ -7,6 +7,8 @@ under way:
     |--------------|                  |----------------|
           T: 0 or 1        T: 1                T: 1 or 2
 
+Of the one under way it may hold some sectors and not yet the others: a request that neither begins nor ends with blocks is
+several records, and an instant may lie between two of them, as a power loss may.
 Each sector says by which write it came, and where it belongs: a sector of another time or place is seen.
 """
 
@@ -108,14 +110,23 @@ class Oracle:
 
     def wrong(self, found: bytes, held: range, offset: int = 0) -> int:
         """Bytes at `offset` that differ from what the disk held: from the best of the numbers of writes it may have held."""
-        least = len(found)
+        least, before = len(found), None
         for count in held:
-            expected = self.content(count)[offset : offset + len(found)]
-            if expected == found:
-                return 0
-            differ = np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)
-            least = min(least, int(np.count_nonzero(differ)))
+            differs = self._differs(count, found, offset)
+            if before is not None:
+                # A sector of the one or of the other; both are the same but for what the write between them wrote.
+                torn = np.minimum(differs, before)
+                least = min(least, int(torn.sum()))
+            least, before = min(least, int(differs.sum())), differs
+            if not least:
+                break
         return least
+
+    def _differs(self, count: int, found: bytes, offset: int) -> NDArray[np.int64]:
+        """Bytes of each sector of `found` that are not as after so many writes."""
+        expected = np.frombuffer(self.content(count)[offset : offset + len(found)], np.uint8)
+        differ = expected != np.frombuffer(found, np.uint8)
+        return np.asarray(differ.reshape(-1, SECTOR).sum(axis=1))
 
     def content(self, count: int) -> bytes:
         """The whole disk after so many writes."""
