@@ -526,7 +526,17 @@ def test_an_index_is_held_against_what_is_whole(disk: Disk) -> None:
 def make_base_point(disk: Disk, number: int, backing: str, *, fill: int = 0) -> Path:
     """A base point as QEMU makes it."""
     path = disk.directory / f"bp-{number}.qcow2"
-    made = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", backing, "-F", "raw" if number == 0 else "qcow2"]
+    made = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        backing,
+        "-F",
+        "raw" if backing.endswith(".raw") else "qcow2",
+    ]
     subprocess.run([*made, path.name], cwd=disk.directory, check=True)
     writes = ["write -q -P 3 0 4k", "write -q -P 2 4k 4k", "write -q -z 64k 64k"] if number == 0 else []
     if fill:
