@@ -1,6 +1,7 @@
 """docs/runbooks: every block marked `sh` is run as it stands, and ends as it says; the others can at least be typed."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -107,6 +108,21 @@ def test_the_commands_of_a_page_do_what_it_says(page: str, store: Store) -> None
     until(
         lambda: not any(Path(name).name.startswith("cdp-") for name in sockets(store.room)), "end of exports"
     )
+
+
+@pytest.mark.real
+def test_a_store_that_was_changed_is_refused_by_the_command_of_the_ransomware_page(store: Store) -> None:
+    """The first block writes the anchor, the same command compares with it later."""
+    commands = [lines for kind, _, lines in blocks("ransomware.md") if kind == "sh" and "--anchor" in lines]
+    before, after = commands
+    assert store.run(before).returncode == 0
+    anchor = store.room / "anchor.json"
+    kept = anchor.read_bytes()
+    assert store.run(after).returncode == 0
+    damage(store)
+    ended = store.run(after)
+    assert ended.returncode == 4 and "is damaged" in ended.stderr
+    assert json.loads(anchor.read_bytes())["disks"].keys() == json.loads(kept)["disks"].keys()
 
 
 def sockets(room: Path) -> list[str]:
