@@ -230,7 +230,7 @@ def checked_page(values: dict[str, Any]) -> bytes:
     """A header page that says this, with a check that is right."""
     body: bytes = msgpack.packb(values)
     fixed = segment.FIXED.pack(segment.SEGMENT_MAGIC, 1, len(body), 0, 0, bytes(32))
-    return fixed + body + segment.CHECK.pack(zlib.crc32(body, zlib.crc32(fixed[:16])))
+    return fixed + body + record.CHECK.pack(zlib.crc32(body, zlib.crc32(fixed[:16])))
 
 
 def test_records_and_headers_of_any_bytes(written: World) -> None:
@@ -288,7 +288,9 @@ def test_rows_of_the_catalog_of_any_bytes(written: World, table: str, key: bytes
         env = lmdb.open(str(state.catalog), max_dbs=16, map_size=1 << 24)
         rows = env.open_db(table.encode(), create=False)
         with env.begin(db=rows) as txn:
-            whole = bytes(txn.get(key))
+            row = txn.get(key)
+            assert row is not None
+            whole = bytes(row)
         env.close()
         read_all(state)
 
