@@ -5,6 +5,7 @@
     DISK@delta:N   what changed for base point N: unchanged ranges are holes, so `qemu-img convert -B` skips them
 
 A view never reports a hole without zero: QEMU's mirror would copy zeros over data. Only the delta does, under its own name.
+Where a request finds no memory the process ends (`cdpserver/memory.py`): views share what they have read.
 """
 
 import builtins
@@ -15,10 +16,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import nbdkit
 
-from cdpserver import durable, events, sealed
+from cdpserver import durable, events, memory, sealed
 from cdpserver.basepoint import delta_views
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock
@@ -28,6 +30,7 @@ from cdpserver.held import hold, open_history
 from cdpserver.leases import Lease
 from cdpserver.limits import NBD_CLIENTS
 from cdpserver.names import DeltaExport, DiskExport, MirrorExport, Seq, parse_export
+from cdpserver.priority import go_before_workers
 from cdpserver.state import StateDir
 from cdpserver.view.delta import Delta
 from cdpserver.view.extent import Files
@@ -121,6 +124,7 @@ def after_fork() -> None:
         # It waits for no predecessor, and ends with its parent.
         _start()
     else:
+        go_before_workers()
         serving.begin(StateDir.open(Path(_state_dir)).run / "export.lock", _start)
 
 
@@ -224,8 +228,11 @@ def _view(history: History, seq: int, volume: str | None) -> View | VolumeView:
 
 def open(readonly: bool) -> Export:
     """The instant of the export name that the client asked for."""
-    with _negotiations.choosing():
-        return _chosen()
+    try:
+        with _negotiations.choosing():
+            return _chosen()
+    except memory.NONE:
+        _no_memory("open")
 
 
 def _chosen() -> Export:
@@ -248,6 +255,11 @@ def _chosen() -> Export:
     return export
 
 
+def _no_memory(where: str) -> NoReturn:
+    assert _log is not None
+    memory.end(_log, where)
+
+
 def _fail(error: CdpError | OSError, where: str, **fields: object) -> None:
     assert _state is not None and _log is not None and _admission is not None
     try:
@@ -268,6 +280,8 @@ def close(h: Export) -> None:
             h.lease.close()
         for history in h.histories:
             history.close()
+    except memory.NONE:
+        _no_memory("close")
     finally:
         _clients.left(h)
         thread_state.let_go(h.thread_state)
@@ -311,6 +325,8 @@ def pread(h: Export, buf: bytearray, offset: int, flags: int) -> None:
     except (CdpError, OSError) as error:
         _fail(error, "read", export=h.name)
         raise
+    except memory.NONE:
+        _no_memory("read")
 
 
 def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
@@ -326,6 +342,8 @@ def extents(h: Export, count: int, offset: int, flags: int) -> builtins.list[tup
     except (CdpError, OSError) as error:
         _fail(error, "extents", export=h.name)
         raise
+    except memory.NONE:
+        _no_memory("extents")
     return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
 
 

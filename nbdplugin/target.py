@@ -1,7 +1,8 @@
 """nbdkit plugin: the target that QEMU's mirrors (and the guests of forks) write to, by export name.
 
 Run with `-t 1`: one thread a connection serves twice the requests of many that hand the GIL around.
-Crash-only: it is stopped with SIGKILL, never SIGTERM, which would turn a live mirror's writes into errors.
+Crash-only: it is stopped with SIGKILL, never SIGTERM, which would turn a live mirror's writes into errors; and where a request
+finds no memory, it ends itself (`cdpserver/memory.py`).
 The buffer that `pwrite` gets belongs to nbdkit and is gone after the return.
 """
 
@@ -14,7 +15,7 @@ from typing import TypeAlias
 
 import nbdkit
 
-from cdpserver import events, sealed
+from cdpserver import events, memory, sealed
 from cdpserver.errors import (
     BrokenError,
     CdpError,
@@ -168,8 +169,11 @@ def _fail(error: CdpError, where: str, **fields: object) -> None:
 
 def open(readonly: bool) -> Handle:
     """The disk of the export name that the client asked for."""
-    with _negotiations.choosing():
-        return _chosen()
+    try:
+        with _negotiations.choosing():
+            return _chosen()
+    except memory.NONE:
+        memory.end(registry().log, "open")
 
 
 def _chosen() -> Handle:
@@ -215,6 +219,8 @@ def close(h: Handle) -> None:
     _negotiations.left()
     try:
         h.close()
+    except memory.NONE:
+        memory.end(registry().log, "close")
     finally:
         _clients.left(h)
         thread_state.let_go(h.thread_state)
@@ -279,10 +285,13 @@ def pread(h: Handle, buf: bytearray, offset: int, flags: int) -> None:
     except CdpError as error:
         _fail(error, "read", disk=h.name)
         raise
+    except memory.NONE:
+        memory.end(registry().log, "read")
 
 
-def _no_room(h: Handle, error: CdpError, where: str, again: Callable[[], None]) -> None:
-    """A change failed for want of room: where the guest is to wait, it is made once there is. Else its error is the client's.
+def _not_done(h: Handle, error: Exception, where: str, again: Callable[[], None]) -> None:
+    """A change failed, of `error`. Where that is want of room and the guest is to wait, it is made once there is. Else it is the
+    client's, and want of memory the end of this process.
 
     No lock is held, so that whoever closes the disk, or asks for its state, does not wait as well.
     """
@@ -295,8 +304,11 @@ def _no_room(h: Handle, error: CdpError, where: str, again: Callable[[], None]) 
         time.sleep(ROOM_S)
         try:
             return again()
-        except CdpError as later:
+        except (CdpError, *memory.NONE) as later:
             error = later
+    if isinstance(error, memory.NONE):
+        memory.end(registry().log, where)
+    assert isinstance(error, CdpError)
     _fail(error, where, disk=h.name)
     raise error
 
@@ -305,24 +317,24 @@ def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     """Acknowledged when it would survive a kill of this process; with FUA when it is durable."""
     try:
         h.write(buf, offset, fua=flags & FUA)
-    except CdpError as error:
-        _no_room(h, error, "write", lambda: h.write(buf, offset, fua=flags & FUA))
+    except (CdpError, *memory.NONE) as error:
+        _not_done(h, error, "write", lambda: h.write(buf, offset, fua=flags & FUA))
 
 
 def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload."""
     try:
         h.zero(offset, count, fua=flags & FUA)
-    except CdpError as error:
-        _no_room(h, error, "zero", lambda: h.zero(offset, count, fua=flags & FUA))
+    except (CdpError, *memory.NONE) as error:
+        _not_done(h, error, "zero", lambda: h.zero(offset, count, fua=flags & FUA))
 
 
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """One record without payload; the blocks read as zeros."""
     try:
         h.zero(offset, count, trim=True, fua=flags & FUA)
-    except CdpError as error:
-        _no_room(h, error, "trim", lambda: h.zero(offset, count, trim=True, fua=flags & FUA))
+    except (CdpError, *memory.NONE) as error:
+        _not_done(h, error, "trim", lambda: h.zero(offset, count, trim=True, fua=flags & FUA))
 
 
 def flush(h: Handle, flags: int) -> None:
@@ -332,6 +344,8 @@ def flush(h: Handle, flags: int) -> None:
     except CdpError as error:
         _fail(error, "flush", disk=h.name)
         raise
+    except memory.NONE:
+        memory.end(registry().log, "flush")
 
 
 def extents(h: Handle, count: int, offset: int, flags: int) -> builtins.list[tuple[int, int, int]]:
@@ -341,6 +355,8 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> builtins.list[tup
     except CdpError as error:
         _fail(error, "extents", disk=h.name)
         raise
+    except memory.NONE:
+        memory.end(registry().log, "extents")
     return [(start, end - start, HOLE_ZERO if zero else 0) for start, end, zero in runs]
 
 

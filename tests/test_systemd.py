@@ -124,6 +124,7 @@ def test_the_service_is_told_apart_watched_and_never_given_up() -> None:
         "Type": "notify",
         "NotifyAccess": "main",
         "KillMode": "process",
+        "OOMPolicy": "continue",
         "Restart": "always",
         "StartLimitIntervalSec": "0",
         "ExecReload": "/bin/kill -HUP $MAINPID",

@@ -39,6 +39,7 @@ STAGES = (
         "cdpserver.tokens",
         "cdpserver.catalog",
         "cdpserver.events",
+        "cdpserver.memory",
         "cdpserver.timeline",
         "cdpserver.qemu",
         "cdpserver.images",

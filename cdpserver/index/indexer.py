@@ -29,6 +29,7 @@ from cdpserver.index.store import CLOSED_NAME, IndexFile, open_name
 from cdpserver.journal.links import Chain
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.limits import INDEX_BATCH
+from cdpserver.priority import go_before_workers
 from cdpserver.state import StateDir
 
 BUSY_S = 0.05
@@ -359,6 +360,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _return_memory()
+    go_before_workers()
     events.configure("indexer")
     run(StateDir.open(options.state_dir))
 

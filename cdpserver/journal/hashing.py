@@ -6,10 +6,13 @@ r"""The digest of a large payload, taken while its bytes are copied into the dat
 Of 1 MiB BLAKE3 takes about as long as `pwrite`. Where no processor is free nothing is lost: whoever comes first takes the digest.
 """
 
+import _thread
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from cdpserver import memory
 from cdpserver.journal.record import payload_digest
 
 LARGE = 256 << 10
@@ -40,20 +43,21 @@ class Digest:
         """The digest; nobody looks at the payload any more."""
         self.take()
         with self._done:
-            return self._digest
+            return self._digest or payload_digest(self._payload)  # the other thread may have had no memory
 
 
 _asked: SimpleQueue[Digest] = SimpleQueue()
 _starting = threading.Lock()
-_thread: threading.Thread | None = None
+_started = _runs = False
 
 
 def beside(payload: memoryview, copy: Callable[[memoryview], int]) -> tuple[int, bytes]:
     """What `copy(payload)` returns, and the digest of `payload`, taken meanwhile. Nobody looks at the payload afterwards."""
-    if _thread is None:
+    if not _started:
         _start()
     one = Digest(payload)
-    _asked.put(one)
+    if _runs:
+        _asked.put(one)
     try:
         place = copy(payload)
     finally:
@@ -62,15 +66,18 @@ def beside(payload: memoryview, copy: Callable[[memoryview], int]) -> tuple[int,
 
 
 def _start() -> None:
-    global _thread
+    """Not by `threading`: see `cdpserver/memory.py`. Where no thread begins, whoever waits takes all digests himself."""
+    global _started
     with _starting:
-        if _thread is None:
-            _thread = threading.Thread(target=_run, name="digests", daemon=True)
-            _thread.start()
+        if not _started:
+            _started = True
+            with contextlib.suppress(RuntimeError):
+                _thread.start_new_thread(_run, ())
 
 
 def _run() -> None:
+    global _runs
+    _runs = True
     while True:
-        one = _asked.get()
-        one.take()
-        del one  # its payload belongs to a request
+        with contextlib.suppress(*memory.NONE):
+            _asked.get().take()  # kept no longer: its payload belongs to a request

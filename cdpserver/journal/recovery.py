@@ -20,6 +20,15 @@ from cdpserver.journal.record import DTYPE, Kind, payload_digest
 from cdpserver.journal.segment import CLOSED, OPEN, PAGE, ROLLED, SEALED, SegmentReader, data_path, log_path
 from cdpserver.limits import SECTOR
 
+USED = (".log", ".log.cut", ".data.cut")
+
+
+def free_number(directory: Path, number: int) -> int:
+    """From `number` on: a segment that was cut, found damaged or lost its log keeps its number for good."""
+    while any(log_path(directory, number).with_suffix(end).exists() for end in USED):
+        number += 1
+    return number
+
 
 @dataclass(frozen=True, slots=True)
 class Survey:

@@ -4,7 +4,7 @@
     commit (twice a second, FLUSH, FUA) -> fdatasync data, fdatasync log -> durable record
 
 Invariants: nothing is acknowledged before its record is in the page cache (so a kill loses nothing); seq and time are
-given together under `_lock`; an I/O error other than a full file system poisons the writer until it is reopened.
+given together under `_lock`; an I/O error but a full file system, and want of memory, poison the writer until it is reopened.
 Durability: `commit` returns when everything acknowledged before the call is durable.
 Threads: any; `_lock` is held for one record at a time, `_commit_lock` for one commit; fdatasync runs under `_commit_lock` alone.
 """
@@ -13,11 +13,10 @@ import errno
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, limits
+from cdpserver import durable, limits, memory
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError, RefusedError
 from cdpserver.journal import control, recovery
 from cdpserver.journal.around import whole_blocks
@@ -25,10 +24,9 @@ from cdpserver.journal.hashing import LARGE, beside
 from cdpserver.journal.log import Journal, interval_path
 from cdpserver.journal.record import DATA, DURABLE, NO_DIGEST, Kind, payload_digest
 from cdpserver.journal.resync import Reads, Resync
-from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter, log_path
+from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter
 from cdpserver.limits import BLOCK, SECTOR
 
-USED = (".log", ".log.cut", ".data.cut")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -153,12 +151,9 @@ class JournalWriter:
     def _new_segment(self, after: tuple[int, int], first_seq: int, *, new_interval: bool) -> SegmentWriter:
         interval, number = (after[0] + 1, 1) if new_interval else (after[0], after[1] + 1)
         now = max(self._clock_ns(), self.last_time_ns)
-        header = Header(self.uuid, interval, number, first_seq, now, self.boot_id, self.state)
         path = interval_path(self.directory, interval)
-        while any(log_path(path, number).with_suffix(end).exists() for end in USED):
-            # A segment that was cut, found damaged or lost its log keeps its number for good.
-            number += 1
-            header = replace(header, segment=number)
+        number = recovery.free_number(path, number)
+        header = Header(self.uuid, interval, number, first_seq, now, self.boot_id, self.state)
         if new_interval:
             path.mkdir(exist_ok=True)
             self._fresh_dirs.append(path.parent)
@@ -224,9 +219,9 @@ class JournalWriter:
                 place, digest = beside(payload, append)
             else:
                 place = append(payload)
-        except OSError as error:
+            self._publish(DATA, length // SECTOR, offset, place, digest)
+        except (OSError, *memory.NONE) as error:
             raise self._failed(error) from error
-        self._publish(DATA, length // SECTOR, offset, place, digest)
         self.payload_bytes += length
 
     def _reserve(self, length: int, *, fresh: bool = False) -> None:
@@ -241,7 +236,7 @@ class JournalWriter:
                 self._roll(new_interval=segment.header.segment >= limits.INTERVAL_SEGMENTS)
             else:
                 segment.reserve()
-        except OSError as error:
+        except (OSError, *memory.NONE) as error:
             raise self._failed(error) from error
 
     def _roll(self, *, new_interval: bool) -> None:
@@ -271,13 +266,16 @@ class JournalWriter:
         self._reserve(len(payload))
         try:
             place = self._segment.append_payload(payload)
-        except OSError as error:
+            self._publish(Kind.CONTROL, 0, len(payload), place, payload_digest(payload))
+            self.state = control.fold(self.state, message, seq=self.last_seq, time_ns=self.last_time_ns)
+        except (OSError, *memory.NONE) as error:
             raise self._failed(error) from error
-        self._publish(Kind.CONTROL, 0, len(payload), place, payload_digest(payload))
-        self.state = control.fold(self.state, message, seq=self.last_seq, time_ns=self.last_time_ns)
         return self.last_seq, self.last_time_ns
 
-    def _failed(self, error: OSError) -> CdpError:
+    def _failed(self, error: Exception) -> CdpError | MemoryError:
+        if not isinstance(error, OSError) or error.errno == errno.ENOMEM:
+            self._broken = "no memory"  # and what is half done, a record, a segment, nobody here knows
+            return MemoryError(self._broken)
         if error.errno in NO_SPACE:
             return NoSpaceError(
                 "the store's file system is full", hint="free space; nothing acknowledged is lost"
@@ -406,11 +404,14 @@ class JournalWriter:
                 return
             if self._broken:
                 raise BrokenError(self._broken)
-            with self._lock:
-                upto, started, current = self.change_seq, self._clock_ns(), self._segment
-                retired, self._retired = self._retired, []
-                fresh, self._fresh_dirs = self._fresh_dirs, []
-            self._sync(current, retired, fresh)
+            try:
+                with self._lock:
+                    upto, started, current = self.change_seq, self._clock_ns(), self._segment
+                    retired, self._retired = self._retired, []
+                    fresh, self._fresh_dirs = self._fresh_dirs, []
+                self._sync(current, retired, fresh)
+            except memory.NONE as error:
+                raise self._failed(error) from error
             with self._lock:
                 self.durable_seq = upto
                 self._oldest_ns = started

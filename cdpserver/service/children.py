@@ -25,6 +25,7 @@ import trio
 
 from cdpserver import tls
 from cdpserver.config import Config
+from cdpserver.errors import CdpError
 from cdpserver.events import EventLog
 from cdpserver.service import processes
 from cdpserver.service.listeners import Listeners
@@ -138,6 +139,10 @@ class Children:
             nursery.start_soon(self._keep_noted)
             try:
                 yield
+            except BaseException as error:
+                # A defect, or want of memory, ends the service alone, as a kill does: guests' writes go on.
+                self._kept = not _is_said(error)
+                raise
             finally:
                 nursery.cancel_scope.cancel()
 
@@ -213,6 +218,13 @@ class Children:
             os.close(reading)
         pid_file.unlink(missing_ok=True)
         return status
+
+
+def _is_said(error: BaseException) -> bool:
+    """Is it what stands in the way of a start, for an operator to put right? For that nothing is left running."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split((CdpError, OSError))[1] is None
+    return isinstance(error, CdpError | OSError)
 
 
 def target_command(state: StateDir, config: Config, number: int) -> list[str]:

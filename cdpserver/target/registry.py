@@ -5,6 +5,7 @@ each disk is with one worker. Timelines that another host boot left open are ope
 that may have holes.
 """
 
+import _thread
 import contextlib
 import os
 import socket
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cdpserver import durable, limits, messages
+from cdpserver import durable, limits, memory, messages
 from cdpserver import timeline as timeline_file
 from cdpserver.catalog import Catalog
 from cdpserver.clock import Clock, boot_id
@@ -74,8 +75,13 @@ class Registry:
                     self.disk(name)
             except CdpError as error:
                 self.log.emit("target.open-failed", level="error", disk=name, reason=str(error))
+            except memory.NONE:
+                memory.end(self.log, "start")
             except Exception as error:  # noqa: BLE001 - the process's rim: the other disks are served
                 self.log.emit("target.open-failed", level="error", disk=name, reason=repr(error))
+        # All threads now: later there may be none left.
+        together = threading.Barrier(COMMITTERS)
+        list(self._committers.map(lambda _: together.wait(), range(COMMITTERS)))
         threading.Thread(target=self._commit_loop, name="committer", daemon=True).start()
         threading.Thread(target=self._tidy_loop, name="tidy", daemon=True).start()
         listener = self._listen()
@@ -115,19 +121,26 @@ class Registry:
     # -- group commit ----------------------------------------------------------------------------------------
 
     def _commit_loop(self) -> None:
-        pause, due = threading.Event(), time.monotonic()
-        while True:
-            # Counted from the last start: a round that takes its time must not add it to the lag.
-            due = max(due + limits.COMMIT_INTERVAL_S, time.monotonic())
-            pause.wait(due - time.monotonic())
-            with self._lock:
-                disks = list(self._disks.values())
-            # Disks at rest are passed over here, where that costs two comparisons.
-            behind = [d for d in disks if d.journal is not None and not d.broken and d.journal.behind]
-            list(self._committers.map(self._commit_one, behind))
+        """For ever: a process that commits no more must not go on."""
+        due = time.monotonic()
+        try:
+            while True:
+                # Counted from the last start: a round that takes its time must not add it to the lag.
+                due = max(due + limits.COMMIT_INTERVAL_S, time.monotonic())
+                time.sleep(max(0.0, due - time.monotonic()))
+                self._commit_round()
+        except memory.NONE:
+            memory.end(self.log, "commit")
+
+    def _commit_round(self) -> None:
+        with self._lock:
+            disks = list(self._disks.values())
+        # Disks at rest are passed over here, where that costs two comparisons.
+        behind = [d for d in disks if d.journal is not None and not d.broken and d.journal.behind]
+        list(self._committers.map(self._commit_one, behind))
 
     def _commit_one(self, disk: TargetDisk) -> None:
-        journal = disk.journal
+        journal, name = disk.journal, disk.timeline.full_name
         assert journal is not None
         try:
             lag_ns = journal.lag_ns()
@@ -135,11 +148,13 @@ class Registry:
                 journal.commit()
                 self._pace(disk, lag_ns)
         except BrokenError as error:
-            self.log.emit("target.broken", level="error", disk=disk.timeline.full_name, reason=str(error))
+            self.log.emit("target.broken", level="error", disk=name, reason=str(error))
         except CdpError as error:
-            self.log.emit(
-                "target.commit-failed", level="error", disk=disk.timeline.full_name, reason=str(error)
-            )
+            self.log.emit("target.commit-failed", level="error", disk=name, reason=str(error))
+        except memory.NONE:
+            raise
+        except Exception as error:  # noqa: BLE001 - the process's rim: the other disks are committed, and this one again
+            self.log.emit("target.commit-failed", level="error", disk=name, reason=repr(error))
 
     def _tidy_loop(self) -> None:
         pause = threading.Event()
@@ -200,7 +215,7 @@ class Registry:
                 connection, _ = listener.accept()
                 with contextlib.ExitStack() as unless_served:
                     unless_served.callback(connection.close)
-                    threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                    _thread.start_new_thread(self._converse, (connection,))  # not threading: see `memory`
                     unless_served.pop_all()
                 starved = False
             except (OSError, RuntimeError) as error:
@@ -208,6 +223,8 @@ class Registry:
                     self.log.emit("target.starved", level="error", reason=str(error))
                 starved = True
                 time.sleep(STARVED_S)
+            except memory.NONE:
+                memory.end(self.log, "control")
 
     def _converse(self, connection: socket.socket) -> None:
         with connection:
@@ -216,6 +233,8 @@ class Registry:
                     reply = {"ok": self._answer(request)}
                 except CdpError as error:
                     reply = messages.error_fields(error)
+                except memory.NONE:
+                    memory.end(self.log, str(request.get("op")))
                 except Exception as error:  # noqa: BLE001 - the process's rim: the thread must go on
                     self.log.emit(
                         "target.request-failed", level="error", op=request.get("op"), reason=repr(error)
