@@ -62,6 +62,7 @@ STAGES = (
         "cdpserver.repository.content",
         "cdpserver.repository.damaged",
         "cdpserver.repository.format",
+        "cdpserver.repository.held",
         "cdpserver.repository.index",
         "cdpserver.repository.keys",
         "cdpserver.repository.lease",

@@ -16,23 +16,20 @@ a time.
 """
 
 import contextlib
-import fcntl
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from cdpserver import durable
-from cdpserver.errors import CorruptError, NotFoundError, RefusedError
+from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.names import show
+from cdpserver.repository.held import HeldFile, is_held
+from cdpserver.repository.lease import LEASE_S
 
 _NAME = re.compile(r"[a-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}")
-
-PATIENCE_S = 0.5
-"""Who only looks whether a name is held holds it for a moment."""
-
 
 HeldCheck: TypeAlias = Callable[[], None]
 """BrokenError if a name is not held any more."""
@@ -99,8 +96,9 @@ def check_name(name: str) -> str:
 class DirectoryPlace:
     """A directory: a local disk, an array, or a mounted NAS."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lease_s: float = LEASE_S) -> None:
         self.path = path.absolute()
+        self._lease_s = lease_s
         self.where = str(self.path)
 
     def _at(self, name: str) -> Path:
@@ -181,51 +179,12 @@ class DirectoryPlace:
     def hold(self, name: str) -> Iterator[HeldCheck]:
         path = self._at(name)
         self._make_parents(path.parent)
-        fd = self._locked(path)
-        try:
-            yield lambda: None  # a lock of the kernel's
-        finally:
-            try:
-                self.delete(name)
-            finally:
-                os.close(fd)
-
-    def _locked(self, path: Path) -> int:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            with durable.io_errors("write", path):
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if _try_lock(fd):
-                if durable.is_at(path, fd):
-                    return fd
-            elif time.monotonic() > deadline:
-                os.close(fd)
-                raise RefusedError(f"{path} is held by another process", hint="try again when it has ended")
-            os.close(fd)
-            time.sleep(0.01)
+        with HeldFile(path, self._lease_s, lambda: self.delete(name)) as held:
+            yield held.check
 
     def holds(self, prefix: str) -> set[str]:
-        return {name for name, _ in list(self.names(prefix)) if self._is_held(name)}
-
-    def _is_held(self, name: str) -> bool:
-        path = self._at(name)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            if not _try_lock(fd):
-                return True
-            if durable.is_at(path, fd):
-                self.delete(name)
-            return False
-        finally:
-            os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return {
+            name
+            for name, _ in list(self.names(prefix))
+            if is_held(self._at(name), self._lease_s, partial(self.delete, name))
+        }
