@@ -107,3 +107,43 @@ class Made:
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         buffer[:] = blake3(b"made").digest(length=len(buffer), seek=offset)
+
+
+class Written:
+    """A disk in memory that is written, and knows since when."""
+
+    grade = ""
+
+    def __init__(self, size: int) -> None:
+        self.name = self.timeline = "written"
+        self.image: ImageFile | None = None
+        self.content = bytearray(size)
+        self.size = size
+        self.seq = self.time_ns = 1
+        self._changes: list[tuple[int, int, int]] = []
+
+    def write(self, offset: int, data: bytes) -> None:
+        """What is written from here on is in the next backup."""
+        self.content[offset : offset + len(data)] = data
+        self._changes.append((self.seq, offset, offset + len(data)))
+
+    def back_up(self, repository: Repository) -> Backup:
+        """As it is now."""
+        made = back_up(repository, [self], f"{self.name}@{self.seq}")
+        self.seq += 1
+        return made
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        yield 0, self.size
+
+    def changed_since(self, disk: BackedUpDisk) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for start, end in sorted((low, high) for seq, low, high in self._changes if seq > disk.seq):
+            if found and start <= found[-1][1]:
+                found[-1] = found[-1][0], max(found[-1][1], end)
+            else:
+                found.append((start, end))
+        return found
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        buffer[:] = self.content[offset : offset + len(buffer)]

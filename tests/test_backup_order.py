@@ -81,7 +81,7 @@ def test_a_clock_that_was_ahead_once(case: Case, wall: Wall) -> None:
         made = [repository.backup(id_) for id_ in ids]
         assert [one.kind for one in made] == [FULL, INCREMENTAL, INCREMENTAL, FULL, INCREMENTAL]
         assert [one.parent for one in made] == ["", ids[0], ids[1], "", ids[3]]
-        assert made[4].read_bytes == CHUNK
+        assert made[4].read_bytes == BLOCK
         assert [one.id for one in repository.backups()] == ids
         assert find_id(repository, "latest") == ids[-1]
     case.verify()

@@ -17,7 +17,7 @@ from cdpserver.journal import control, instants, links, record, segment
 from cdpserver.journal.control import Grade, State
 from cdpserver.journal.record import BODY, CHECK, DTYPE, Kind, Record
 from cdpserver.journal.segment import FIXED, Header, data_path, log_path
-from cdpserver.repository import format, tape
+from cdpserver.repository import format, patches, tape
 from tests.core import ROOT
 from tests.model import BLOCK, read_header
 
@@ -57,6 +57,9 @@ def layout(*structs: struct.Struct) -> list[tuple[int, int]]:
         ("Entry of a pack, 52 bytes", (format.ENTRY, format.CHECK), format.ENTRY_SIZE),
         ("Record of an export, 52 bytes", (tape.RECORD, tape.CHECK), tape.RECORD_SIZE),
         ("Row of a pack, 52 bytes", (format.ROW,), format.ROW.size),
+        ("Head of a table, 8 bytes", (patches.HEAD,), patches.HEAD.size),
+        ("Patch of a table, 36 bytes", (patches.PATCH,), patches.PATCH.size),
+        ("Place of a table, 8 bytes", (patches.PLACE,), patches.PLACE.size),
         ("Tail of a pack, 32 bytes", (format.TAIL, format.CHECK), format.TAIL_SIZE),
         ("Sample of the record, 64 bytes", (rpo.SAMPLE,), rpo.SAMPLE.size),
     ],

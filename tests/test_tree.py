@@ -66,6 +66,7 @@ STAGES = (
         "cdpserver.repository.index",
         "cdpserver.repository.keys",
         "cdpserver.repository.lease",
+        "cdpserver.repository.patches",
         "cdpserver.repository.place",
         "cdpserver.repository.places",
         "cdpserver.repository.record",

@@ -7,6 +7,7 @@ from cdpserver.errors import CdpError, CorruptError, NotFoundError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID
+from cdpserver.repository.patches import Patch
 from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
 
@@ -108,30 +109,34 @@ def _check_disk(
         found.damage.append(Damage(backup.id, disk.name, 0, disk.size, error.message))
         return
     step = repository.chunk_size
-    for start, ids, reason in _pages(chunks):
+
+    def verdict(id_: bytes, length: int) -> str:
+        if id_ not in verdicts:
+            verdicts[id_] = _look(repository, id_, length, read_data, found) if id_ != ZERO_ID else ""
+        return verdicts[id_]
+
+    for start, ids, table, reason in _pages(chunks):
         if reason:
             end = min(disk.size, (start + PAGE_IDS) * step)
             _say(found, Damage(backup.id, disk.name, start * step, end, reason))
             continue
-        for offset in range(0, len(ids), ID_SIZE):
-            id_ = ids[offset : offset + ID_SIZE]
-            chunk = start + offset // ID_SIZE
-            if id_ == ZERO_ID:
-                continue
-            if id_ not in verdicts:
-                verdicts[id_] = _look(repository, id_, chunks.length(chunk), read_data, found)
-            if verdicts[id_]:
-                at = chunk * step
-                _say(found, Damage(backup.id, disk.name, at, at + chunks.length(chunk), verdicts[id_]))
+        for place in range(len(ids) // ID_SIZE):
+            length = chunks.length(start + place)
+            wrong = verdict(ids[place * ID_SIZE : (place + 1) * ID_SIZE], length)
+            if (patch := table.get(place)) is not None:
+                wrong = wrong or verdict(patch.id, patch.length)
+            if wrong:
+                at = (start + place) * step
+                _say(found, Damage(backup.id, disk.name, at, at + length, wrong))
 
 
-def _pages(chunks: ChunkList) -> Iterator[tuple[int, bytes, str]]:
-    """(first chunk, ids, what is wrong with the page)."""
+def _pages(chunks: ChunkList) -> Iterator[tuple[int, bytes, dict[int, Patch], str]]:
+    """(first place, ids, what is patched, what is wrong with the page or its table)."""
     for number in range(len(chunks.disk.pages)):
         try:
-            yield number * PAGE_IDS, chunks.page(number), ""
+            yield number * PAGE_IDS, chunks.page(number), chunks.table(number), ""
         except CdpError as error:
-            yield number * PAGE_IDS, b"", error.message
+            yield number * PAGE_IDS, b"", {}, error.message
 
 
 def _look(repository: Repository, id_: bytes, length: int, read_data: bool, found: Checked) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cdpserver.errors import CorruptError
 from cdpserver.progress import Progress, nobody, part
-from cdpserver.repository.content import Content
+from cdpserver.repository.content import Content, may_differ
 from cdpserver.repository.record import BackedUpDisk, Backup
 from cdpserver.repository.repository import Repository
 from cdpserver.repository.source import UnknownChangeError
@@ -38,20 +38,19 @@ class CopiedSource:
                 yield start, end
 
     def changed_since(self, disk: BackedUpDisk) -> list[tuple[int, int]]:
-        """Chunks that differ from those of the same instant here."""
+        """Places that are not made of the same as at the same instant here; of those whose chunk is, what is patched."""
         here = next((found for found in self._same(disk) if found.size == self.size), None)
         if here is None:
             raise UnknownChangeError("the backup that is there is not here any more, or of another size")
         old, new = Content(self._repository, here).chunks, self._content.chunks
         found: list[tuple[int, int]] = []
         for number in range(new.count):
-            if old.id(number) != new.id(number):
+            for low, high in may_differ(old.made_of(number), new.made_of(number), new.length(number)):
                 start = number * new.step
-                end = start + new.length(number)
-                if found and found[-1][1] == start:
-                    found[-1] = found[-1][0], end
+                if found and found[-1][1] == start + low:
+                    found[-1] = found[-1][0], start + high
                 else:
-                    found.append((start, end))
+                    found.append((start + low, start + high))
         return found
 
     def _same(self, disk: BackedUpDisk) -> Iterator[BackedUpDisk]:

@@ -8,7 +8,7 @@ from cdpserver.errors import CorruptError, NotFoundError
 from cdpserver.progress import Progress, nobody
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import HEAD, ID_SIZE, ROW, TAIL_SIZE, ZERO_ID, Entry
+from cdpserver.repository.format import HEAD, ROW, TAIL_SIZE, Entry
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.place import HeldCheck
 from cdpserver.repository.record import Backup
@@ -47,9 +47,10 @@ def live_ids(repository: Repository) -> set[bytes]:
             hint=f"put backups/{id_} back from a copy; cdp backup remove {id_} gives it up",
         )
     ids: set[bytes] = set()
+    read: set[bytes] = set()
     for id_ in repository.backup_ids():
         try:
-            _add_ids(repository, repository.backup(id_), ids)
+            _add_ids(repository, repository.backup(id_), ids, read)
         except NotFoundError:
             continue  # removed meanwhile
         except CorruptError as error:
@@ -57,19 +58,14 @@ def live_ids(repository: Repository) -> set[bytes]:
                 f"backup {id_} cannot be read, so nobody knows what is unused: {error.message}",
                 hint=f"cdp repo check says what is lost; cdp backup remove {id_} gives it up",
             ) from None
-    ids.discard(ZERO_ID)
     return ids
 
 
-def _add_ids(repository: Repository, backup: Backup, ids: set[bytes]) -> None:
+def _add_ids(repository: Repository, backup: Backup, ids: set[bytes], read: set[bytes]) -> None:
     for disk in backup.disks:
         chunks = ChunkList(repository, disk)
-        for number, page in enumerate(disk.pages):
-            if page == ZERO_ID or page in ids:
-                continue  # the same page was read already
-            content = chunks.page(number)
-            ids.add(page)
-            ids.update(content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE))
+        for number in range(len(disk.pages)):
+            ids |= chunks.named(number, read)
 
 
 def unused(repository: Repository) -> list[Unused]:

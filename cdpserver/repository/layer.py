@@ -8,10 +8,11 @@ Threads: none; every connection has its own.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 
 from cdpserver.copying.compare import differing
 from cdpserver.errors import CorruptError
-from cdpserver.repository.content import Content
+from cdpserver.repository.content import Content, Made, may_differ
 from cdpserver.repository.format import ZERO_ID
 
 DATA, HOLE, HOLE_ZERO = 0, 1, 3
@@ -20,8 +21,10 @@ DATA, HOLE, HOLE_ZERO = 0, 1, 3
 CLUSTER = 64 << 10
 """What a QCOW2 file holds at least."""
 
+ZEROS: Made = (ZERO_ID, None)
+
 KEPT = 256
-"""Chunks whose differences are remembered: who asks for status reads them next."""
+"""Places whose differences are remembered: who asks for status reads them next."""
 
 
 class Layer:
@@ -59,27 +62,33 @@ class Layer:
         return found
 
     def _chunk(self, number: int) -> list[tuple[int, int, int]]:
-        """The runs of one chunk."""
+        """The runs of one place."""
         start = number * self._step
         length = self._content.chunks.length(number)
-        mine, theirs = self._content.chunks.id(number), self._other.chunks.id(number)
+        mine, theirs = self._content.chunks.made_of(number), self._other.chunks.made_of(number)
         if mine == theirs:
             return [(start, start + length, HOLE)]
-        if mine == ZERO_ID:
+        if mine == ZEROS:
             return [(start, start + length, HOLE_ZERO)]
-        if theirs == ZERO_ID:
+        if theirs == ZEROS and mine[1] is None:
             return [(start, start + length, DATA)]
         if number not in self._runs:
-            self._runs[number] = self._compared(start, length)
+            if mine[0] == theirs[0]:
+                clusters = _clusters(may_differ(mine, theirs, length))
+            else:
+                new, old = self._content.read(start, length), self._other.read(start, length)
+                clusters = differing(memoryview(new), memoryview(old), block=CLUSTER)
+            self._runs[number] = self._runs_of(clusters, start, length)
             if len(self._runs) > KEPT:
                 self._runs.popitem(last=False)
         return self._runs[number]
 
-    def _compared(self, start: int, length: int) -> list[tuple[int, int, int]]:
+    def _runs_of(
+        self, clusters: Iterable[tuple[int, int]], start: int, length: int
+    ) -> list[tuple[int, int, int]]:
         runs: list[tuple[int, int, int]] = []
         at = 0
-        new, old = self._content.read(start, length), self._other.read(start, length)
-        for low, high in differing(memoryview(new), memoryview(old), block=CLUSTER):
+        for low, high in clusters:
             if at < low:
                 runs.append((start + at, start + low, HOLE))
             runs.append((start + low, start + high, DATA))
@@ -92,3 +101,18 @@ class Layer:
         """Forget what is kept."""
         self._content.close()
         self._other.close()
+
+
+def _clusters(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Those that ascending ranges touch, as runs."""
+    last: tuple[int, int] | None = None
+    for low, high in ranges:
+        start, end = low // CLUSTER * CLUSTER, -(-high // CLUSTER) * CLUSTER
+        if last is not None and start <= last[1]:
+            last = last[0], end
+            continue
+        if last is not None:
+            yield last
+        last = start, end
+    if last is not None:
+        yield last

@@ -1,6 +1,7 @@
 """A disk of a backup as something to be copied and compared, in this process and without an export.
 
-What is compared is read from the other side only: its digest is the chunk's id, or it holds something else.
+What is compared is read from the other side only: its digest is the chunk's id, or it holds something else. A place that is
+patched has no id, and is read here, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from cdpserver.copying.nbdend import Connection
 from cdpserver.copying.plan import CHUNK, Chunk, Extents
 from cdpserver.copying.target import Target, Writer
 from cdpserver.copying.work import Copied
-from cdpserver.repository.content import ChunkList
+from cdpserver.repository.content import ChunkList, Made, Patches
 from cdpserver.repository.format import ZERO_ID
 from cdpserver.repository.record import BackedUpDisk
 from cdpserver.repository.repository import Repository
@@ -88,6 +89,7 @@ class _Comparison(Comparing):
         super().__init__(other, steps, progress, mend=mend)
         self._repository = repository
         self._chunks = chunks
+        self._patches = Patches(repository)
 
     def _compare(self, right: Connection, writer: Writer | None) -> None:
         buffer = bytearray(self._chunks.step)
@@ -99,11 +101,16 @@ class _Comparison(Comparing):
             for at, cookie in reads:
                 right.wait(cookie, at)
             with self._lock:
-                id_ = self._chunks.id(start // self._chunks.step)
-            expected = self._repository.id_of_zeros(len(there)) if id_ == ZERO_ID else id_
-            same = self._repository.id(there) == expected
-            written = 0
+                made = self._chunks.made_of(start // self._chunks.step)
+            same, written = self._is_same(made, there), 0
             if not same and writer is not None:
-                wanted = memoryview(self._repository.load(id_, len(there)))
+                wanted = memoryview(self._patches.place(made, len(there)))
                 written = mend(writer, wanted, there, start)
             self._done(start, end, same=same, written=written)
+
+    def _is_same(self, made: Made, there: memoryview) -> bool:
+        id_, patch = made
+        if patch is not None:
+            return memoryview(self._patches.place(made, len(there))) == there
+        expected = self._repository.id_of_zeros(len(there)) if id_ == ZERO_ID else id_
+        return self._repository.id(there) == expected

@@ -65,11 +65,16 @@ class PackWriter:
 
     def add_page(self, ids: bytes) -> bytes:
         """The id of a page of a list, which is stored, or will be after `flush`."""
-        if not any(ids):
-            return ZERO_ID
-        id_ = self._repository.id(ids)
-        if self.claim_page(id_, len(ids)):
-            self.add(id_, Kind.PAGE, len(ids), self._repository.seal(id_, Kind.PAGE, ids))
+        return self._add_list(ids, Kind.PAGE) if any(ids) else ZERO_ID
+
+    def add_table(self, table: bytes) -> bytes:
+        """The same for a page's table of patches. Of a kind that older programs know: they read packs, too."""
+        return self._add_list(table, Kind.DATA)
+
+    def _add_list(self, content: bytes, kind: Kind) -> bytes:
+        id_ = self._repository.id(content)
+        if self.claim_page(id_, len(content)):
+            self.add(id_, kind, len(content), self._repository.seal(id_, kind, content))
         return id_
 
     def add(self, id_: bytes, kind: Kind, raw: int, sealed: tuple[bytes, int]) -> None:

@@ -24,7 +24,9 @@ from cdpserver.names import format_time
 from cdpserver.repository.assembly import Assembly
 from cdpserver.repository.content import ChunkList
 from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, chunk_count
+from cdpserver.repository.listing import Listed, Listing
 from cdpserver.repository.packs import PackWriter
+from cdpserver.repository.patches import Patch
 from cdpserver.repository.pipeline import Pipeline
 from cdpserver.repository.pipeline import Sent as SentChunk
 from cdpserver.repository.place import HeldCheck
@@ -84,9 +86,11 @@ class Disk:
     def __init__(self, sent: Sent, step: int, old: ChunkList | None) -> None:
         self.name, self.size = sent.name, sent.size
         self.count = chunk_count(sent.size, step)
-        self._old = old
+        self._old, self._step = old, step
         self._pages: dict[int, bytearray] = {}
         """The ids of the pages of its list of which something came; 128 MiB for each TiB of 256 KiB chunks."""
+        self._tables: dict[int, dict[int, Patch]] = {}
+        """What is patched in these, where the backup before is a copy that was made by what changed."""
         self.assembly = Assembly(sent.size, step)
         self.connected = False
         self.whole = 0
@@ -100,18 +104,17 @@ class Disk:
         if page not in self._pages:
             length = min(PAGE_IDS, self.count - page * PAGE_IDS) * ID_SIZE
             self._pages[page] = bytearray(self._old.page(page) if self._old is not None else length)
+            self._tables[page] = dict(self._old.table(page)) if self._old is not None else {}
         at = chunk % PAGE_IDS * ID_SIZE
         self._pages[page][at : at + ID_SIZE] = id_
+        self._tables[page].pop(chunk % PAGE_IDS, None)
 
-    def pages(self) -> Iterator[tuple[bytes, bytes | None]]:
-        """(ids, id of the page where it is as it was) of each page; no ids are zeros."""
-        for number in range(-(-self.count // PAGE_IDS)):
-            if number in self._pages:
-                yield bytes(self._pages[number]), None
-            elif self._old is not None and self._old.disk.pages[number] != ZERO_ID:
-                yield self._old.page(number), self._old.disk.pages[number]
-            else:
-                yield b"", ZERO_ID
+    def listed(self, writer: PackWriter) -> Listed:
+        """Its list, which is stored."""
+        made = Listing(writer, self._old, count=self.count, step=self._step)
+        for number in sorted(self._pages):
+            made.put_page(number, self._pages[number], self._tables[number])
+        return made.end()
 
 
 class Pushed:
@@ -301,10 +304,7 @@ class Pushed:
     def _listed(self, disk: Disk, time_ns: int, grade: str) -> BackedUpDisk:
         for chunk in disk.zeroed:
             disk.put(chunk, ZERO_ID)
-        pages, used = [], 0
-        for ids, stored in disk.pages():
-            pages.append(stored if stored is not None else self._writer.add_page(ids))
-            used += sum(ids[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(ids), ID_SIZE))
+        listed = disk.listed(self._writer)
         # No timeline of ours has such a name, nor another disk: a copy in a second repository is told apart by this and the time.
         return BackedUpDisk(
             name=disk.name,
@@ -313,8 +313,10 @@ class Pushed:
             time_ns=time_ns,
             size=disk.size,
             grade=grade,
-            pages=tuple(pages),
-            chunks=used,
+            pages=listed.pages,
+            chunks=listed.chunks,
+            patches=listed.patches,
+            patched=listed.patched,
         )
 
     def give_up(self) -> None:

@@ -14,7 +14,10 @@ FULL, INCREMENTAL = "full", "incremental"
 
 @dataclass(frozen=True, slots=True)
 class BackedUpDisk:
-    """One disk of a backup. `pages` are the ids of its list's pages: every backup has the whole list, and stands on no other."""
+    """One disk of a backup. `pages` are the ids of its list's pages: every backup has the whole list, and stands on no other.
+
+    `patches` are the ids of the pages' tables of patched places (patches.py): one for each page, or none at all.
+    """
 
     name: str
     timeline: str
@@ -24,9 +27,12 @@ class BackedUpDisk:
     grade: str
     pages: tuple[bytes, ...]
     chunks: int
-    """Chunks that are not zeros."""
+    """Places that are not zeros."""
     image: ImageFile | None = None
     """What the disk was made from, if that is known: it may be on other machines too."""
+    patches: tuple[bytes, ...] = ()
+    patched: int = 0
+    """Places that are a chunk with some blocks of another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class Backup:
         value = asdict(self)
         for disk in value["disks"]:
             disk["pages"] = b"".join(disk["pages"])
+            disk["patches"] = b"".join(disk["patches"])
         packed: bytes = msgpack.packb(value)
         return packed
 
@@ -86,12 +93,17 @@ class Backup:
         return found
 
     def show(self) -> dict[str, Any]:
-        """For people and programs, without the lists of pages."""
+        """For people and programs, without the ids of lists."""
         shown = asdict(self)
         for disk in shown["disks"]:
-            del disk["pages"]
+            del disk["pages"], disk["patches"]
         shown["size"] = sum(disk.size for disk in self.disks)
         return shown
+
+    @property
+    def has_patches(self) -> bool:
+        """Must who reads it know of patched places?"""
+        return any(disk.patches for disk in self.disks)
 
     def disk(self, name: str | None) -> BackedUpDisk | None:
         """The disk of that name (in full, or without its VM); without a name, the only one."""
@@ -135,21 +147,19 @@ class Brief:
 
 
 def _disk(value: dict[str, Any]) -> BackedUpDisk:
-    pages = value["pages"]
-    if not isinstance(pages, bytes) or len(pages) % ID_SIZE:
-        raise ValueError("a list of pages that is none")
-    ids = tuple(pages[at : at + ID_SIZE] for at in range(0, len(pages), ID_SIZE))
     known = {key: value[key] for key in BackedUpDisk.__slots__ if key in value}
+    lists = {"pages": _ids(value["pages"]), "patches": _ids(value.get("patches", b""))}
     image = value.get("image")
-    disk = BackedUpDisk(
-        **{
-            **known,
-            "pages": ids,
-            "image": None if image is None else ImageFile(image["path"], image["digest"]),
-        }
-    )
+    read_image = None if image is None else ImageFile(image["path"], image["digest"])
+    disk = BackedUpDisk(**{**known, **lists, "image": read_image})
     if not isinstance(disk.size, int) or disk.size < 0:
         raise ValueError("a disk without a size")
     if image is not None and not (isinstance(image["path"], str) and isinstance(image["digest"], str)):
         raise ValueError("an image without a path")
     return disk
+
+
+def _ids(joined: object) -> tuple[bytes, ...]:
+    if not isinstance(joined, bytes) or len(joined) % ID_SIZE:
+        raise ValueError("a list of ids that is none")
+    return tuple(joined[at : at + ID_SIZE] for at in range(0, len(joined), ID_SIZE))

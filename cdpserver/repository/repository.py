@@ -43,7 +43,9 @@ LISTED = "listed"
 DEFAULT_CHUNK = 256 << 10
 """By measurement: docs/backup.md has the table."""
 
-BACKUP_MAGIC = b"cdpback1"
+BACKUP_MAGIC, PATCHED_MAGIC = b"cdpback1", b"cdpback2"
+"""The second where places are patched: a program that does not know of patches refuses it, and so does its `gc`."""
+
 BACKUP_ID = b"backup".ljust(32, b"\0")
 
 
@@ -254,17 +256,17 @@ class Repository:
         """(stored bytes, codec), for a PackWriter."""
         return self._sealer.seal(id_, kind, content)
 
-    def load(self, id_: bytes, length: int) -> bytes:
-        """A chunk's content, verified. CorruptError if it is missing, damaged, or not of `length` bytes."""
+    def load(self, id_: bytes, length: int | None) -> bytes:
+        """A chunk's content, verified. CorruptError if it is missing, damaged, or not of `length` bytes, where that is known."""
         if id_ == format.ZERO_ID:
-            return bytes(length)
+            return bytes(length or 0)
         try:
             return self._load(id_, length)
         except CorruptError:
             self.refresh()  # `gc` may have moved it since
             return self._load(id_, length)
 
-    def load_stored(self, id_: bytes, length: int) -> tuple[Entry, bytes]:
+    def load_stored(self, id_: bytes, length: int | None) -> tuple[Entry, bytes]:
         """The same as it is stored, with its entry."""
         try:
             return self._find(id_, length)[:2]
@@ -276,10 +278,10 @@ class Repository:
         """The content of a chunk that was stored so. CorruptError if it is not what its id says."""
         return self._sealer.open(id_, kind, codec, raw, stored)
 
-    def _load(self, id_: bytes, length: int) -> bytes:
+    def _load(self, id_: bytes, length: int | None) -> bytes:
         return self._find(id_, length)[2]
 
-    def _find(self, id_: bytes, length: int) -> tuple[Entry, bytes, bytes]:
+    def _find(self, id_: bytes, length: int | None) -> tuple[Entry, bytes, bytes]:
         """Entry, stored bytes, content; from the first pack that has it whole."""
         failed = CorruptError(f"chunk {id_.hex()[:16]} is missing from {self.place.where}", hint=CHECK)
         for pack, entry in self.places(id_):
@@ -291,7 +293,7 @@ class Repository:
                 self.damaged.note(pack, id_)
                 failed = CorruptError(f"{error.message} (in {pack})", hint=CHECK)
             else:
-                if len(content) != length:
+                if length is not None and len(content) != length:
                     raise CorruptError(
                         f"chunk {id_.hex()[:16]} has {entry.raw} bytes, not {length}", hint=CHECK
                     )
@@ -328,11 +330,17 @@ class Repository:
 
     def unpack_backup(self, id_: str, data: bytes) -> Backup:
         """From what its object holds. CorruptError."""
-        head, body = data[:41], data[41:]
-        if len(head) < 41 or head[:8] != BACKUP_MAGIC or blake3(head[8:9] + body).digest() != head[9:]:
+        magic, codec, digest, body = data[:8], data[8:9], data[9:41], data[41:]
+        if magic[:7] != BACKUP_MAGIC[:7] or _digest(magic, codec, body) != digest:
             raise CorruptError(f"backup {id_} is damaged", hint=CHECK)
-        content = self._sealer.open_named(BACKUP_ID, id_, head[8], body)
+        if magic not in (BACKUP_MAGIC, PATCHED_MAGIC):
+            raise CorruptError(
+                f"backup {id_} is of a form that this program does not know", hint="use a newer program"
+            )
+        content = self._sealer.open_named(BACKUP_ID, id_, codec[0], body)
         found = Backup.unpack(content)
+        if found.has_patches != (magic == PATCHED_MAGIC):
+            raise CorruptError(f"backup {id_} is not of the form that it says", hint=CHECK)
         if found.id != id_:
             raise CorruptError(f"backup {id_} says that it is {show(found.id)}", hint=CHECK)
         return found
@@ -369,10 +377,11 @@ class Repository:
 
     def write_backup(self, backup: Backup) -> None:
         """Now it is one. All of its chunks are durable."""
-        codec, body = self._sealer.seal_named(BACKUP_ID, backup.id, backup.pack())
-        head = bytes([codec])
+        number, body = self._sealer.seal_named(BACKUP_ID, backup.id, backup.pack())
+        codec = bytes([number])
         until_ns = self.retain_until_ns() and backup.since_ns + self.config.immutable_ns
-        data = BACKUP_MAGIC + head + blake3(head + body).digest() + body
+        magic = PATCHED_MAGIC if backup.has_patches else BACKUP_MAGIC
+        data = magic + codec + _digest(magic, codec, body) + body
         self.place.put(f"backups/{backup.id}", data, until_ns)
 
     def note_made(self, id_: str) -> None:
@@ -406,3 +415,8 @@ class Repository:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _digest(magic: bytes, codec: bytes, body: bytes) -> bytes:
+    """Of a backup's object. Of the first form it does not cover the magic."""
+    return blake3((b"" if magic == BACKUP_MAGIC else magic) + codec + body).digest()

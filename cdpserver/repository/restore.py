@@ -1,22 +1,23 @@
 """A disk of a backup written out, in this process and without an export.
 
-A stretch of the disk at a time, its chunks are read in the order of the packs, opened, compared with their ids and written, by
-several workers at once.
+A stretch of the disk at a time, its chunks are read in the order of the packs, opened, compared with their ids, patched where
+that is so, and written, by several workers at once.
 
 Memory: a worker has one run and two chunks, and their number goes down as chunks get larger: IN_FLIGHT_BYTES in all, or what two
-workers have.
+workers have. The patches that are kept come on top (content.py).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cdpserver.copying.plan import Chunk, zeros_of
 from cdpserver.copying.target import Target, Writer
 from cdpserver.copying.work import Work
 from cdpserver.errors import CorruptError
-from cdpserver.repository.content import ChunkList
+from cdpserver.repository.content import ChunkList, Patches
 from cdpserver.repository.packed import RUN_BYTES, Run, Wanted, runs
+from cdpserver.repository.patches import Patch
 from cdpserver.repository.repository import Repository
 
 MOST_WORKERS = 8
@@ -38,6 +39,7 @@ class _Stretch:
     """Of the disk, from `start` on; `open` jobs of it are not done yet."""
 
     start: int
+    patches: dict[int, Patch]
     open: int = 0
 
 
@@ -69,6 +71,7 @@ class Restore(Work):
         )
         self._repository = repository
         self._chunks = chunks
+        self._patches = Patches(repository)
         self._at = start if start == chunks.disk.size else start - start % chunks.step
         """Where the stretches end that were begun."""
         self._stretches: deque[_Stretch] = deque()
@@ -85,7 +88,8 @@ class Restore(Work):
     def _all_jobs(self) -> Iterator[_Job]:
         """Whoever goes on with this holds the lock."""
         for end, numbers in self._cut():
-            stretch = _Stretch(self._at)
+            patches = ((number, self._chunks.patch(number)) for number in numbers)
+            stretch = _Stretch(self._at, {number: patch for number, patch in patches if patch is not None})
             wanted = [(number, self._chunks.id(number)) for number in numbers]
             jobs = [_Job(stretch, run) for run in runs(wanted, self._repository.places)]
             if not self._target.fresh:
@@ -125,7 +129,7 @@ class Restore(Work):
                 return
             read = zeroed = 0
             if isinstance(job.what, Run):
-                read = self._write(writer, job.what)
+                read = self._write(writer, job.what, job.stretch.patches)
             else:
                 writer.zero(job.what.start, job.what.end)
                 zeroed = job.what.end - job.what.start
@@ -135,7 +139,7 @@ class Restore(Work):
                 job.stretch.open -= 1
             self._sync_when_due()
 
-    def _write(self, writer: Writer, run: Run) -> int:
+    def _write(self, writer: Writer, run: Run, patches: Mapping[int, Patch]) -> int:
         """Bytes of the disk."""
         written = 0
         stored = read_run(self._repository, run)
@@ -143,7 +147,12 @@ class Restore(Work):
             length = self._chunks.length(wanted.numbers[0])
             content = memoryview(opened(self._repository, run, stored, wanted, length))
             for number in wanted.numbers:
-                self._put(writer, content, number * self._chunks.step)
+                patch = patches.get(number)
+                if patch is None:
+                    self._put(writer, content, number * self._chunks.step)
+                else:
+                    place = patch.over(content, self._patches.get(patch))
+                    self._put(writer, memoryview(place), number * self._chunks.step)
                 written += length
         return written
 

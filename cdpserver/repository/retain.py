@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from cdpserver.repository.configuration import CONFIG
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ID_SIZE, ZERO_ID
 from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository
 
@@ -35,13 +34,11 @@ def retain(repository: Repository, backup: Backup) -> None:
 def _packs(repository: Repository, backup: Backup) -> Iterator[str]:
     """Every pack in which something is that the backup names."""
     seen: set[bytes] = set()
+    read: set[bytes] = set()
     for disk in backup.disks:
         chunks = ChunkList(repository, disk)
-        for number, page in enumerate(disk.pages):
-            if page == ZERO_ID or page in seen:
-                continue
-            content = chunks.page(number)
-            ids = {content[at : at + ID_SIZE] for at in range(0, len(content), ID_SIZE)} | {page}
-            for id_ in ids - seen - {ZERO_ID}:
+        for number in range(len(disk.pages)):
+            ids = chunks.named(number, read)
+            for id_ in ids - seen:
                 yield from (pack for pack in repository.whole(id_) if pack not in repository.doomed)
             seen |= ids

@@ -14,7 +14,9 @@ from cdpserver.errors import BrokenError, CorruptError, NotFoundError, RefusedEr
 from cdpserver.progress import Progress, nobody, part
 from cdpserver.repository import sessions
 from cdpserver.repository.content import ChunkList
-from cdpserver.repository.format import ID_SIZE, PAGE_IDS, ZERO_ID, chunk_count
+from cdpserver.repository.format import chunk_count
+from cdpserver.repository.increment import Increment
+from cdpserver.repository.listing import Listing
 from cdpserver.repository.packs import PackWriter
 from cdpserver.repository.pipeline import Pipeline
 from cdpserver.repository.place import HeldCheck
@@ -70,20 +72,18 @@ def choose(
 def check_list(repository: Repository, disk: BackedUpDisk) -> None:
     """Is the list of a disk's chunks all there? CorruptError: nothing can be built on it."""
     ChunkList(repository, disk)
-    if not all(id_ == ZERO_ID or repository.has(id_) for id_ in disk.pages):
+    if not all(map(repository.has, (*disk.pages, *disk.patches))):
         raise CorruptError("its list is not all there")
 
 
 def check_chunks(repository: Repository, disk: BackedUpDisk) -> None:
-    """Has every chunk of it a place still? CorruptError. A second and more for each TiB, and nothing is read of a chunk: what is
+    """Has all that it needs a place still? CorruptError. A second and more for each TiB, and nothing is read of a chunk: what is
     in its place is for `cdp repo check` to say, and counts here once it was said.
     """
     check_list(repository, disk)
     chunks = ChunkList(repository, disk)
     for number in range(len(disk.pages)):
-        page = chunks.page(number)
-        ids = {page[at : at + ID_SIZE] for at in range(0, len(page), ID_SIZE)}
-        repository.check_stored(ids - {ZERO_ID})
+        repository.check_stored(chunks.named(number, set()))
 
 
 def _is_all(sources: Sequence[Source], changed: int) -> bool:
@@ -223,14 +223,20 @@ def _store(
         assert before is not None
         old = ChunkList(repository, before)
         ranges = choice.ranges[number]
-    made = _List(writer, old, count)
+    made = Listing(writer, old, count=count, step=step)
+
+    def told(places: int) -> None:
+        progress(min(places, count) / max(count, 1))
 
     def put(chunk: int, id_: bytes) -> None:
         made.put(chunk, id_)
-        progress(min(chunk + 1, count) / max(count, 1))
+        told(chunk + 1)
 
-    pipeline.store(source, chunks_of(ranges, step), put)
-    pages = made.end()
+    if old is None:
+        pipeline.store(source, chunks_of(ranges, step), put)
+    else:
+        Increment(source, old, made, pipeline).store(ranges, told)
+    listed = made.end()
     return BackedUpDisk(
         name=source.name,
         timeline=source.timeline,
@@ -238,53 +244,12 @@ def _store(
         time_ns=source.time_ns,
         size=source.size,
         grade=source.grade,
-        pages=pages,
-        chunks=made.used,
+        pages=listed.pages,
+        chunks=listed.chunks,
         image=source.image,
+        patches=listed.patches,
+        patched=listed.patched,
     )
-
-
-class _List:
-    """The list of a disk's chunks, in ascending order: a page is stored when another one begins, so that one is in memory."""
-
-    def __init__(self, writer: PackWriter, old: ChunkList | None, count: int) -> None:
-        """What is never put is as in `old`, or zeros."""
-        self._writer, self._old = writer, old
-        self._count = count
-        self._pages: list[bytes] = []
-        self._page: bytearray | None = None
-        """The ids of the page after those, if it is another one than before."""
-        self.used = 0
-        """Chunks that are not zeros, of the pages that are stored."""
-
-    def put(self, chunk: int, id_: bytes) -> None:
-        """One that was read."""
-        number = chunk // PAGE_IDS
-        self._store_before(number)
-        if self._page is None:
-            length = min(PAGE_IDS, self._count - number * PAGE_IDS) * ID_SIZE
-            self._page = bytearray(self._old.page(number) if self._old is not None else length)
-        at = chunk % PAGE_IDS * ID_SIZE
-        self._page[at : at + ID_SIZE] = id_
-
-    def end(self) -> tuple[bytes, ...]:
-        """The ids of all pages, which are stored."""
-        self._store_before(-(-self._count // PAGE_IDS))
-        return tuple(self._pages)
-
-    def _store_before(self, number: int) -> None:
-        while len(self._pages) < number:
-            if self._page is not None:
-                content = bytes(self._page)
-                self._pages.append(self._writer.add_page(content))
-            elif self._old is not None and self._old.disk.pages[len(self._pages)] != ZERO_ID:
-                content = self._old.page(len(self._pages))
-                self._pages.append(self._old.disk.pages[len(self._pages)])
-            else:
-                content = b""
-                self._pages.append(ZERO_ID)
-            self._page = None
-            self.used += sum(content[at : at + ID_SIZE] != ZERO_ID for at in range(0, len(content), ID_SIZE))
 
 
 def chunks_of(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[int]:

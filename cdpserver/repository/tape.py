@@ -173,11 +173,16 @@ def export(
     return Exported(len(backups), len(written), out.bytes, digest.hex())
 
 
-def chunks_of_backup(repository: Repository, backup: Backup) -> Iterator[tuple[bytes, Kind, int]]:
-    """(id, kind, length) of what a backup needs: chunks of a page, then the page. CorruptError."""
+def chunks_of_backup(repository: Repository, backup: Backup) -> Iterator[tuple[bytes, Kind, int | None]]:
+    """(id, kind, length) of what a backup needs: chunks and patches of a page, then it and its table. CorruptError."""
     for disk in backup.disks:
         chunks = ChunkList(repository, disk)
         for number, page in enumerate(disk.pages):
+            for patch in chunks.table(number).values():
+                if patch.id != ZERO_ID:
+                    yield patch.id, Kind.DATA, patch.length
+            if (table := chunks.table_id(number)) != ZERO_ID:
+                yield table, Kind.DATA, None
             if page == ZERO_ID:
                 continue
             ids = chunks.page(number)
