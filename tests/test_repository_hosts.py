@@ -1,4 +1,4 @@
-"""Several hosts with one directory, which do not see each other's locks: who lives is left alone, and who was not makes no backup."""
+"""Several hosts with one directory, blind to each other's locks: who lives is left alone, who was not makes no backup."""
 
 import os
 import random
