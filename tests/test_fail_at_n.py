@@ -385,8 +385,8 @@ ANY = (*MAKING, *CHANGING, "open", "read", "list", "lock", "map")
 SILENT: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     # A session that cannot end for want of room ends with the next write.
     "write": ((("write", "allocate"), "*.data"),),
-    # What is kept only to be quicker the next time.
-    "backup": ((ANY, "*/cache*"),),
+    # What is kept only to be quicker the next time; and a backup that is not listed is not missed should it get lost.
+    "backup": ((ANY, "*/cache*"), (ANY, "*/listed*")),
     # Who may not write holds its lock open for reading.
     "drop": ((("open",), "*.lock"),),
     "merge": ((("open",), "*.lock"),),

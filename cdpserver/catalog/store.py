@@ -42,7 +42,10 @@ CATALOG_READERS = 256
 CATALOG_TABLES = 16
 """Named databases: seven, and room for more."""
 
-DATA = "data.mdb"
+DEFAULT_READERS = 126
+"""LMDB's own, for an environment that nobody else opens."""
+
+DATA, LOCK = "data.mdb", "lock.mdb"
 DISKS = b"disks"
 COUNTERS = b"counters"
 NEXT_ID = b"next_id"
@@ -75,6 +78,7 @@ def build(path: Path, content: Content) -> None:
     durable.remove_tree(building)
     durable.make_dir(building)
     with _lmdb_errors(building):
+        mapped.allocate_lock(building / LOCK, DEFAULT_READERS)
         env = lmdb.open(str(building), map_size=CATALOG_MAP_BYTES, max_dbs=CATALOG_TABLES, mode=0o644)
         with contextlib.closing(env):
             disks, counters = env.open_db(DISKS), env.open_db(COUNTERS)
@@ -117,6 +121,8 @@ class Store:
         self._decoded: tuple[int, dict[str, Entry]] | None = None
         with _lmdb_errors(path):
             _check_head(path / DATA)
+            if lock:
+                mapped.allocate_lock(path / LOCK, CATALOG_READERS)
             self._env = lmdb.open(
                 str(path),
                 map_size=CATALOG_MAP_BYTES,

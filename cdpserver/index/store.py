@@ -78,7 +78,9 @@ def open_name(boot_id: str) -> str:
 
 
 def may_lock(path: Path) -> bool:
-    """May a reader note itself beside an index? False where nobody writes it: a closed one, or one on read-only media."""
+    """Does a reader note itself beside an index? Not where nobody writes it: a closed one, or one on read-only media."""
+    if path.name == CLOSED_NAME:
+        return False
     if os.access(path.parent, os.W_OK) or os.access(f"{path}-lock", os.W_OK):
         return True
     if path.name.startswith(OPEN_PREFIX) and not os.statvfs(path).f_flag & os.ST_RDONLY:
@@ -97,6 +99,8 @@ class IndexFile:
         """
         self.path = path
         lock = lock and (writable or may_lock(path))
+        if lock:
+            mapped.allocate_lock(Path(f"{path}-lock"), INDEX_READERS)
         self.env = lmdb.open(
             str(path),
             subdir=False,

@@ -23,6 +23,9 @@ from cdpserver.repository.unsynced import Unsynced, remove_torn
 MAP_BYTES = 64 << 30
 """Address space: a thousand million chunks."""
 
+READERS = 512
+"""LMDB reader slots: one for each thread that reads."""
+
 PLACE = struct.Struct("<IQIIBB")
 """Pack number, place, stored bytes, raw bytes, kind, codec."""
 
@@ -172,6 +175,8 @@ def _environment(path: Path) -> lmdb.Environment:
     remove_torn(path, [Path(f"{path}-lock")])
     try:
         return _opened(path)
+    except lmdb.DiskError:
+        raise
     except lmdb.Error:
         for name in (path, Path(f"{path}-lock")):
             name.unlink(missing_ok=True)
@@ -179,8 +184,9 @@ def _environment(path: Path) -> lmdb.Environment:
 
 
 def _opened(path: Path) -> lmdb.Environment:
+    mapped.allocate_lock(Path(f"{path}-lock"), READERS)
     env = lmdb.open(
-        str(path), subdir=False, map_size=MAP_BYTES, max_dbs=5, sync=False, mode=0o600, max_readers=512
+        str(path), subdir=False, map_size=MAP_BYTES, max_dbs=5, sync=False, mode=0o600, max_readers=READERS
     )
     try:
         mapped.check_length(env, path)

@@ -227,7 +227,10 @@ class Registry:
                 memory.end(self.log, "control")
 
     def _converse(self, connection: socket.socket) -> None:
-        with connection:
+        with (
+            connection,
+            contextlib.suppress(ConnectionError),
+        ):  # who asked may be killed before it is answered
             while (request := messages.receive(connection)) is not None:
                 try:
                     reply = {"ok": self._answer(request)}
