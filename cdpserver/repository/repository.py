@@ -227,15 +227,9 @@ class Repository:
         return [pack for pack, _ in self.index.find(id_) if (pack, id_) not in self.damaged.places]
 
     def check_stored(self, ids: set[bytes]) -> None:
-        """CorruptError if any of these chunks is in no pack, was found damaged, or is about to be deleted. Nothing is read.
-
-        A microsecond for each; ten while packs are doomed.
-        """
+        """CorruptError if any of these chunks is in no pack, or was found damaged. A microsecond for each; nothing is read."""
         if self.index.lacks(ids):
             raise CorruptError("some of its chunks are gone", hint=CHECK)
-        if self.doomed and not all(map(self.has, ids)):
-            # What needs them may be removed before the backup that builds on it is written.
-            raise CorruptError("some of its chunks are in packs that are about to be deleted", hint=CHECK)
         if not all(self.whole(id_) for id_ in self.damaged.ids & ids):
             raise CorruptError("some of its chunks were found damaged", hint=CHECK)
 
