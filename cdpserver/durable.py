@@ -25,6 +25,9 @@ REMOVING = ".removing-"
 SECTOR = 512
 """What st_blocks counts, whatever the file system's own block is (stat(2))."""
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What it says where there is no room."""
+
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """What the system says to who may not write: read-only media, or another's files."""
 
@@ -41,7 +44,7 @@ def io_errors(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             raise NoSpaceError(
                 f"no space left to {doing} {path}",
                 hint="free space on the store's file system, then try again",

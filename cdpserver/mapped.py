@@ -9,11 +9,12 @@ The file in which LMDB notes readers is made sparse, and written through a mappi
 `allocate_lock` before opening.
 """
 
-import errno
 import os
 from pathlib import Path
 
 import lmdb
+
+from cdpserver import durable
 
 DAMAGE = (
     lmdb.InvalidError,
@@ -23,8 +24,6 @@ DAMAGE = (
     lmdb.NotFoundError,
 )
 """What LMDB says of a file that is damaged, rather than of what it cannot do now."""
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 READERS_HEAD, READER = 128, 64
 """Bytes of LMDB's lock file (`MDB_txninfo`, `MDB_reader` of lmdb 0.9): 8192 for 126 readers, as it makes it by itself."""
@@ -59,7 +58,7 @@ def allocate_lock(path: Path, readers: int) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        if error.errno in NO_SPACE:
+        if error.errno in durable.NO_SPACE:
             raise lmdb.DiskError(f"{path}: {error.strerror}") from error
 
 

@@ -11,11 +11,11 @@ from blake3 import blake3
 from cdpserver.repository.content import Content
 from cdpserver.repository.place import DirectoryPlace, Place
 from cdpserver.repository.record import BackedUpDisk, Backup
-from cdpserver.repository.repository import Repository
+from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.source import PointSource, UnknownChangeError
 from cdpserver.repository.take import MAX_INCREMENTS, back_up
 from cdpserver.timeline import ImageFile
-from tests.core import Line, World
+from tests.core import Line, World, scratch
 from tests.model import BLOCK
 
 CHUNK = 64 << 10
@@ -147,3 +147,15 @@ class Written:
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         buffer[:] = self.content[offset : offset + len(buffer)]
+
+
+@contextlib.contextmanager
+def small_case() -> Iterator[Case]:
+    """A disk with some history, and an empty repository."""
+    with scratch() as path:
+        world, line = with_history(path)
+        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK)
+        made = Case(world, line, path)
+        made.write(1, 30)
+        yield made
+        world.close()

@@ -20,8 +20,7 @@ from cdpserver.repository.untape import import_
 from cdpserver.retention.slots import DAY_NS, parse_slots
 from cdpserver.vm.backup.choice import choose
 from recovery.repositories import find_id
-from tests.backed_up import CHUNK, SIZE, Case, with_history
-from tests.core import scratch
+from tests.backed_up import CHUNK, SIZE, Case, small_case
 from tests.model import BLOCK
 from tests.test_backup_pushed import DISK, full, live
 from tests.test_backup_pushed import SIZE as SENT
@@ -46,13 +45,8 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
 @pytest.fixture
 def case() -> Iterator[Case]:
     """A disk with some history, and an empty repository."""
-    with scratch() as path:
-        world, line = with_history(path)
-        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK)
-        made = Case(world, line, path)
-        made.write(1, 30)
+    with small_case() as made:
         yield made
-        world.close()
 
 
 def made_once_ahead(case: Case, wall: Wall, jumps: tuple[int, ...] = (0, YEARS_NS, 0, 0, 0)) -> list[str]:

@@ -16,8 +16,7 @@ from cdpserver.repository.record import FULL, INCREMENTAL, Backup
 from cdpserver.repository.repository import Repository, create
 from cdpserver.repository.untape import import_
 from cdpserver.vm.backup.choice import choose
-from tests.backed_up import CHUNK, Case, with_history
-from tests.core import scratch
+from tests.backed_up import CHUNK, Case, small_case
 from tests.test_backup_pushed import SIZE, full, live, read
 from tests.test_repository_faults import flip, two
 
@@ -27,13 +26,8 @@ KINDS = pytest.mark.parametrize("kind", [Kind.DATA, Kind.PAGE])
 @pytest.fixture
 def case() -> Iterator[Case]:
     """A disk with some history, and an empty repository."""
-    with scratch() as path:
-        world, line = with_history(path)
-        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK)
-        made = Case(world, line, path)
-        made.write(1, 30)
+    with small_case() as made:
         yield made
-        world.close()
 
 
 def place_of(repository: Repository, backup: Backup, kind: Kind) -> tuple[str, Entry]:

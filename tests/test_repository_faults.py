@@ -16,20 +16,14 @@ from cdpserver.repository.locks import locks
 from cdpserver.repository.place import DirectoryPlace
 from cdpserver.repository.record import Backup
 from cdpserver.repository.repository import Repository, create
-from tests.backed_up import CHUNK, SIZE, Case, with_history
-from tests.core import scratch
+from tests.backed_up import CHUNK, SIZE, Case, small_case
 
 
 @pytest.fixture
 def case() -> Iterator[Case]:
     """A disk with some history, and an empty repository."""
-    with scratch() as path:
-        world, line = with_history(path)
-        create(DirectoryPlace(path / "repo"), chunk_size=CHUNK)
-        made = Case(world, line, path)
-        made.write(1, 30)
+    with small_case() as made:
         yield made
-        world.close()
 
 
 def two(case: Case) -> tuple[Backup, Backup]:

@@ -5,12 +5,12 @@ Errors: CutError when the connection is lost or nobody listens (try again), Refu
 """
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from typing import Any
 
 import nbd
 
+from cdpserver import durable
 from cdpserver.copying.plan import Extents
 from cdpserver.errors import BrokenError, CdpError, NoSpaceError, RefusedError
 
@@ -151,7 +151,7 @@ class _requests:
         what = f"{self._doing} of {self._connection.uri}: {_said(error)}"
         if self._connection.lost:
             return CutError(f"connection lost, {what}")
-        if error.errnum in (errno.ENOSPC, errno.EDQUOT):
+        if error.errnum in durable.NO_SPACE:
             return NoSpaceError(what, hint="make room there, then give the same command again")
         return BrokenError(what, hint="the server's log or `cdp event list` says why")
 

@@ -1,11 +1,11 @@
 """Where a copy is written: a raw file, or an NBD export. Every worker writes through a writer of its own."""
 
-import errno
 import os
 import threading
 from pathlib import Path
 from typing import Protocol
 
+from cdpserver import durable
 from cdpserver.copying.nbdend import Connection
 from cdpserver.errors import BrokenError, NoSpaceError
 
@@ -69,7 +69,7 @@ class RawFile:
             raise self._ours(error) from error
 
     def _ours(self, error: OSError) -> Exception:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in durable.NO_SPACE:
             return NoSpaceError(
                 f"no space left to write {self._path}",
                 hint="make room there, then give the same command again",

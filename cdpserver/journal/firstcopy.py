@@ -16,7 +16,6 @@ from cdpserver import durable
 from cdpserver.durable import take_int, take_keys
 from cdpserver.errors import BrokenError, CdpError, CorruptError, NoSpaceError
 from cdpserver.journal.begin import start_history
-from cdpserver.journal.writer import NO_SPACE
 
 FALLOC_PUNCH = 0x01 | 0x02
 """FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)."""
@@ -177,7 +176,7 @@ def base_lost(directory: Path) -> bool:
 
 
 def _failed(error: OSError) -> CdpError:
-    if error.errno in NO_SPACE:
+    if error.errno in durable.NO_SPACE:
         return NoSpaceError(
             "the store's file system is full", hint="free space; nothing acknowledged is lost"
         )

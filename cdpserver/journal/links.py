@@ -12,7 +12,6 @@ Threads: none. A flock on the file keeps the indexer and a retention pass apart.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import struct
@@ -286,7 +285,7 @@ class Chain:
             try:
                 os.posix_fallocate(self._fd, size, 2 * ROOM)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in durable.NO_SPACE:
                     raise
                 # What was allocated before may do.
 

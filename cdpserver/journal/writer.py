@@ -27,8 +27,6 @@ from cdpserver.journal.resync import Reads, Resync
 from cdpserver.journal.segment import CLOSED, OPEN, ROLLED, TAIL_WORD, Header, SegmentWriter
 from cdpserver.limits import BLOCK, SECTOR
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 
 class JournalWriter:
     """Appends to one timeline. Open it with the timeline's writer lock held."""
@@ -276,7 +274,7 @@ class JournalWriter:
         if not isinstance(error, OSError) or error.errno == errno.ENOMEM:
             self._broken = "no memory"  # and what is half done, a record, a segment, nobody here knows
             return MemoryError(self._broken)
-        if error.errno in NO_SPACE:
+        if error.errno in durable.NO_SPACE:
             return NoSpaceError(
                 "the store's file system is full", hint="free space; nothing acknowledged is lost"
             )
